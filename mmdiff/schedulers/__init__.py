@@ -1,0 +1,3 @@
+from mmdiff.schedulers.mt_diffusion import SOLVERS, MTDiffusionScheduler
+
+__all__ = ["SOLVERS", "MTDiffusionScheduler"]
