@@ -1,0 +1,50 @@
+"""The contract of a backbone (README, Theory, section 4: the three states of a modality)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+
+class Observation(NamedTuple):
+    """What the backbone is told beside z_t.
+
+    ``channels`` (B, O, H, W): E_i(x_i) of observed modalities, zeros elsewhere. ``flags`` (B, 2M): for every modality,
+    in the order of their names, whether it is aggregated in z_t and whether it is observed.
+    """
+
+    channels: Tensor
+    flags: Tensor
+
+
+class BackboneOutput(NamedTuple):
+    """``prediction`` (B, C, H, W) by the scheduler's `prediction_type`; ``features`` (B, F, H, W) and ``pooled``
+    (B, P) feed the decoder heads."""
+
+    prediction: Tensor
+    features: Tensor
+    pooled: Tensor
+
+
+class Backbone(nn.Module, ABC):
+    """A denoising network.
+
+    Args:
+        space: (C, H, W) of the diffusion space.
+        observation_channels: O.
+        num_flags: 2M.
+    """
+
+    def __init__(self, space: tuple[int, int, int], observation_channels: int, num_flags: int) -> None:
+        super().__init__()
+
+    @classmethod
+    @abstractmethod
+    def widths(cls, **settings: Any) -> tuple[int, int]:
+        """(F, P): channels of ``features`` and width of ``pooled`` under these settings."""
+
+    @abstractmethod
+    def forward(self, sample: Tensor, timestep: Tensor, observation: Observation) -> BackboneOutput:
+        """sample (B, C, H, W), timestep (B,) in 0 … T − 1."""

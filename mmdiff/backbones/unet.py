@@ -1,0 +1,96 @@
+"""diffusers' `UNet2DModel` with observation channels and state flags; its bottleneck feeds the pooled heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+
+from mmdiff.backbones.base import Backbone, BackboneOutput, Observation
+from mmdiff.errors import InputError
+
+DEFAULT_CHANNELS = (64, 128, 256)
+
+
+class UNet(Backbone):
+    """A U-Net of ResNet blocks.
+
+    Args:
+        space, observation_channels, num_flags: see `Backbone`.
+        block_out_channels: channels of every resolution level, finest first.
+        layers_per_block: ResNet blocks per level on the way down (one more on the way up).
+        attention: self-attention per level; default: in the coarsest level only.
+        attention_head_dim: channels per attention head.
+        norm_num_groups: groups of the group norms; every level's channels are a multiple of it.
+        dropout: in the ResNet blocks.
+    """
+
+    def __init__(
+        self,
+        space: tuple[int, int, int],
+        observation_channels: int,
+        num_flags: int,
+        block_out_channels: tuple[int, ...] | list[int] = DEFAULT_CHANNELS,
+        layers_per_block: int = 2,
+        attention: tuple[bool, ...] | list[bool] | None = None,
+        attention_head_dim: int = 32,
+        norm_num_groups: int = 8,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(space, observation_channels, num_flags)
+        channels, height, width = space
+        levels = len(block_out_channels)
+        attention = [False] * (levels - 1) + [True] if attention is None else list(attention)
+        _check(space, block_out_channels, attention, norm_num_groups, attention_head_dim)
+        self.unet = UNet2DModel(
+            sample_size=(height, width),
+            in_channels=channels + observation_channels,
+            out_channels=channels,
+            block_out_channels=tuple(block_out_channels),
+            layers_per_block=layers_per_block,
+            down_block_types=tuple("AttnDownBlock2D" if on else "DownBlock2D" for on in attention),
+            up_block_types=tuple("AttnUpBlock2D" if on else "UpBlock2D" for on in reversed(attention)),
+            attention_head_dim=attention_head_dim,
+            norm_num_groups=norm_num_groups,
+            dropout=dropout,
+        )
+        self.flags = nn.Linear(num_flags, 4 * block_out_channels[0], bias=False)
+        nn.init.zeros_(self.unet.conv_out.weight)  # start from the prediction 0, whose loss is the target's variance
+        nn.init.zeros_(self.unet.conv_out.bias)
+
+    @classmethod
+    def widths(cls, block_out_channels: Any = DEFAULT_CHANNELS, **_: Any) -> tuple[int, int]:
+        return block_out_channels[0], block_out_channels[-1] + block_out_channels[0]
+
+    def forward(self, sample: Tensor, timestep: Tensor, observation: Observation) -> BackboneOutput:
+        unet = self.unet
+        emb = unet.time_proj(timestep).to(sample.dtype)  # (B, c0)
+        emb = unet.time_embedding(emb) + self.flags(observation.flags.to(sample.dtype))  # (B, 4 c0)
+        h = unet.conv_in(torch.cat([sample, observation.channels], dim=1))  # (B, c0, H, W)
+        skips = (h,)
+        for block in unet.down_blocks:
+            h, outputs = block(hidden_states=h, temb=emb)
+            skips += outputs
+        h = unet.mid_block(h, emb)  # (B, c_last, H / 2^(levels − 1), ...)
+        bottleneck = h.mean(dim=(2, 3))  # (B, c_last)
+        for block in unet.up_blocks:
+            taken = len(block.resnets)
+            h, skips = block(h, skips[-taken:], emb), skips[:-taken]
+        features = unet.conv_act(unet.conv_norm_out(h))  # (B, c0, H, W)
+        pooled = torch.cat([bottleneck, features.mean(dim=(2, 3))], dim=1)  # (B, c_last + c0)
+        return BackboneOutput(unet.conv_out(features), features, pooled)
+
+
+def _check(space: tuple, channels: Any, attention: list[bool], groups: int, head_dim: int) -> None:
+    key, factor = "backbone.block_out_channels", 2 ** (len(channels) - 1)
+    if space[1] % factor or space[2] % factor:
+        raise InputError(key, list(channels), f"needs a size that is a multiple of {factor}, the data have {space[1:]}")
+    if len(attention) != len(channels):
+        raise InputError("backbone.attention", attention, f"needs {len(channels)} entries, one per level")
+    for count, on in zip(channels, [*attention[:-1], True], strict=True):
+        if count % groups:
+            raise InputError(key, list(channels), f"every entry must be a multiple of norm_num_groups = {groups}")
+        if on and count % head_dim:
+            raise InputError(key, list(channels), f"attention needs a multiple of attention_head_dim = {head_dim}")

@@ -1,0 +1,273 @@
+"""One experiment as data: pydantic models, read from YAML and `key=value` overrides; unknown keys are errors.
+
+Nothing of the package but the error is imported here: a config can be read, checked and shown without torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from mmdiff.errors import InputError
+
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _Open(BaseModel):
+    """Further keys are constructor arguments of the class that `kind` names; `mmdiff.build` checks them."""
+
+    model_config = ConfigDict(extra="allow")
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor arguments."""
+        return dict(self.model_extra or {})
+
+
+class DataConfig(_Strict):
+    """Where rows come from."""
+
+    source: str  # an embedded set (digits), a hub name, a folder, or a parquet file or glob
+    columns: dict[str, str] = {}  # {modality: column}; default: the column of the modality's own name
+    split: str = "train"  # training rows
+    validation_split: str = "validation"  # rows for evaluation
+    holdout: int | None = Field(None, ge=2)  # k: hold out rows with index % k == k − 1 of `split` instead
+    cache_mib: float = Field(512.0, ge=0)  # keep decoded rows in memory where they fit
+    workers: int = Field(0, ge=0)  # processes that read rows
+
+
+class WeightConfig(_Strict):
+    """W_t of a modality (README, Theory, section 3)."""
+
+    schedule: Literal["constant", "bump", "early", "none", "learned"] = "constant"
+    scale: float = Field(1.5, ge=0)  # max_t W_t
+    learn_scale: bool = False  # only with schedule learned
+
+
+class ModalityStates(_Strict):
+    """A modality's own probabilities, over those of `states`."""
+
+    aggregated: float | None = Field(None, ge=0, le=1)
+    observed: float | None = Field(None, ge=0, le=1)
+
+
+class ModalityConfig(_Open):
+    """One data type; further keys belong to its class."""
+
+    kind: str
+    weight: WeightConfig = WeightConfig()
+    loss_weight: float = Field(0.1, ge=0)  # λ_i of the L2 term
+    states: ModalityStates = ModalityStates()
+
+
+class BackboneConfig(_Open):
+    """The network; further keys belong to its class."""
+
+    kind: str = "unet"
+
+
+class SchedulerConfig(_Strict):
+    """Arguments of MTDiffusionScheduler, under its names."""
+
+    num_train_timesteps: int = Field(1000, ge=2)
+    beta_schedule: str = "squaredcos_cap_v2"
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    trained_betas: list[float] | None = None
+    rescale_betas_zero_snr: bool = False
+    prediction_type: str = "v_prediction"
+    timestep_spacing: str = "trailing"
+    clip_sample: bool = True
+    clip_sample_range: float = Field(1.0, gt=0)
+    solver: str = "DPMSolverMultistepScheduler"
+    solver_config: dict[str, Any] | None = None
+    literal_alpha: bool = False
+    allow_nonzero_terminal: bool = False
+
+
+class StatesConfig(_Strict):
+    """The law by which training draws each modality's state (README, Theory, section 4)."""
+
+    law: Literal["independent", "source", "heads"] = "independent"  # source: always aggregated; heads: always absent
+    aggregated: float = Field(0.5, ge=0, le=1)  # probability of the flag, for auxiliary modalities
+    observed: float = Field(0.3, ge=0, le=1)  # probability of the flag, for auxiliary modalities
+    anchor_observed: float = Field(0.15, ge=0, le=1)  # the anchor is given, the rest is read from it
+
+
+class LossConfig(_Strict):
+    """How the terms are added up."""
+
+    min_snr_gamma: float | None = Field(None, gt=0)  # cap of the SNR weighting of L1; none: plain
+    terminal: float = Field(1.0, ge=0)  # coefficient of L0
+
+
+class TrainConfig(_Strict):
+    """One training run."""
+
+    steps: int = Field(1000, ge=1)  # optimizer steps
+    batch_size: int = Field(64, ge=1)  # global: over all processes and accumulated parts
+    accumulate: int = Field(1, ge=1)  # parts into which each process splits its share
+    learning_rate: float = Field(1e-3, gt=0)
+    warmup: int = Field(50, ge=0)  # steps of linear warm-up; a cosine to 0 follows
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = Field(0.01, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    ema_decay: float = Field(0.999, ge=0, lt=1)  # reached from below: min(decay, (1 + n) / (10 + n))
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    seed: int = Field(0, ge=0)
+    threads: int = Field(0, ge=0)  # CPU threads; 0: from the CPU affinity
+    log_every: int = Field(10, ge=1)
+    checkpoint_every: int = Field(0, ge=0)  # 0: none but the last
+    keep_checkpoints: int = Field(2, ge=1)
+    sample_every: int = Field(0, ge=0)  # 0: only at the end
+    resume: Literal["never", "auto"] = "never"  # auto: continue the run folder's newest checkpoint
+
+
+class SampleConfig(_Strict):
+    """How grids and evaluations sample."""
+
+    steps: int = Field(20, ge=1)  # solver steps
+    guidance_scale: float = Field(1.0, ge=0)
+    batch_size: int = Field(256, ge=1)
+
+
+class EvaluateConfig(_Strict):
+    """What `mmdiff evaluate` measures."""
+
+    num_samples: int = Field(749, ge=2)
+    seeds: list[int] = [0]
+    at_end: bool = True  # whether training ends with an evaluation
+
+
+class Config(_Strict):
+    """One experiment."""
+
+    name: str
+    output: str | None = None  # run folder; default runs/<name>
+    data: DataConfig
+    anchor: str = "image"
+    modalities: dict[str, ModalityConfig]
+    backbone: BackboneConfig = BackboneConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    states: StatesConfig = StatesConfig()
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    sample: SampleConfig = SampleConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    track: Literal["none", "wandb"] = "none"
+
+    @field_validator("name")
+    @classmethod
+    def _folder_name(cls, name: str) -> str:
+        if not name or "/" in name or name.startswith("."):
+            raise ValueError("must be usable as a folder name")
+        return name
+
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.output or f"runs/{self.name}")
+
+    def column(self, modality: str) -> str:
+        """The data column of a modality."""
+        return self.data.columns.get(modality, modality)
+
+    def auxiliary(self) -> list[str]:
+        """Names of all modalities but the anchor, sorted."""
+        return sorted(set(self.modalities) - {self.anchor})
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply `key=value` overrides and check everything.
+
+    Raises:
+        InputError: one line with the key, the value and the remedy.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError("config", str(path), "no such file")
+    try:
+        tree = OmegaConf.load(path)
+        for item in overrides or []:
+            if "=" not in item:
+                raise InputError("override", item, "write key=value, for example train.steps=600")
+            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([item]))
+        plain = OmegaConf.to_container(tree, resolve=True)
+    except InputError:
+        raise
+    except (OmegaConfBaseException, ValueError, OSError) as error:
+        raise InputError("config", str(path), f"cannot be read: {error}") from error
+    except Exception as error:  # yaml raises its own family
+        raise InputError("config", str(path), f"is no valid YAML: {error}") from error
+    return parse_config(plain)
+
+
+def parse_config(tree: Any) -> Config:
+    """Check a plain tree of dicts and lists."""
+    if not isinstance(tree, dict):
+        raise InputError("config", tree, "must be a mapping of keys")
+    try:
+        config = Config.model_validate(tree)
+    except pydantic.ValidationError as error:
+        raise _readable(error.errors()[0], tree) from None
+    if config.anchor not in config.modalities:
+        raise InputError("anchor", config.anchor, f"choose one of modalities: {', '.join(sorted(config.modalities))}")
+    for name in config.data.columns:
+        if name not in config.modalities:
+            raise InputError(f"data.columns.{name}", config.data.columns[name], "names no modality")
+    return config
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved config; reading it gives the same config again."""
+    OmegaConf.save(OmegaConf.create(config.model_dump(mode="json")), path)
+
+
+def first_difference(one: Config, other: Config, ignore: set[str]) -> tuple[str, Any, Any] | None:
+    """(key, value in one, value in other) of the first key in which two configs differ."""
+    return _difference(one.model_dump(mode="json"), other.model_dump(mode="json"), "", ignore)
+
+
+def _difference(one: Any, other: Any, key: str, ignore: set[str]) -> tuple[str, Any, Any] | None:
+    if key in ignore:
+        return None
+    if isinstance(one, dict) and isinstance(other, dict):
+        for name in sorted(set(one) | set(other)):
+            found = _difference(one.get(name), other.get(name), f"{key}.{name}".lstrip("."), ignore)
+            if found:
+                return found
+        return None
+    return None if one == other else (key, one, other)
+
+
+def _readable(error: Any, tree: dict) -> InputError:
+    """A pydantic error as our one line; unknown keys get the nearest known one."""
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = _fields_at(error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        return InputError(key, error["input"], f"unknown key; {f'did you mean {near[0]}?' if near else 'known: ' + ', '.join(known)}")
+    if error["type"] == "missing":
+        return InputError(key, None, "is missing; add it to the config")
+    message = error["msg"].removeprefix("Value error, ")
+    return InputError(key, error["input"], message[0].lower() + message[1:])
+
+
+def _fields_at(path: tuple) -> list[str]:
+    """Names of the fields of the model at a path of keys."""
+    model: Any = Config
+    for part in path:
+        if part == "modalities":
+            model = dict[str, ModalityConfig]
+        elif model == dict[str, ModalityConfig]:
+            model = ModalityConfig
+        else:
+            model = model.model_fields[part].annotation
+    return sorted(model.model_fields)

@@ -1,0 +1,120 @@
+"""The contract of a modality: E_i, D_i and p_θ(x_i | z_t) of one data type in one class."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from mmdiff.errors import InputError
+
+
+class Shape(NamedTuple):
+    """What a modality must know of its surroundings."""
+
+    space: tuple[int, int, int]  # (C, H, W) of the diffusion space
+    features: int  # channels of the backbone's feature map
+    pooled: int  # width of the backbone's pooled vector
+
+
+class Modality(nn.Module, ABC):
+    """One data type: value <-> diffusion space, decoder head and likelihood.
+
+    A *value* is the tensor that travels in a batch, *params* are what the head predicts: the parameters of
+    p_θ(x_i | z_t). Encodings have mean square 1 over the data, so that a weight's `scale` means the same everywhere.
+
+    Args:
+        shape: the diffusion space and the widths of the backbone's outputs.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+
+    # ------------------------------------------------------------------------------------------------ data <-> value
+
+    @classmethod
+    @abstractmethod
+    def settings_from_data(cls, feature: Any, values: Iterable[Any]) -> dict[str, Any]:
+        """Constructor arguments that a data column determines: its `datasets` feature and its values, read lazily."""
+
+    @abstractmethod
+    def preprocess(self, raw: Any) -> Tensor:
+        """One raw value of a data set (a PIL image, an int …) -> value without batch dimension.
+
+        Raises:
+            InputError: when the raw value does not fit; the key is the modality's part of the message.
+        """
+
+    @abstractmethod
+    def postprocess(self, value: Tensor) -> list[Any]:
+        """Values (B, …) -> what a person wants: PIL images, class ids, vectors; a list of B."""
+
+    def gallery(self) -> Tensor | None:
+        """A few values, each worth a row of a sample grid, or None where none stand out: (R, *value_shape)."""
+        return None
+
+    @property
+    @abstractmethod
+    def value_shape(self) -> tuple[int, ...]:
+        """Shape of one value; with `placeholder`'s dtype it describes rows whose value is missing."""
+
+    @abstractmethod
+    def placeholder(self) -> Tensor:
+        """A valid value without meaning, for rows where it is missing."""
+
+    def check(self, value: Tensor) -> None:
+        """Refuse a batch of values (B, *value_shape) of another shape or dtype."""
+        wanted = self.placeholder()
+        if tuple(value.shape[1:]) != self.value_shape or value.is_floating_point() != wanted.is_floating_point():
+            shown = f"{value.dtype} {tuple(value.shape)}"
+            raise InputError("value", shown, f"expected {wanted.dtype} of shape (B, {', '.join(map(str, self.value_shape))})")
+
+    # -------------------------------------------------------------------------------------------- value -> diffusion
+
+    @property
+    def observation_channels(self) -> int:
+        """Channels that `observe` adds to the backbone's input."""
+        return self.shape.space[0]
+
+    @abstractmethod
+    def encode(self, value: Tensor) -> Tensor:
+        """E_i(x_i): (B, C, H, W), mean square 1 over the data."""
+
+    def observe(self, value: Tensor) -> Tensor:
+        """What the backbone sees of an observed value: (B, observation_channels, H, W)."""
+        return self.encode(value)
+
+    # --------------------------------------------------------------------------------------------- diffusion -> value
+
+    @abstractmethod
+    def decode(self, features: Tensor, pooled: Tensor) -> Tensor:
+        """D_i: parameters of p_θ(x_i | z_t) from features (B, F, H, W) and pooled (B, P); one tensor, batch first."""
+
+    @abstractmethod
+    def nll(self, params: Tensor, value: Tensor) -> Tensor:
+        """−log p_θ(x_i | z_t) in nats, averaged over the modality's own dimensions: (B,)."""
+
+    @property
+    @abstractmethod
+    def dimensions(self) -> int:
+        """The number of dimensions that `nll` averages over: nll × dimensions is the whole in nats."""
+
+    @property
+    @abstractmethod
+    def noise_shape(self) -> tuple[int, ...]:
+        """Shape, without batch, of the standard normal noise that `sample` turns into a value."""
+
+    @abstractmethod
+    def sample(self, params: Tensor, noise: Tensor) -> Tensor:
+        """A draw x̂_i ~ p_θ(x_i | z_t) from per-sample noise (B, *noise_shape), so that a batch can be split."""
+
+    @abstractmethod
+    def mode(self, params: Tensor) -> Tensor:
+        """argmax p_θ(x_i | z_t)."""
+
+    @abstractmethod
+    def expected_encoding(self, params: Tensor) -> Tensor:
+        """Σ_k p(k | z_t) E(k), the posterior mean of the encoding: (B, C, H, W)."""

@@ -1,0 +1,104 @@
+"""Class labels: E is a learned table with unit mean square, the head a categorical on the pooled features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from datasets import ClassLabel
+from torch import Tensor, nn
+
+from mmdiff.errors import InputError
+from mmdiff.likelihoods import categorical_log_prob
+from mmdiff.modalities.base import Modality, Shape
+
+
+class Label(Modality):
+    """A class label; its value is an int64 class id.
+
+    Args:
+        shape: the surroundings, see `Modality`.
+        num_classes: K; ids run from 0 to K − 1. Taken from the data where the config leaves it out.
+    """
+
+    def __init__(self, shape: Shape, num_classes: int) -> None:
+        super().__init__(shape)
+        if num_classes < 2:
+            raise InputError("num_classes", num_classes, "a label needs at least two classes")
+        self.num_classes = num_classes
+        self.table = nn.Parameter(torch.randn(num_classes, *shape.space))
+        self.head = nn.Sequential(
+            nn.LayerNorm(shape.pooled),
+            nn.Linear(shape.pooled, shape.pooled),
+            nn.SiLU(),
+            nn.Linear(shape.pooled, num_classes),
+        )
+
+    @classmethod
+    def settings_from_data(cls, feature: Any, values: Iterable[Any]) -> dict[str, Any]:
+        if isinstance(feature, ClassLabel):
+            return {"num_classes": feature.num_classes}
+        ids = {value for value in values if value is not None}  # a bare integer column does not state its size
+        if not ids or not all(isinstance(value, int) for value in ids):
+            raise InputError("label", type(next(iter(ids), None)).__name__, "is no column of integers; check data.columns")
+        return {"num_classes": max(ids) + 1}
+
+    def preprocess(self, raw: Any) -> Tensor:
+        if isinstance(raw, bool) or not isinstance(raw, int):
+            raise InputError("label", raw, "is no integer class id; check data.columns")
+        if not 0 <= raw < self.num_classes:
+            raise InputError("label", raw, f"is outside 0 … {self.num_classes - 1}; check num_classes")
+        return torch.tensor(raw)
+
+    def check(self, value: Tensor) -> None:
+        super().check(value)
+        outside = value[(value < 0) | (value >= self.num_classes)]
+        if len(outside):
+            raise InputError("label", int(outside[0]), f"is outside 0 … {self.num_classes - 1}")
+
+    def postprocess(self, value: Tensor) -> list[int]:
+        return value.tolist()
+
+    def gallery(self) -> Tensor:
+        return torch.arange(min(self.num_classes, 10))
+
+    @property
+    def value_shape(self) -> tuple[int, ...]:
+        return ()
+
+    def placeholder(self) -> Tensor:
+        return torch.tensor(0)
+
+    def _normalised_table(self) -> Tensor:
+        """Rows with mean square 1: a learned encoder cannot shrink the noise loss by growing."""
+        return self.table / self.table.square().mean(dim=(1, 2, 3), keepdim=True).add(1e-12).sqrt()  # (K, C, H, W)
+
+    def encode(self, value: Tensor) -> Tensor:
+        return self._normalised_table()[value]  # (B, C, H, W)
+
+    def decode(self, features: Tensor, pooled: Tensor) -> Tensor:
+        return self.head(pooled)  # (B, K)
+
+    def nll(self, params: Tensor, value: Tensor) -> Tensor:
+        return -categorical_log_prob(params, value)
+
+    @property
+    def dimensions(self) -> int:
+        return 1
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        return (1,)
+
+    def sample(self, params: Tensor, noise: Tensor) -> Tensor:
+        # one normal number through its own distribution function is the uniform of inverse-CDF sampling
+        u = torch.special.ndtr(noise.to(params.dtype))  # (B, 1)
+        below = params.softmax(dim=-1).cumsum(dim=-1) < u  # (B, K)
+        return below.sum(dim=-1).clamp(max=self.num_classes - 1)
+
+    def mode(self, params: Tensor) -> Tensor:
+        return params.argmax(dim=-1)
+
+    def expected_encoding(self, params: Tensor) -> Tensor:
+        return torch.einsum("bk,kchw->bchw", params.softmax(dim=-1), self._normalised_table())

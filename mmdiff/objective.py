@@ -1,0 +1,150 @@
+"""One training step: states → encodings → z_t → backbone → the four terms. Read this file first.
+
+Everything random is a function of (seed, step, position in the global batch), and every term is divided by the full
+batch, so that one process, several processes and accumulation compute the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mmdiff import losses
+from mmdiff.data import Batch
+from mmdiff.model import MTDiffusionModel
+from mmdiff.randomness import normal, uniform
+from mmdiff.schedulers import MTDiffusionScheduler
+from mmdiff.schedulers.weights import initial_parameters
+
+
+class StateLaw(NamedTuple):
+    """Probabilities of a modality's two flags, drawn independently: neither is *absent*."""
+
+    aggregated: float
+    observed: float
+
+
+class Where(NamedTuple):
+    """Where in the run a (micro-)batch stands: what its random numbers are functions of."""
+
+    step: int
+    positions: Tensor  # (B,) int64, in the global batch
+    global_batch: int
+
+
+class ObjectiveOutput(NamedTuple):
+    """``loss`` to differentiate and ``terms`` by name, detached, both means over the batch."""
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+
+
+class MTObjective(nn.Module):
+    """L1 + L3 + Σ_i λ_i L2_i + L0 for one batch.
+
+    Args:
+        model, scheduler: what is trained, and the forward process.
+        state_laws: {modality: StateLaw}, the anchor included (its ``aggregated`` counts as 0).
+        loss_weights: {auxiliary modality: λ_i}.
+        terminal_weight: coefficient of L0.
+        min_snr_gamma: cap of the SNR weight of L1, or None for the plain error.
+        learn_scale: auxiliary modalities with a learned schedule whose scale is learned too.
+        seed: of the run.
+    """
+
+    def __init__(
+        self,
+        model: MTDiffusionModel,
+        scheduler: MTDiffusionScheduler,
+        state_laws: Mapping[str, StateLaw],
+        loss_weights: Mapping[str, float],
+        terminal_weight: float = 1.0,
+        min_snr_gamma: float | None = None,
+        learn_scale: tuple[str, ...] = (),
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.model, self.scheduler = model, scheduler
+        self.state_laws, self.loss_weights = dict(state_laws), dict(loss_weights)
+        self.terminal_weight, self.min_snr_gamma, self.seed = terminal_weight, min_snr_gamma, seed
+        learned = [n for n, w in (scheduler.config.weights or {}).items() if w.get("schedule") == "learned"]
+        self.schedule_shapes = nn.ParameterDict({name: initial_parameters() for name in learned})
+        self.schedule_scales = nn.ParameterDict(
+            {name: nn.Parameter(torch.zeros(()), requires_grad=name in learn_scale) for name in learned}
+        )
+
+    def learned_weights(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """{modality: (parameters, log_scale)} of learned weight schedules."""
+        return {name: (self.schedule_shapes[name], self.schedule_scales[name]) for name in self.schedule_shapes}
+
+    def forward(self, batch: Batch, where: Where) -> ObjectiveOutput:
+        """One (micro-)batch; see the module's docstring."""
+        model, scheduler = self.model, self.scheduler
+        scheduler.set_learned_weights(self.learned_weights())
+        aggregated, observed = self.draw_states(batch, where)
+        timesteps = self.draw_timesteps(where, observed[model.anchor])  # (B,)
+
+        z_0 = model.modalities[model.anchor].encode(batch.values[model.anchor])  # (B, C, H, W)
+        noise = normal(self.seed, where.step, "noise", where.positions, z_0.shape[1:])
+        auxiliary = {name: batch.values[name] for name in model.auxiliary}
+        encodings = {
+            name: encoding * aggregated[name][:, None, None, None]
+            for name, encoding in model.encode(auxiliary).items()
+            if name in (scheduler.config.weights or {})
+        }
+        z_t = scheduler.add_noise(z_0, noise, timesteps, encodings)
+        z_t = z_t * ~observed[model.anchor][:, None, None, None]  # nothing to denoise: the mean of z_T, as in sampling
+        output = model(z_t, timesteps, model.observation(batch.values, aggregated, observed, like=z_t))
+
+        unknown = batch.present[model.anchor] & ~observed[model.anchor]
+        target = scheduler.training_target(z_0, noise, timesteps)
+        error = losses.denoising_error(output.prediction, target, self.snr_weight(timesteps)) * unknown  # (B,)
+        terminal = losses.terminal_kl(scheduler.marginal(z_0, timesteps.new_full((len(z_0),), len(scheduler) - 1), encodings))
+        terms = {"l0": terminal / z_0[0].numel(), "l1": error * (timesteps > 0), "l3": error * (timesteps == 0)}
+        for name in model.auxiliary:
+            nll = model.modalities[name].nll(output.params[name].float(), batch.values[name])
+            terms[f"l2/{name}"] = nll * (batch.present[name] & ~observed[name])
+        return self.total(terms)
+
+    def total(self, terms: dict[str, Tensor]) -> ObjectiveOutput:
+        """The weighted sum of the terms; the only place where (B,) becomes a number."""
+        means = {name: term.mean() for name, term in terms.items()}
+        loss = self.terminal_weight * means["l0"].float() + means["l1"] + means["l3"]
+        for name, weight in self.loss_weights.items():
+            loss = loss + weight * means[f"l2/{name}"]
+        return ObjectiveOutput(loss, {"loss": loss.detach(), **{name: mean.detach() for name, mean in means.items()}})
+
+    def draw_states(self, batch: Batch, where: Where) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """({name: aggregated}, {name: observed}), (B,) bool each; a missing value is absent."""
+        aggregated, observed = {}, {}
+        for name in self.model.names:
+            law = self.state_laws[name]
+            u = uniform(self.seed, where.step, f"states/{name}", where.positions, (2,))  # (B, 2)
+            aggregated[name] = (u[:, 0] < law.aggregated) & batch.present[name]
+            observed[name] = (u[:, 1] < law.observed) & batch.present[name]
+        anchor_observed = observed[self.model.anchor]  # then z_t carries nothing
+        aggregated = {name: mask & ~anchor_observed for name, mask in aggregated.items()}
+        aggregated[self.model.anchor] = torch.zeros_like(anchor_observed)
+        return aggregated, observed
+
+    def draw_timesteps(self, where: Where, anchor_observed: Tensor) -> Tensor:
+        """(B,) in 0 … T − 1: one uniform number, spread evenly over the global batch (Kingma et al., 2021).
+
+        Where the anchor is observed nothing is denoised; t = T is what sampling asks then.
+        """
+        total = len(self.scheduler)
+        offset = uniform(self.seed, where.step, "times", where.positions[:1] * 0)
+        u = (offset + where.positions.double() / where.global_batch) % 1.0
+        timesteps = (u * total).long().clamp(max=total - 1)
+        return torch.where(anchor_observed, total - 1, timesteps)
+
+    def snr_weight(self, timesteps: Tensor) -> Tensor | None:
+        """(B,) weight of the denoising error, or None."""
+        if self.min_snr_gamma is None:
+            return None
+        alphas_cumprod = self.scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+        kind = self.scheduler.config.prediction_type
+        return losses.min_snr_weight(alphas_cumprod, self.min_snr_gamma, kind).float()

@@ -1,0 +1,217 @@
+"""Sampling: any subset of the modalities in, the rest out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from mmdiff.conditioning import aggregated_names, fed_encoding, feed_for, guidance_scales, guided
+from mmdiff.errors import InputError
+from mmdiff.modalities import Modality
+from mmdiff.model import MTDiffusionModel
+from mmdiff.schedulers import MTDiffusionScheduler
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+@dataclass
+class MTDiffusionPipelineOutput(BaseOutput):
+    """``samples`` {modality: list of what a person wants, or tensor}; ``last_draws`` {unobserved auxiliary: values
+    drawn from the heads in the last denoising step}, empty unless asked for and where nothing was denoised."""
+
+    samples: dict[str, Any]
+    last_draws: dict[str, Any]
+
+
+class MTDiffusionPipeline(DiffusionPipeline):
+    """Joint and conditional sampling with one model.
+
+    Args:
+        model: the networks.
+        scheduler: the reverse process; another solver is `MTDiffusionScheduler.from_config(scheduler.config, solver=…)`.
+    """
+
+    model_cpu_offload_seq = "model"
+
+    def __init__(self, model: MTDiffusionModel, scheduler: MTDiffusionScheduler) -> None:
+        super().__init__()
+        self.register_modules(model=model, scheduler=scheduler)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> MTDiffusionPipeline:
+        """Load a folder or a hub repository that `save_pretrained` or `push_to_hub` wrote.
+
+        Args:
+            pretrained_model_name_or_path: the folder or the repository.
+            kwargs: for the components' own `from_pretrained`: torch_dtype, revision, token, cache_dir …
+
+        Raises:
+            InputError: when the folder holds another pipeline; nothing of it is imported or run.
+        """
+        hub = {k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "local_files_only", "force_download")}
+        index = cls.load_config(pretrained_model_name_or_path, **hub)
+        expected = {"model": ["mmdiff.model", "MTDiffusionModel"], "scheduler": ["mmdiff.schedulers.mt_diffusion", "MTDiffusionScheduler"]}
+        for name, component in expected.items():
+            if list(index.get(name, ())) != component:
+                raise InputError(f"model_index.json: {name}", index.get(name), f"is no mmdiff pipeline; expected {component}")
+        model = MTDiffusionModel.from_pretrained(
+            pretrained_model_name_or_path, subfolder="model", low_cpu_mem_usage=False, **kwargs
+        )
+        scheduler = MTDiffusionScheduler.from_pretrained(pretrained_model_name_or_path, subfolder="scheduler", **hub)
+        return cls(model=model.eval(), scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int | None = None,
+        observed: Mapping[str, Any] | None = None,
+        num_inference_steps: int = 20,
+        guidance_scale: float | Mapping[str, float] = 1.0,
+        aggregate: bool | Iterable[str] | None = None,
+        feed: str | None = None,
+        generator: Generators = None,
+        output_type: str = "pil",
+        final_read: bool = True,
+        return_last_draws: bool = False,
+        return_dict: bool = True,
+    ) -> MTDiffusionPipelineOutput | tuple[dict[str, Any], dict[str, Any]]:
+        """Draw every modality that is not observed.
+
+        Args:
+            batch_size: how many samples; by default as many as are observed, or 1.
+            observed: {modality: one raw value (int, PIL image …), a list of them, or a tensor of values}; single
+                values are broadcast. Observed values are returned bit-exactly. With the anchor observed, one network
+                evaluation reads the rest.
+            num_inference_steps: solver steps.
+            guidance_scale: classifier-free guidance, one number or {observed modality: number}; 1 is off.
+            aggregate: which modalities take part in c_t: True (default: all with weights), False, or names.
+            feed: how unknown aggregated modalities are fed back: "draw", "mean" or "mode"; by default "draw" for
+                stochastic and "mean" for deterministic solvers.
+            generator: one, or a list of one per sample, with which results do not depend on the batch's split.
+            output_type: "pil" (what a person wants) or "pt" (tensors: images in [−1, 1], class ids).
+            final_read: read unobserved modalities from the finished anchor in one more evaluation; False returns the
+                draws of the last denoising step.
+            return_last_draws: report those draws beside the final read.
+            return_dict: False returns the tuple (samples, last_draws).
+
+        Raises:
+            InputError: naming the argument, the value and the remedy.
+        """
+        if output_type not in ("pil", "pt"):
+            raise InputError("output_type", output_type, "choose pil or pt")
+        values = self._observed_values(observed or {}, batch_size)
+        count = len(next(iter(values.values()))) if values else batch_size or 1
+        if isinstance(generator, list) and len(generator) != count:
+            raise InputError("generator", f"{len(generator)} generators", f"needs one, or one per sample: {count}")
+        names = aggregated_names(aggregate, self._peak_weights())
+        scales = guidance_scales(guidance_scale, set(values) - {self.model.anchor})
+        draws: dict[str, Tensor] = {}
+        samples = dict(values)
+        if self.model.anchor not in values:
+            z_0, draws = self._denoise(values, count, num_inference_steps, scales, names, feed, generator)
+            samples[self.model.anchor] = self.model.modalities[self.model.anchor].unencode(z_0)
+        if len(samples) < len(self.model.names):
+            read = final_read or self.model.anchor in values
+            samples |= self._read(samples) if read else draws
+        draws = draws if return_last_draws else {}
+        samples = {name: self._finish(name, samples[name], output_type) for name in self.model.names}
+        draws = {name: self._finish(name, value, output_type) for name, value in draws.items()}
+        return MTDiffusionPipelineOutput(samples=samples, last_draws=draws) if return_dict else (samples, draws)
+
+    def _denoise(
+        self,
+        values: dict[str, Tensor],
+        count: int,
+        num_inference_steps: int,
+        scales: dict[str, float],
+        names: set[str],
+        feed: str | None,
+        generator: Generators,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(z_0, draws of the last step). One reverse step: heads → encodings → the solver on u = z − c → + c."""
+        model, scheduler, device = self.model, self.scheduler, self.model.device
+        feed = feed_for(feed, scheduler.is_stochastic)
+        unknown = sorted(set(model.auxiliary) - set(values))
+        fed = [name for name in unknown if name in names]
+        everywhere = torch.ones(count, dtype=torch.bool, device=device)
+        aggregated = {name: everywhere for name in names}
+        observed = {name: everywhere for name in values}
+        encodings = model.encode({name: value for name, value in values.items() if name in names})
+        scheduler.set_timesteps(num_inference_steps, device=device, changing_encodings=bool(fed))
+        z_t = self._randn(count, model.space, generator)
+        drawn: dict[str, Tensor] = {}
+        for index, t in enumerate(self.progress_bar(scheduler.timesteps)):
+            output = guided(model, z_t, t.expand(count), values, aggregated, observed, scales)
+            last = index == len(scheduler.timesteps) - 1
+            drawn = {
+                name: self._draw(name, output.params[name], generator)
+                for name in (unknown if last else fed if feed == "draw" else ())
+            }
+            for name in fed:
+                encodings[name] = fed_encoding(model.modalities[name], output.params[name], feed, drawn.get(name))
+            z_t = scheduler.step(output.prediction, t, z_t, encodings, generator=generator, return_dict=False)[0]
+        return z_t, drawn
+
+    def _read(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Modes of all unobserved modalities given the anchor and whatever else is observed: one evaluation at t = T.
+
+        Nothing is denoised, so z_T is its mean 0 and every target is absent.
+        """
+        model = self.model
+        anchor = values[model.anchor]
+        z = torch.zeros(len(anchor), *model.space, device=model.device, dtype=model.dtype)
+        observed = {name: torch.ones(len(anchor), dtype=torch.bool, device=model.device) for name in values}
+        timesteps = torch.full((len(anchor),), len(self.scheduler) - 1, device=model.device)
+        output = model(z, timesteps, model.observation(values, {}, observed, like=z))
+        return {n: model.modalities[n].mode(params) for n, params in output.params.items() if n not in values}
+
+    def _draw(self, name: str, params: Tensor, generator: Generators) -> Tensor:
+        modality: Modality = self.model.modalities[name]
+        return modality.sample(params, self._randn(len(params), modality.noise_shape, generator))
+
+    def _randn(self, count: int, shape: tuple[int, ...], generator: Generators) -> Tensor:
+        if isinstance(generator, list) and len(generator) == 1:
+            generator = generator[0]
+        return randn_tensor((count, *shape), generator=generator, device=self.model.device, dtype=self.model.dtype)
+
+    def _peak_weights(self) -> dict[str, float]:
+        weights = self.scheduler.config.weights or {}
+        return {name: float(self.scheduler.cumulative_weights(name).detach().max()) for name in weights}
+
+    def _finish(self, name: str, value: Tensor, output_type: str) -> Any:
+        return value if output_type == "pt" else self.model.modalities[name].postprocess(value)
+
+    def _observed_values(self, observed: Mapping[str, Any], batch_size: int | None) -> dict[str, Tensor]:
+        """Observed values as tensors with one common batch size."""
+        values = {}
+        for name, raw in observed.items():
+            if name not in self.model.names:
+                raise InputError(f"observed.{name}", raw, f"choose from {', '.join(self.model.names)}")
+            values[name] = self._as_values(name, raw)
+        counts = {name: len(value) for name, value in values.items() if len(value) != 1}
+        count = batch_size or max(counts.values(), default=1)
+        for name, found in counts.items():
+            if found != count:
+                raise InputError(f"observed.{name}", f"{found} values", f"does not match {count} samples")
+        return {name: value.expand(count, *value.shape[1:]) if len(value) == 1 else value for name, value in values.items()}
+
+    def _as_values(self, name: str, raw: Any) -> Tensor:
+        modality: Modality = self.model.modalities[name]
+        try:
+            if not isinstance(raw, Tensor):
+                many = raw if isinstance(raw, list | tuple) else [raw]
+                value = torch.stack([modality.preprocess(item) for item in many])
+            else:
+                value = raw if raw.ndim > len(modality.value_shape) else raw[None]
+                modality.check(value)
+        except InputError as error:
+            raise InputError(f"observed.{name}", error.value, error.remedy) from None
+        return value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)

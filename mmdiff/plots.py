@@ -1,0 +1,107 @@
+"""Pictures: sample grids, the forward process, weight schedules, curves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mmdiff.config import SampleConfig
+from mmdiff.pipeline import MTDiffusionPipeline
+from mmdiff.schedulers import MTDiffusionScheduler
+
+COLUMNS = 10
+
+
+def tile(images: list[Image.Image], columns: int, gap: int = 2, zoom: int = 1) -> Image.Image:
+    """Images of one size in rows of ``columns``, with a gap so that they do not run into each other."""
+    width, height = images[0].width * zoom, images[0].height * zoom
+    rows = -(-len(images) // columns)
+    canvas = Image.new(
+        images[0].mode, (columns * (width + gap) + gap, rows * (height + gap) + gap), 128 if images[0].mode == "L" else (128,) * 3
+    )
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        tile_ = image.resize((width, height), Image.Resampling.NEAREST)
+        canvas.paste(tile_, (gap + column * (width + gap), gap + row * (height + gap)))
+    return canvas
+
+
+def save_grid(pipeline: MTDiffusionPipeline, path: Path, sample: SampleConfig, seed: int = 0) -> Path:
+    """A grid of anchors: one row per value of the first modality that has a gallery, else joint samples."""
+    model = pipeline.model
+    generator = torch.Generator().manual_seed(seed)
+    galleries = {name: model.modalities[name].gallery() for name in model.auxiliary}
+    name = next((name for name, gallery in galleries.items() if gallery is not None), None)
+    arguments = {"num_inference_steps": sample.steps, "generator": generator}
+    if name is None:
+        output = pipeline(batch_size=COLUMNS**2, **arguments)
+    else:
+        rows = galleries[name].repeat_interleave(COLUMNS, dim=0)
+        output = pipeline(observed={name: rows}, guidance_scale=sample.guidance_scale, **arguments)
+    images = output.samples[model.anchor]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tile(images, COLUMNS, zoom=max(1, 48 // images[0].height)).save(path)
+    return path
+
+
+def weight_schedules(scheduler: MTDiffusionScheduler, path: Path) -> Path:
+    """√ā_t, and W_t and w_t of every modality."""
+    plt = _pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), constrained_layout=True)
+    t = np.arange(1, len(scheduler) + 1)
+    left.plot(t, scheduler.alphas_cumprod.sqrt(), "k--", label="√ā_t (anchor)")
+    for name in sorted(scheduler.config.weights or {}):
+        left.plot(t, scheduler.cumulative_weights(name).detach(), label=f"W_t {name}")
+        right.plot(t, scheduler.step_weights(name).detach(), label=f"w_t {name}")
+    for axis, title in ((left, "weights in the marginal, Eq. (2)"), (right, "weights in a transition, Eq. (1)")):
+        axis.set(xlabel="t", title=title)
+        axis.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def curves(metrics: Path, path: Path) -> Path:
+    """The terms of metrics.jsonl over steps."""
+    plt = _pyplot()
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    names = [n for n in lines[0] if n == "loss" or n.startswith("l")]
+    names = [n for n in names if n != "learning_rate"]
+    figure, axis = plt.subplots(figsize=(6, 3.2), constrained_layout=True)
+    for name in names:
+        axis.plot([line["step"] for line in lines], [line[name] for line in lines], label=name)
+    axis.set(xlabel="step", yscale="log", title="terms of the loss")
+    axis.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def forward_process(
+    scheduler: MTDiffusionScheduler, z_0: torch.Tensor, encodings: dict[str, torch.Tensor], columns: int = 9, seed: int = 0
+) -> Image.Image:
+    """z_t of Eq. (2) for a few samples (rows) over time (columns), as grey or RGB tiles."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(z_0.shape, generator=generator)
+    steps = torch.linspace(0, len(scheduler) - 1, columns).round().long()
+    tiles = []
+    for i in range(len(z_0)):
+        for t in steps:
+            one = {name: e[i : i + 1] for name, e in encodings.items()}
+            z = scheduler.add_noise(z_0[i : i + 1], noise[i : i + 1], t[None], one)
+            pixels = ((z[0].clamp(-2, 2) + 2) * 63.75).round().byte().permute(1, 2, 0).numpy()
+            tiles.append(Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
+    return tile(tiles, columns, zoom=max(1, 48 // tiles[0].height))
+
+
+def _pyplot():  # matplotlib is slow to import and picks a window system unless told otherwise
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    import matplotlib.pyplot as plt
+
+    return plt

@@ -1,0 +1,5 @@
+"""Training: the loop, exact checkpoints, tracking."""
+
+from mmdiff.training.loop import train
+
+__all__ = ["train"]

@@ -1,0 +1,332 @@
+"""The training loop, top to bottom: set up, resume, step, log, checkpoint, finish."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from mmdiff import plots
+from mmdiff.build import Experiment, build
+from mmdiff.config import Config, TrainConfig, first_difference, load_config, save_config
+from mmdiff.data import Batch, Order
+from mmdiff.data.sampler import MicroBatches
+from mmdiff.errors import InputError
+from mmdiff.objective import MTObjective, Where
+from mmdiff.pipeline import MTDiffusionPipeline
+from mmdiff.randomness import fold
+from mmdiff.schedulers import MTDiffusionScheduler
+from mmdiff.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from mmdiff.training.ema import Ema
+from mmdiff.training.tracking import Tracker, Window
+
+# what may change between a checkpoint and the run that continues it
+RESUMABLE = {
+    "output",
+    "track",
+    "sample",
+    "evaluate",
+    "data.cache_mib",
+    "data.workers",
+    *(f"train.{key}" for key in ("resume", "threads", "log_every", "checkpoint_every", "keep_checkpoints", "sample_every")),
+}
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says where and why."""
+
+
+def train(config: Config) -> Path:
+    """Train one experiment on the processes that Accelerate finds; returns the run folder.
+
+    Raises:
+        InputError: before anything is written, when the config, the data or the run folder do not fit.
+        TrainingError: on a non-finite term, naming the step, the term and the learning rate.
+    """
+    set_threads(config.train.threads)
+    accelerator = make_accelerator(config.train)
+    experiment = build(config)
+    config, folder = experiment.config, experiment.config.folder()
+    trainer = Trainer(experiment, accelerator)
+    first_step, window = claim_folder(folder, config, trainer, accelerator)
+    tracker = Tracker(folder, config, first_step) if accelerator.is_main_process else None
+    stop = StopSignal()
+    loader = trainer.loader(first_step)
+    bar = tqdm(total=config.train.steps, initial=first_step, disable=not accelerator.is_main_process, unit="step")
+    started, images = time.perf_counter(), 0
+
+    for step in range(first_step, config.train.steps):
+        window.add(trainer.step(step, loader))
+        images += config.train.batch_size
+        done = step + 1
+        final = done == config.train.steps
+        due = done % config.train.log_every == 0
+        if due or final:
+            rows = window.rows(accelerator)
+            check_finite(rows, window.names, done, config.train)
+            seconds = time.perf_counter() - started
+            line = {"step": done, **dict(zip(window.names, rows.double().mean(0).tolist(), strict=True))}
+            line |= {"learning_rate": learning_rate(step, config.train), "images_per_second": images / seconds}
+            if tracker:
+                tracker.log(line)
+                bar.set_postfix_str(_postfix(line), refresh=False)
+            window.clear()
+            started, images = time.perf_counter(), 0
+        bar.update()
+        stopping = stop.agreed(accelerator, due)
+        if final or stopping or _every(config.train.checkpoint_every, done):
+            trainer.save(folder / "checkpoints", done, window)
+        if stopping and not final:
+            if tracker:
+                tracker.close()
+            accelerator.print(f"stopped at step {done} of {config.train.steps}; continue with train.resume=auto")
+            accelerator.end_training()
+            return folder
+        if tracker and (final or _every(config.train.sample_every, done)):
+            with trainer.ema.swapped_in():
+                path = plots.save_grid(trainer.pipeline(), folder / "samples" / f"step-{done}.png", config.sample)
+            tracker.image("samples", path, done)
+            started, images = time.perf_counter(), 0
+
+    bar.close()
+    if tracker:
+        with trainer.ema.swapped_in():
+            trainer.pipeline().save_pretrained(folder / "pipeline")
+        tracker.close()
+    accelerator.end_training()
+    return folder
+
+
+class Trainer:
+    """What one optimizer step needs, on this process."""
+
+    def __init__(self, experiment: Experiment, accelerator: Accelerator) -> None:
+        self.config, self.accelerator, self.table = experiment.config.train, accelerator, experiment.train
+        self.workers, self.scheduler_config = experiment.config.data.workers, experiment.scheduler.config
+        per_part = accelerator.num_processes * self.config.accumulate
+        if self.config.batch_size % per_part:
+            raise InputError(
+                "train.batch_size",
+                self.config.batch_size,
+                f"is the global batch; it must be a multiple of {accelerator.num_processes} processes × "
+                f"train.accumulate = {per_part}",
+            )
+        self.bare: MTObjective = experiment.objective
+        optimizer = torch.optim.AdamW(
+            [p for p in self.bare.parameters() if p.requires_grad],
+            lr=self.config.learning_rate,
+            betas=self.config.betas,
+            weight_decay=self.config.weight_decay,
+            fused=True,
+        )
+        self.bare.to(accelerator.device)
+        self.objective, self.optimizer = accelerator.prepare(self.bare, optimizer)
+        self.ema = Ema(self.bare, self.config.ema_decay)
+
+    def batches(self, first_step: int) -> MicroBatches:
+        """The rows of this process from a step on."""
+        order, world = Order(len(self.table), self.config.seed), self.accelerator.num_processes
+        return MicroBatches(
+            order,
+            first_step,
+            self.config.steps,
+            self.config.batch_size,
+            self.config.accumulate,
+            self.accelerator.process_index,
+            world,
+        )
+
+    def loader(self, first_step: int) -> Iterator[Batch | InputError]:
+        """Batches of this process from a step on, read ahead by `data.workers` processes."""
+        self.micro_batches = self.batches(first_step)
+        return iter(
+            DataLoader(
+                self.table,
+                batch_sampler=self.micro_batches,
+                num_workers=self.workers,
+                collate_fn=_as_read,
+                pin_memory=self.accelerator.device.type == "cuda",
+            )
+        )
+
+    def step(self, step: int, loader: Iterator[Batch | InputError]) -> dict[str, torch.Tensor]:
+        """One optimizer step; returns this process's terms."""
+        config, accelerator = self.config, self.accelerator
+        torch.manual_seed(fold(config.seed, step, f"process {accelerator.process_index}"))  # dropout resumes too
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        total: dict[str, torch.Tensor] = {}
+        for part in range(config.accumulate):
+            batch = next(loader)
+            if isinstance(batch, InputError):
+                raise batch
+            positions = self.micro_batches.positions(part)
+            positions = torch.arange(positions.start, positions.stop, device=accelerator.device)
+            where = Where(step, positions, config.batch_size)
+            last = part == config.accumulate - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.objective):
+                output = self.objective(batch.to(accelerator.device), where)
+                accelerator.backward(output.loss / config.accumulate)
+            for name, term in output.terms.items():
+                total[name] = total.get(name, 0.0) + term / config.accumulate
+        total["grad_norm"] = accelerator.clip_grad_norm_(self.bare.parameters(), config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.update(step)
+        return total
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint must state to be continued bit-equally."""
+        scaler = self.accelerator.scaler
+        return {
+            "threads": torch.get_num_threads(),
+            "processes": self.accelerator.num_processes,
+            "torch": torch.__version__,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+
+    def save(self, folder: Path, step: int, window: Window) -> None:
+        """Write a checkpoint from the main process."""
+        rows = window.rows(self.accelerator)
+        if self.accelerator.is_main_process:
+            check_finite(rows, window.names, step, self.config)
+            optimizer = self.optimizer.optimizer
+            keep = self.config.keep_checkpoints
+            save_checkpoint(folder, step, self.bare, self.ema.averages, optimizer, rows, self.facts(), keep)
+        self.accelerator.wait_for_everyone()
+
+    def load(self, path: Path) -> tuple[int, Window]:
+        """Continue from a checkpoint: (steps taken, window)."""
+        state, rows = load_checkpoint(path, self.bare, self.ema, self.optimizer.optimizer, self.facts())
+        if state["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        return state["step"], Window(rows)
+
+    def pipeline(self) -> MTDiffusionPipeline:
+        """A pipeline on the live model; learned weight schedules are written into its scheduler's config."""
+        weights = {name: dict(entry) for name, entry in (self.scheduler_config.weights or {}).items()}
+        for name, (parameters, log_scale) in self.bare.learned_weights().items():
+            weights[name] |= {"parameters": parameters.tolist(), "log_scale": float(log_scale)}
+        scheduler = MTDiffusionScheduler.from_config(self.scheduler_config, weights=weights)
+        pipeline = MTDiffusionPipeline(model=self.bare.model, scheduler=scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+
+class StopSignal:
+    """SIGTERM and SIGINT ask for a checkpoint and a clean exit."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError):  # not in the main thread, as in some notebooks
+                signal.signal(number, self._request)
+
+    def _request(self, number: int, frame: object) -> None:
+        self.requested = True
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
+    def agreed(self, accelerator: Accelerator, due: bool) -> bool:
+        """Whether all processes stop here; several processes ask one another only when they talk anyway."""
+        if accelerator.num_processes == 1:
+            return self.requested
+        if not due:
+            return False
+        flag = torch.tensor([float(self.requested)], device=accelerator.device)
+        return bool(accelerator.reduce(flag, reduction="sum").item() > 0)
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """The accelerator, once it is certain that it sees every process.
+
+    Raises:
+        InputError: when a launcher started several processes of which this one knows nothing, or under FSDP.
+    """
+    options = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[options])
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world != accelerator.num_processes:
+        raise InputError(
+            "WORLD_SIZE",
+            world,
+            f"but Accelerate sees {accelerator.num_processes} process; on CPUs start "
+            "`ACCELERATE_USE_CPU=1 torchrun --nproc_per_node N -m mmdiff train …`",
+        )
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise InputError("accelerate", str(accelerator.distributed_type), "choose data parallelism (DDP)")
+    return accelerator
+
+
+def claim_folder(folder: Path, config: Config, trainer: Trainer, accelerator: Accelerator) -> tuple[int, Window]:
+    """Make the run folder, or continue what stands in it: (steps taken, window). Never overwrites."""
+    exists = folder.exists()
+    accelerator.wait_for_everyone()  # every process looks before one of them creates
+    if not exists:
+        if accelerator.is_main_process:
+            (folder / "checkpoints").mkdir(parents=True)
+            (folder / "samples").mkdir()
+            save_config(config, folder / "config.yaml")
+        accelerator.wait_for_everyone()
+        return 0, Window()
+    if config.train.resume != "auto":
+        raise InputError("output", str(folder), "exists; choose another output=…, or continue it with train.resume=auto")
+    if not (folder / "config.yaml").is_file():
+        raise InputError("output", str(folder), "exists and is no run folder (no config.yaml); choose another output=…")
+    found = first_difference(load_config(folder / "config.yaml"), config, ignore=RESUMABLE)
+    if found:
+        key, before, now = found
+        raise InputError(key, now, f"the run in {folder} was started with {before!r}; restore it or choose another output=…")
+    newest = checkpoints(folder / "checkpoints")[-1:]
+    return trainer.load(newest[0]) if newest else (0, Window())
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Linear warm-up, then a cosine to 0: a function of the step alone."""
+    if step < config.warmup:
+        return config.learning_rate * (step + 1) / config.warmup
+    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def check_finite(rows: torch.Tensor, names: tuple[str, ...], done: int, config: TrainConfig) -> None:
+    """Stop at the first step of the window with a non-finite term."""
+    for offset, row in enumerate(rows):
+        for name, value in zip(names, row.tolist(), strict=True):
+            overflow = name == "grad_norm" and config.mixed_precision == "fp16"  # the scaler skips such steps
+            if not math.isfinite(value) and not overflow:
+                step = done - len(rows) + offset + 1
+                raise TrainingError(
+                    f"step {step}: {name} is {value} at learning rate {learning_rate(step - 1, config):.3g}; "
+                    "nothing was saved after it; lower train.learning_rate or raise train.warmup"
+                )
+
+
+def set_threads(threads: int) -> None:
+    """CPU threads: as asked, or as many as the CPU affinity allows."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(threads or max(1, available // local))
+
+
+def _every(interval: int, done: int) -> bool:
+    return interval > 0 and done % interval == 0
+
+
+def _as_read(batch: Batch | InputError) -> Batch | InputError:
+    return batch
+
+
+def _postfix(line: dict[str, float]) -> str:
+    terms = " ".join(f"{name} {line[name]:.3f}" for name in line if name == "loss" or name[:2] in ("l1", "l2"))
+    return f"{terms} {line['images_per_second']:.0f} images/s"
