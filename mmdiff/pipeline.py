@@ -111,7 +111,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
         count = len(next(iter(values.values()))) if values else batch_size or 1
         if isinstance(generator, list) and len(generator) != count:
             raise InputError("generator", f"{len(generator)} generators", f"needs one, or one per sample: {count}")
-        names = aggregated_names(aggregate, self._peak_weights())
+        names = aggregated_names(aggregate, self.peak_weights())
         scales = guidance_scales(guidance_scale, set(values) - {self.model.anchor})
         draws: dict[str, Tensor] = {}
         samples = dict(values)
@@ -182,7 +182,8 @@ class MTDiffusionPipeline(DiffusionPipeline):
             generator = generator[0]
         return randn_tensor((count, *shape), generator=generator, device=self.model.device, dtype=self.model.dtype)
 
-    def _peak_weights(self) -> dict[str, float]:
+    def peak_weights(self) -> dict[str, float]:
+        """{modality: max_t W_t}."""
         weights = self.scheduler.config.weights or {}
         return {name: float(self.scheduler.cumulative_weights(name).detach().max()) for name in weights}
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from mmdiff.backbones.base import Backbone, BackboneOutput, Observation
 from mmdiff.errors import InputError
@@ -23,6 +24,7 @@ class UNet(Backbone):
         layers_per_block: ResNet blocks per level on the way down (one more on the way up).
         attention: self-attention per level; default: in the coarsest level only.
         attention_head_dim: channels per attention head.
+        patch_size: p; the network works on p×p patches (pixel unshuffle in, pixel shuffle out), p² times fewer positions.
         norm_num_groups: groups of the group norms; every level's channels are a multiple of it.
         dropout: in the ResNet blocks.
     """
@@ -34,6 +36,7 @@ class UNet(Backbone):
         num_flags: int,
         block_out_channels: tuple[int, ...] | list[int] = DEFAULT_CHANNELS,
         layers_per_block: int = 2,
+        patch_size: int = 1,
         attention: tuple[bool, ...] | list[bool] | None = None,
         attention_head_dim: int = 32,
         norm_num_groups: int = 8,
@@ -43,11 +46,12 @@ class UNet(Backbone):
         channels, height, width = space
         levels = len(block_out_channels)
         attention = [False] * (levels - 1) + [True] if attention is None else list(attention)
-        _check(space, block_out_channels, attention, norm_num_groups, attention_head_dim)
+        _check(space, block_out_channels, attention, norm_num_groups, attention_head_dim, patch_size)
+        self.patch_size = patch_size
         self.unet = UNet2DModel(
-            sample_size=(height, width),
-            in_channels=channels + observation_channels,
-            out_channels=channels,
+            sample_size=(height // patch_size, width // patch_size),
+            in_channels=(channels + observation_channels) * patch_size**2,
+            out_channels=channels * patch_size**2,
             block_out_channels=tuple(block_out_channels),
             layers_per_block=layers_per_block,
             down_block_types=tuple("AttnDownBlock2D" if on else "DownBlock2D" for on in attention),
@@ -61,30 +65,34 @@ class UNet(Backbone):
         nn.init.zeros_(self.unet.conv_out.bias)
 
     @classmethod
-    def widths(cls, block_out_channels: Any = DEFAULT_CHANNELS, **_: Any) -> tuple[int, int]:
-        return block_out_channels[0], block_out_channels[-1] + block_out_channels[0]
+    def widths(cls, block_out_channels: Any = DEFAULT_CHANNELS, patch_size: int = 1, **_: Any) -> tuple[int, int]:
+        return block_out_channels[0] // patch_size**2, block_out_channels[-1] + block_out_channels[0]
 
     def forward(self, sample: Tensor, timestep: Tensor, observation: Observation) -> BackboneOutput:
         unet = self.unet
         emb = unet.time_proj(timestep).to(sample.dtype)  # (B, c0)
         emb = unet.time_embedding(emb) + self.flags(observation.flags.to(sample.dtype))  # (B, 4 c0)
-        h = unet.conv_in(torch.cat([sample, observation.channels], dim=1))  # (B, c0, H, W)
+        x = torch.cat([sample, observation.channels], dim=1)  # (B, C + O, H, W)
+        h = unet.conv_in(pixel_unshuffle(x, self.patch_size))  # (B, c0, H / p, W / p)
         skips = (h,)
         for block in unet.down_blocks:
             h, outputs = block(hidden_states=h, temb=emb)
             skips += outputs
-        h = unet.mid_block(h, emb)  # (B, c_last, H / 2^(levels − 1), ...)
+        h = unet.mid_block(h, emb)  # (B, c_last, coarsest H, W)
         bottleneck = h.mean(dim=(2, 3))  # (B, c_last)
         for block in unet.up_blocks:
             taken = len(block.resnets)
             h, skips = block(h, skips[-taken:], emb), skips[:-taken]
-        features = unet.conv_act(unet.conv_norm_out(h))  # (B, c0, H, W)
+        features = unet.conv_act(unet.conv_norm_out(h))  # (B, c0, H / p, W / p)
         pooled = torch.cat([bottleneck, features.mean(dim=(2, 3))], dim=1)  # (B, c_last + c0)
-        return BackboneOutput(unet.conv_out(features), features, pooled)
+        prediction = pixel_shuffle(unet.conv_out(features), self.patch_size)  # (B, C, H, W)
+        return BackboneOutput(prediction, pixel_shuffle(features, self.patch_size), pooled)
 
 
-def _check(space: tuple, channels: Any, attention: list[bool], groups: int, head_dim: int) -> None:
-    key, factor = "backbone.block_out_channels", 2 ** (len(channels) - 1)
+def _check(space: tuple, channels: Any, attention: list[bool], groups: int, head_dim: int, patch: int) -> None:
+    key, factor = "backbone.block_out_channels", patch * 2 ** (len(channels) - 1)
+    if patch < 1 or channels[0] % patch**2:
+        raise InputError("backbone.patch_size", patch, f"its square must divide block_out_channels[0] = {channels[0]}")
     if space[1] % factor or space[2] % factor:
         raise InputError(key, list(channels), f"needs a size that is a multiple of {factor}, the data have {space[1:]}")
     if len(attention) != len(channels):
