@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import sys
@@ -196,7 +197,10 @@ def table(evaluation: Evaluation) -> str:
 
 
 def save(evaluation: Evaluation, path: Path) -> None:
-    """Write evaluation.json."""
+    """Write evaluation.json; an earlier one is kept under a number."""
+    if path.exists():
+        numbers = (path.with_stem(f"{path.stem}-{k}") for k in itertools.count(1))
+        path.rename(next(candidate for candidate in numbers if not candidate.exists()))
     path.write_text(json.dumps(evaluation.to_json(), indent=1, ensure_ascii=False) + "\n")
 
 

@@ -49,6 +49,14 @@ class Modality(nn.Module, ABC):
         """
 
     @abstractmethod
+    def parse(self, text: str) -> Any:
+        """A command line's text -> raw value.
+
+        Raises:
+            InputError: when it cannot be read.
+        """
+
+    @abstractmethod
     def postprocess(self, value: Tensor) -> list[Any]:
         """Values (B, …) -> what a person wants: PIL images, class ids, vectors; a list of B."""
 

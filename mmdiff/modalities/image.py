@@ -79,6 +79,13 @@ class Image(Modality):
         value = torch.from_numpy(pixels / 127.5 - 1.0)
         return value[None] if self.channels == 1 else value.permute(2, 0, 1).contiguous()
 
+    def parse(self, text: str) -> PILImage.Image:
+        try:
+            with PILImage.open(text) as file:
+                return file.copy()
+        except OSError as error:
+            raise InputError("image", text, f"cannot be read as an image: {error}") from None
+
     def postprocess(self, value: Tensor) -> list[PILImage.Image]:
         pixels = ((value.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
         arrays = pixels.permute(0, 2, 3, 1).numpy()  # (B, H, W, C)

@@ -51,6 +51,12 @@ class Label(Modality):
             raise InputError("label", raw, f"is outside 0 … {self.num_classes - 1}; check num_classes")
         return torch.tensor(raw)
 
+    def parse(self, text: str) -> int:
+        try:
+            return int(text)
+        except ValueError:
+            raise InputError("label", text, f"write a class id, 0 … {self.num_classes - 1}") from None
+
     def check(self, value: Tensor) -> None:
         super().check(value)
         outside = value[(value < 0) | (value >= self.num_classes)]

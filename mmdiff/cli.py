@@ -1,0 +1,208 @@
+"""The command line: train, sample, evaluate, benchmark, show. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from mmdiff.config import Config
+    from mmdiff.pipeline import MTDiffusionPipeline
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Multimodal, multitask diffusion: one model for several kinds of data at once.",
+)  # fmt: skip
+benchmark = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure against peers.")
+app.add_typer(benchmark, name="benchmark")
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example train.steps=600")]
+ConfigPath = Annotated[Path, typer.Argument(help="an experiment's YAML file")]
+RunPath = Annotated[Path, typer.Argument(help="a run folder")]
+
+
+@app.command()
+def train(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train an experiment; also under `accelerate launch -m mmdiff train …` and torchrun."""
+    from mmdiff.config import load_config
+
+    loaded = load_config(config, overrides)
+    from mmdiff.training import train as run_training
+
+    folder = run_training(loaded)
+    if _is_main() and (folder / "pipeline").is_dir():
+        typer.echo(f"pipeline: {folder / 'pipeline'}\nsamples: {folder / 'samples' / f'step-{loaded.train.steps}.png'}")
+        if loaded.evaluate.at_end:
+            _evaluate(folder, [], (), None, None)
+
+
+@app.command()
+def sample(
+    run: RunPath,
+    observe: Annotated[list[str] | None, typer.Option(help="modality=value; may be repeated")] = None,
+    num: Annotated[int, typer.Option(help="how many samples", min=1)] = 64,
+    steps: Annotated[int, typer.Option(help="solver steps", min=1)] = 20,
+    guidance: Annotated[float, typer.Option(help="classifier-free guidance; 1 is off")] = 1.0,
+    solver: Annotated[str | None, typer.Option(help="another solver than the run's")] = None,
+    seed: Annotated[int, typer.Option(help="of the generator")] = 0,
+    out: Annotated[Path, typer.Option(help="the grid, a PNG that must not exist")] = Path("grid.png"),
+) -> None:
+    """Sample from a run and write a grid."""
+    from mmdiff.errors import InputError
+
+    if out.exists():
+        raise InputError("--out", str(out), "exists; choose another file")
+    pipeline = _load(run, solver)
+    import torch
+
+    from mmdiff.plots import tile
+
+    observed = {}
+    for item in observe or []:
+        name, separator, text = item.partition("=")
+        if not separator:
+            raise InputError("--observe", item, "write modality=value, for example label=3")
+        if name not in pipeline.model.names:
+            raise InputError("--observe", item, f"no such modality; choose from {', '.join(pipeline.model.names)}")
+        observed[name] = pipeline.model.modalities[name].parse(text)
+    generator = torch.Generator().manual_seed(seed)
+    output = pipeline(num, observed, steps, guidance_scale=guidance, generator=generator)
+    images = output.samples[pipeline.model.anchor]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tile(images, columns=max(1, round(num**0.5)), zoom=max(1, 48 // images[0].height)).save(out)
+    for name in pipeline.model.auxiliary:
+        typer.echo(f"{name}: {' '.join(str(value) for value in output.samples[name])}")
+    typer.echo(f"wrote {out}")
+
+
+@app.command()
+def evaluate(
+    run: RunPath,
+    overrides: Overrides = None,
+    steps: Annotated[str | None, typer.Option(help="numbers of solver steps to compare: 10,20,200")] = None,
+    solver: Annotated[str | None, typer.Option(help="another solver than the run's")] = None,
+    feed: Annotated[str | None, typer.Option(help="unknown modalities: draw, mean or mode")] = None,
+) -> None:
+    """Score every modality and direction of a run; writes evaluation.json and prints the table."""
+    _evaluate(run, overrides or [], _integers("--steps", steps), solver, feed)
+
+
+@app.command()
+def show(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    plot: Annotated[Path | None, typer.Option(help="write the weight schedules as a PNG")] = None,
+) -> None:
+    """The resolved config, parameter counts and weight schedules of an experiment."""
+    from mmdiff.config import load_config
+
+    loaded = load_config(config, overrides)
+    from mmdiff.build import build
+    from mmdiff.report import describe
+
+    experiment = build(loaded)
+    typer.echo(describe(experiment))
+    if plot is not None:
+        from mmdiff.plots import weight_schedules
+
+        typer.echo(f"wrote {weight_schedules(experiment.scheduler, plot)}")
+
+
+@benchmark.command()
+def speed(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    rounds: Annotated[int, typer.Option(help="interleaved rounds", min=1)] = 5,
+    steps: Annotated[int, typer.Option(help="steps per round", min=1)] = 10,
+) -> None:
+    """What mmdiff adds over a bare PyTorch loop with the same backbone, optimizer and EMA."""
+    from mmdiff.config import load_config
+
+    loaded = load_config(config, overrides)
+    from mmdiff.evaluation.speed import compare
+
+    typer.echo(compare(loaded, rounds, steps))
+
+
+def main() -> None:
+    """The entry point: one line and exit code 2 for bad input, 1 for training that cannot go on."""
+    # spinning OpenMP threads cost up to 50× on a busy machine; must be set before torch is imported
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from click import Abort, ClickException
+
+    from mmdiff.errors import InputError
+
+    try:
+        app(standalone_mode=False)
+    except InputError as error:
+        _fail(str(error), 2)
+    except ClickException as error:
+        _fail(error.format_message(), 2)
+    except Abort:
+        _fail("interrupted", 130)
+    except RuntimeError as error:
+        if type(error).__name__ != "TrainingError":
+            raise
+        _fail(str(error), 1)
+
+
+def _fail(message: str, code: int) -> None:
+    if _is_main():
+        sys.stdout.flush()
+        print(f"mmdiff: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _evaluate(run: Path, overrides: list[str], steps: tuple[int, ...], solver: str | None, feed: str | None) -> None:
+    from mmdiff.config import load_config
+
+    config: Config = load_config(run / "config.yaml", overrides)
+    pipeline = _load(run, solver)
+    from mmdiff.build import build
+    from mmdiff.evaluation import evaluators
+
+    experiment = build(config)
+    result = evaluators.evaluate(pipeline, experiment.config, experiment.train, experiment.validation, steps, feed)
+    evaluators.save(result, run / "evaluation.json")
+    typer.echo(evaluators.table(result))
+
+
+def _load(run: Path, solver: str | None) -> MTDiffusionPipeline:
+    """The pipeline of a run folder, or a pipeline folder itself."""
+    from mmdiff.errors import InputError
+
+    folder = run / "pipeline" if (run / "pipeline").is_dir() else run
+    if not (folder / "model_index.json").is_file():
+        raise InputError("run", str(run), "holds no finished pipeline; train it to the end, or name another folder")
+    import torch
+
+    from mmdiff.pipeline import MTDiffusionPipeline
+    from mmdiff.schedulers import MTDiffusionScheduler
+    from mmdiff.training.loop import set_threads
+
+    set_threads(0)
+    pipeline = MTDiffusionPipeline.from_pretrained(folder)
+    if solver is not None:
+        pipeline.scheduler = MTDiffusionScheduler.from_config(
+            pipeline.scheduler.config, solver=solver, solver_config=None
+        )
+    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _integers(key: str, text: str | None) -> tuple[int, ...]:
+    from mmdiff.errors import InputError
+
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise InputError(key, text, "write whole numbers with commas: 10,20,200") from None
+
+

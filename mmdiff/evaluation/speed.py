@@ -1,0 +1,96 @@
+"""What the framework costs: `mmdiff`'s training step against a bare PyTorch loop, in process CPU time."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+
+import torch
+
+from mmdiff.backbones import Observation
+from mmdiff.build import Experiment, build
+from mmdiff.config import Config
+from mmdiff.training.loop import Trainer, make_accelerator, set_threads
+
+
+def compare(config: Config, rounds: int = 5, steps: int = 10) -> str:
+    """Interleaved A/B on copies of one experiment: milliseconds of CPU time per step and their ratio.
+
+    A is `Trainer.step` (data, states, encoders, heads, four terms, Accelerate, clipping, EMA); B is `bare_steps`.
+    """
+    set_threads(config.train.threads)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"steps": (rounds + 2) * steps})})
+    framework, bare = _framework(build(config), config), _bare(build(config), config)
+    times: dict[str, list[float]] = {"mmdiff": [], "bare": []}
+    for index in range(rounds + 1):
+        # the order alternates, so that a drift of the machine's speed falls on both
+        runs = [("mmdiff", framework), ("bare", bare)]
+        for name, run in runs if index % 2 == 0 else reversed(runs):
+            seconds = _cpu_seconds(run, steps)
+            if index > 0:  # the first round warms up
+                times[name].append(1000 * seconds / steps)
+    ratios = [a / b for a, b in zip(times["mmdiff"], times["bare"], strict=True)]
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return "\n".join(
+        [
+            f"{date.today().isoformat()}, {platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
+            f"load {_load()}, batch {config.train.batch_size}, {rounds} rounds × {steps} steps",
+            *(f"{name:<8}{medians[name]:9.1f} ms CPU per step (median of {rounds})" for name in times),
+            f"ratio   {statistics.median(ratios):9.3f}  (rounds {min(ratios):.3f} … {max(ratios):.3f})",
+        ]
+    )
+
+
+def _framework(experiment: Experiment, config: Config) -> Callable[[], None]:
+    trainer = Trainer(experiment, make_accelerator(config.train))
+    loader = trainer.loader(0)
+    counter = iter(range(config.train.steps))
+    return lambda: trainer.step(next(counter), loader) and None
+
+
+def _bare(experiment: Experiment, config: Config) -> Callable[[], None]:
+    """The loop one would write by hand for an ordinary diffusion with the same network, AdamW and EMA."""
+    backbone, settings = experiment.model.backbone, config.train
+    parameters = list(backbone.parameters())
+    averages = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+    )
+    images = experiment.train.all().values[config.anchor]
+    alphas_cumprod = experiment.scheduler.alphas_cumprod.float()
+    channels = sum(m.observation_channels for m in experiment.model.modalities.values())
+    size = settings.batch_size
+    observation = Observation(
+        torch.zeros(size, channels, *images.shape[2:]), torch.zeros(size, 2 * len(experiment.model.names))
+    )
+
+    def step() -> None:
+        x = images[torch.randint(len(images), (size,))]
+        noise, t = torch.randn_like(x), torch.randint(len(alphas_cumprod), (size,))
+        root = alphas_cumprod[t].sqrt()[:, None, None, None]
+        sigma = (1 - alphas_cumprod[t]).sqrt()[:, None, None, None]
+        prediction = backbone(root * x + sigma * noise, t, observation).prediction
+        torch.nn.functional.mse_loss(prediction, root * noise - sigma * x).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, parameters, 1 - settings.ema_decay)
+
+    return step
+
+
+def _cpu_seconds(run: Callable[[], None], steps: int) -> float:
+    start = time.process_time()
+    for _ in range(steps):
+        run()
+    return time.process_time() - start
+
+
+def _load() -> str:
+    from os import getloadavg
+
+    return f"{getloadavg()[0]:.1f}"

@@ -1,0 +1,37 @@
+"""What an experiment is, in words: the text of `mmdiff show`."""
+
+from __future__ import annotations
+
+from omegaconf import OmegaConf
+
+from mmdiff.build import Experiment
+from mmdiff.schedulers import MTDiffusionScheduler
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def describe(experiment: Experiment) -> str:
+    """The resolved config, parameter counts, weight schedules and rows."""
+    model = experiment.model
+    lines = [OmegaConf.to_yaml(OmegaConf.create(experiment.config.model_dump(mode="json"))).rstrip(), ""]
+    lines.append(f"rows: {len(experiment.train)} for training, {len(experiment.validation)} held out")
+    lines.append(f"diffusion space: {tuple(model.space)}")
+    counts = {"backbone": model.backbone, **dict(model.modalities.items())}
+    for name, module in counts.items():
+        lines.append(f"parameters, {name:<12} {sum(p.numel() for p in module.parameters()):>12,}")
+    lines.append(f"parameters, {'all':<12} {sum(p.numel() for p in model.parameters()):>12,}")
+    return "\n".join([*lines, "", *weights(experiment.scheduler)])
+
+
+def weights(scheduler: MTDiffusionScheduler, columns: int = 48) -> list[str]:
+    """One line per modality: W_t from t = 1 to T, its peak, where it lies, and what is left at T."""
+    lines = []
+    tables = {"√ā_t": scheduler.alphas_cumprod.sqrt()}
+    tables |= {f"W_t {name}": scheduler.cumulative_weights(name) for name in sorted(scheduler.config.weights or {})}
+    for name, table in tables.items():
+        table = table.detach()
+        peak = float(table.max())
+        picked = table[[round(i * (len(table) - 1) / (columns - 1)) for i in range(columns)]].tolist()
+        bars = "".join(_BARS[min(7, int(8 * value / peak))] if peak > 0 else _BARS[0] for value in picked)
+        lines.append(f"{name:<14}{bars}  peak {peak:.3g} at t = {int(table.argmax()) + 1}, W_T = {float(table[-1]):.2g}")
+    return lines
