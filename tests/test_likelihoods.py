@@ -80,7 +80,7 @@ def test_discretised_mass_of_a_wide_law_is_density_times_bin() -> None:
 
 
 def test_discretised_images_from_bytes_meet_the_grid_in_float32() -> None:
-    """8-bit pixels scaled to [−1, 1] in float32, as a data set delivers them: the edge bins must still take the tails."""
+    """8-bit pixels as a data set delivers them: the edge bins must take the tails in spite of rounding."""
     grid = torch.arange(256, dtype=torch.float32) / 127.5 - 1
     mass = discretised_gaussian_log_prob(torch.full_like(grid, 0.9), torch.full_like(grid, 0.25), grid).exp()
     assert float(mass.double().sum()) == pytest.approx(1, abs=256 * 2**-23)

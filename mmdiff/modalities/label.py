@@ -19,15 +19,19 @@ class Label(Modality):
 
     Args:
         shape: the surroundings, see `Modality`.
+        table_size: side of the table's own grid, repeated to the size of the diffusion space; a coarse pattern is easier
+            for convolutions to find in z_t and to subtract. Default: the full size.
         num_classes: K; ids run from 0 to K − 1. Taken from the data where the config leaves it out.
     """
 
-    def __init__(self, shape: Shape, num_classes: int) -> None:
+    def __init__(self, shape: Shape, num_classes: int, table_size: int | None = None) -> None:
         super().__init__(shape)
         if num_classes < 2:
             raise InputError("num_classes", num_classes, "a label needs at least two classes")
-        self.num_classes = num_classes
-        self.table = nn.Parameter(torch.randn(num_classes, *shape.space))
+        channels, height, width = shape.space
+        self.num_classes, self.height, self.width = num_classes, height, width
+        rows, columns = (table_size or height, table_size or width)
+        self.table = nn.Parameter(torch.randn(num_classes, channels, rows, columns))
         self.head = nn.Sequential(
             nn.LayerNorm(shape.pooled),
             nn.Linear(shape.pooled, shape.pooled),
@@ -78,7 +82,8 @@ class Label(Modality):
 
     def _normalised_table(self) -> Tensor:
         """Rows with mean square 1: a learned encoder cannot shrink the noise loss by growing."""
-        return self.table / self.table.square().mean(dim=(1, 2, 3), keepdim=True).add(1e-12).sqrt()  # (K, C, H, W)
+        table = nn.functional.interpolate(self.table, (self.height, self.width), mode="nearest")  # (K, C, H, W)
+        return table / table.square().mean(dim=(1, 2, 3), keepdim=True).add(1e-12).sqrt()
 
     def encode(self, value: Tensor) -> Tensor:
         return self._normalised_table()[value]  # (B, C, H, W)

@@ -47,8 +47,12 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says where and why."""
 
 
-def train(config: Config) -> Path:
+def train(config: Config, progress: bool = True) -> Path:
     """Train one experiment on the processes that Accelerate finds; returns the run folder.
+
+    Args:
+        config: of the experiment.
+        progress: show a progress bar.
 
     Raises:
         InputError: before anything is written, when the config, the data or the run folder do not fit.
@@ -63,7 +67,7 @@ def train(config: Config) -> Path:
     tracker = Tracker(folder, config, first_step) if accelerator.is_main_process else None
     stop = StopSignal()
     loader = trainer.loader(first_step)
-    bar = tqdm(total=config.train.steps, initial=first_step, disable=not accelerator.is_main_process, unit="step")
+    bar = tqdm(total=config.train.steps, initial=first_step, disable=not (progress and accelerator.is_main_process), unit="step")
     started, images = time.perf_counter(), 0
 
     for step in range(first_step, config.train.steps):

@@ -1,4 +1,4 @@
-"""Solvers under the shift u_t = z_t − c_t: diffusers' own trajectories, and the joint law when encodings are re-read."""
+"""Solvers under the shift u_t = z_t − c_t: diffusers' own trajectories; the joint law when encodings are re-read."""
 
 from __future__ import annotations
 
@@ -10,16 +10,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmdiff.errors import InputError
 from mmdiff.schedulers.mt_diffusion import PREDICTION_TYPES, SOLVERS, MTDiffusionScheduler
 
 DDPM, DDIM, DPM = "DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler"
 DEIS, UNIPC = "DEISMultistepScheduler", "UniPCMultistepScheduler"
-SDE = {"algorithm_type": "sde-dpmsolver++"}
-STOCHASTIC = [(DDPM, {}), (DDIM, {"eta": 1.0}), (DPM, SDE)]
-DETERMINISTIC = [(DDIM, {}), (DPM, {}), (DEIS, {}), (UNIPC, {})]
-MORE = [(DPM, {"solver_order": 3}), (DPM, {"final_sigmas_type": "sigma_min"}), (UNIPC, {"disable_corrector": [0, 1]})]
-each_solver = pytest.mark.parametrize(("solver", "options"), STOCHASTIC + DETERMINISTIC)
 Options = dict[str, Any]
+SDE = {"algorithm_type": "sde-dpmsolver++"}
+STOCHASTIC: list[tuple[str, Options]] = [(DDPM, {}), (DDIM, {"eta": 1.0}), (DPM, SDE)]
+DETERMINISTIC: list[tuple[str, Options]] = [(DDIM, {}), (DPM, {}), (DEIS, {}), (UNIPC, {})]
+MORE: list[tuple[str, Options]] = [
+    (DPM, {"solver_order": 3}),
+    (DPM, {"final_sigmas_type": "sigma_min"}),
+    (UNIPC, {"disable_corrector": [0, 1]}),
+]
+each_solver = pytest.mark.parametrize(("solver", "options"), STOCHASTIC + DETERMINISTIC)
 
 
 def test_every_solver_is_tested() -> None:
@@ -84,15 +89,15 @@ def wrapper(solver: str, options: Options, **common: Any) -> MTDiffusionSchedule
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
-@pytest.mark.parametrize("steps", [1, 7, 20, 100])  # of T = 100; 7 does not divide it
+@pytest.mark.parametrize("steps", [1, 7, 50])  # of T = 50; 7 does not divide it
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize(("solver", "options"), STOCHASTIC + DETERMINISTIC + MORE)
 def test_zero_encodings_reproduce_diffusers_bit_for_bit(
     solver: str, options: Options, prediction_type: str, steps: int, spacing: str
 ) -> None:
-    if spacing == "leading" and steps == 100 and SOLVERS[solver].multistep:
-        pytest.skip("diffusers' multistep classes space n + 1 points: all 100 timesteps would be 0")
-    common = {"num_train_timesteps": 100, "beta_schedule": "squaredcos_cap_v2"}
+    if steps == 50 and spacing != "trailing" and SOLVERS[solver].multistep:
+        return  # refused, see test_repeated_timesteps_are_refused
+    common = {"num_train_timesteps": 50, "beta_schedule": "squaredcos_cap_v2"}
     common |= {"prediction_type": prediction_type, "timestep_spacing": spacing}
     start = noise(0, torch.float32)
     expected = reference(solver, options, steps, start, **common)
@@ -140,13 +145,34 @@ def test_every_number_of_steps_gives_that_many_distinct_timesteps(solver: str, o
     assert all(earlier > later for earlier, later in zip(times, times[1:], strict=False))
 
 
+@pytest.mark.parametrize("spacing", ["leading", "linspace"])
+@pytest.mark.parametrize("solver", [DPM, DEIS, UNIPC])
+def test_repeated_timesteps_are_refused(solver: str, spacing: str) -> None:
+    """diffusers' multistep classes space n + 1 points: at n = T timesteps repeat, a step has length 0 and gives NaN."""
+    with pytest.raises(InputError) as caught:
+        wrapper(solver, {}, num_train_timesteps=100, timestep_spacing=spacing).set_timesteps(100)
+    assert caught.value.key == "num_inference_steps"
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 10])
+@each_solver
+def test_few_steps_stay_finite(solver: str, options: Options, steps: int, zero_snr: bool) -> None:
+    """On the cosine schedule 1 − ā_s − σ² of DDIM with η = 1 can round below zero, and its root is NaN."""
+    if zero_snr and not SOLVERS[solver].zero_terminal_snr:
+        return  # refused, see test_mt_diffusion.py
+    scheduler = wrapper(solver, options, rescale_betas_zero_snr=zero_snr)
+    trajectory = wrapped(scheduler, steps, noise(0, torch.float32), noise(2, torch.float32))
+    assert trajectory[-1].isfinite().all()
+
+
 @pytest.mark.parametrize(("solver", "options"), STOCHASTIC)
 def test_a_generator_per_sample_makes_the_split_of_a_batch_irrelevant(solver: str, options: Options) -> None:
     start = noise(0, torch.float32)
 
     def sample(rows: slice) -> Tensor:
         scheduler, z = wrapper(solver, options), start[rows]
-        scheduler.set_timesteps(5)
+        scheduler.set_timesteps(4)
         generators = [torch.Generator().manual_seed(seed) for seed in range(len(start))[rows]]
         for t in scheduler.timesteps:
             z = scheduler.step(network(z, int(t)), t, z, {"label": torch.ones_like(z)}, generators).prev_sample
@@ -174,7 +200,7 @@ class Joint:
 
 @dataclass(frozen=True)
 class Mixture:
-    """p(label), p(z_0 | label) and every posterior, exact. Tensors are (B, 1, 1, 1), with the labels in the last axis."""
+    """p(label), p(z_0 | label) and every posterior, exact. Tensors are (B, 1, 1, 1), labels in the last axis."""
 
     prior: float  # of label 0
 
@@ -242,9 +268,9 @@ def assert_is_the_joint_law(got: Joint, n: int, steps: int, prior: float = 0.5) 
     """Within 3 standard errors plus what the steps cost.
 
     An encoding is held over a step, which makes every solver first order in it: the bias is C/steps. Over 400 000
-    samples it is at most 0.010 in `std`, 0.008 in `between` and 0.0011 in `agreement` at 200 steps (DDIM or DPM-Solver++
-    with the mean; DDPM), hence C = 2 and 0.3. With the proportion no label is preferred: no bias. The faults below are
-    0.14 in `std` and 0.11 in `between`, ten times as large.
+    samples it is at most 0.010 in `std` (DDIM, mean), 0.008 in `between` and 0.0011 in `agreement` (DDPM, draw) at 200
+    steps, hence C = 2 and 0.3. Equal labels have no bias in the proportion. The faults below are 0.14 in `std` and
+    0.11 in `between`, ten times as large.
     """
     truth, error = Mixture(prior).truth(n)
     assert got.std == pytest.approx(truth.std, abs=3 * error.std + 2 / steps)
@@ -262,13 +288,12 @@ def test_truth_is_what_theory_states() -> None:
 @pytest.mark.parametrize("how", ["draw", "mean"])
 @each_solver
 def test_joint_law_of_the_mixture(solver: str, options: Options, how: str, prior: float) -> None:
-    assert_is_the_joint_law(generate(solver, options, how, n=10_000, prior=prior), n=10_000, steps=200, prior=prior)
+    assert_is_the_joint_law(generate(solver, options, how, n=5_000, prior=prior), n=5_000, steps=200, prior=prior)
 
 
-@pytest.mark.parametrize("how", ["draw", "mean"])
-@pytest.mark.parametrize(("solver", "options"), DETERMINISTIC)
-def test_deterministic_solvers_converge_as_steps_grow(solver: str, options: Options, how: str) -> None:
-    assert_is_the_joint_law(generate(solver, options, how, n=4_000, steps=1000), n=4_000, steps=1000)
+@pytest.mark.parametrize(("solver", "how"), [(DDIM, "draw"), (DPM, "draw"), (DPM, "mean")])
+def test_deterministic_solvers_converge_as_steps_grow(solver: str, how: str) -> None:
+    assert_is_the_joint_law(generate(solver, {}, how, n=3_000, steps=1000), n=3_000, steps=1000)
 
 
 @pytest.mark.parametrize(("solver", "options"), STOCHASTIC)
@@ -278,8 +303,7 @@ def test_mode_is_right_for_stochastic_solvers(solver: str, options: Options) -> 
     assert got.between == pytest.approx(truth.between, abs=3 * error.between + 2 / 200)
 
 
-@pytest.mark.parametrize("steps", [200, 1000])
-@pytest.mark.parametrize(("solver", "options"), DETERMINISTIC)
+@pytest.mark.parametrize(("solver", "options", "steps"), [*((*case, 200) for case in DETERMINISTIC), (DDIM, {}, 1000)])
 def test_mode_is_wrong_for_deterministic_solvers(solver: str, options: Options, steps: int) -> None:
     got = generate(solver, options, "mode", n=2_000, steps=steps)
     assert got.std > 0.75  # the truth is 0.650 with a standard error of 0.005; theory measured 0.80

@@ -193,3 +193,41 @@ def test_replaced_weights_reach_every_table() -> None:
     sched.set_learned_weights({LABEL: (random_parameters(), torch.tensor(0.0))})
     after = sched.aggregate({LABEL: encoding}, times, encoding)
     assert float(after) == float(sched.cumulative_weights(LABEL)[500]) != float(before)
+
+
+# ------------------------------------------------------------------------------------- zero-terminal SNR, literal α
+
+
+@pytest.mark.parametrize("schedule", weights.SCHEDULES)
+def test_zero_terminal_snr_has_nothing_at_the_end(schedule: str) -> None:
+    sched = MTDiffusionScheduler(rescale_betas_zero_snr=True, weights={LABEL: {"schedule": schedule}})
+    z_0, z_t, encoding = torch.randn(3, 1, 2, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert sched.alphas[-1] == sched.alphas_cumprod[-1] == 0
+    assert sched.cumulative_weights(LABEL)[-1] == sched.step_weights(LABEL)[-1] == 0
+    last, shown = torch.tensor([999]), {LABEL: encoding}
+    for law in (sched.marginal(z_0, last, shown), sched.transition(z_0, last, shown)):
+        assert not law.mean.any()
+        assert (law.variance == 1).all()
+    # z_T says nothing of z_{T−1}: the posterior is the marginal one step earlier
+    posterior, before = sched.posterior(z_0, z_t, last, shown), sched.marginal(z_0, last - 1, shown)
+    torch.testing.assert_close(posterior.mean, before.mean, rtol=1e-14, atol=0)
+    torch.testing.assert_close(posterior.variance, before.variance, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize(("key", "value"), [("prediction_type", "epsilon"), ("solver", "DEISMultistepScheduler")])
+def test_zero_terminal_snr_refuses_what_divides_by_it(key: str, value: str) -> None:
+    with pytest.raises(InputError) as caught:
+        MTDiffusionScheduler(rescale_betas_zero_snr=True, **{key: value})
+    assert (caught.value.key, caught.value.value) == (key, value)
+
+
+def test_literal_alpha_warns_and_destroys_the_anchor() -> None:
+    def steps_until_destroyed(sched: MTDiffusionScheduler) -> int:
+        return int((sched.alphas_cumprod < 1e-3).nonzero()[0]) + 1
+
+    with pytest.warns(UserWarning, match="literal_alpha") as caught:
+        literal = scheduler("none", literal_alpha=True)  # N = 1
+    assert [("after 10 of 1000 steps" in str(warning.message)) for warning in caught] == [True]
+    assert steps_until_destroyed(literal) == 10  # 2^-10 = 0.98e-3
+    for beta_schedule, steps in (("squaredcos_cap_v2", 980), ("linear", 826)):
+        assert steps_until_destroyed(scheduler("none", beta_schedule=beta_schedule)) == steps

@@ -1,0 +1,130 @@
+"""The contract of a backbone: one set of laws for all. A new backbone adds one entry to CASES."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmdiff.backbones import BACKBONES, Backbone, Observation
+
+OBSERVED, FLAGS = 3, 4  # observation channels and state flags of two modalities
+UNET = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8}
+
+
+@dataclass(frozen=True)
+class Case:
+    kind: str
+    space: tuple[int, int, int]
+    settings: dict[str, Any]
+
+
+CASES = [
+    Case("unet", (1, 8, 8), UNET),
+    Case("unet", (3, 4, 8), UNET),
+    Case("unet", (1, 8, 8), {**UNET, "attention": [True, False], "layers_per_block": 2}),
+    Case("unet", (2, 8, 8), {**UNET, "patch_size": 2}),
+]
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.kind}-{CASES.index(case)}")
+Inputs = tuple[Tensor, Tensor, Observation]
+
+
+def build(case: Case, seed: int = 0) -> Backbone:
+    """With random numbers where a fresh network has zeros."""
+    torch.manual_seed(seed)
+    backbone = BACKBONES[case.kind](case.space, OBSERVED, FLAGS, **case.settings)
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.2)
+    return backbone.eval()
+
+
+def inputs(case: Case, count: int = 3) -> Inputs:
+    generator = torch.Generator().manual_seed(1)
+    sample = torch.randn(count, *case.space, generator=generator)
+    channels = torch.randn(count, OBSERVED, *case.space[1:], generator=generator)
+    flags = torch.randint(2, (count, FLAGS), generator=generator).float()
+    flags[0] = 1.0
+    return sample, torch.arange(count) * 7, Observation(channels, flags)
+
+
+def part(batch: Inputs, rows: slice) -> Inputs:
+    sample, timestep, observation = batch
+    return sample[rows], timestep[rows], Observation(observation.channels[rows], observation.flags[rows])
+
+
+def test_every_kind_is_tested() -> None:
+    assert {case.kind for case in CASES} == set(BACKBONES)
+
+
+@every_case
+def test_shapes_are_those_that_widths_promise(case: Case) -> None:
+    features, pooled = BACKBONES[case.kind].widths(**case.settings)
+    output = build(case)(*inputs(case))
+    assert output.prediction.shape == (3, *case.space)
+    assert output.features.shape == (3, features, *case.space[1:])
+    assert output.pooled.shape == (3, pooled)
+    assert all(tensor.isfinite().all() for tensor in output)
+
+
+@every_case
+def test_samples_do_not_see_one_another(case: Case) -> None:
+    backbone, batch = build(case), inputs(case)
+    parts = [backbone(*part(batch, rows)) for rows in (slice(0, 2), slice(2, 3))]
+    for whole, *pieces in zip(backbone(*batch), *parts, strict=True):
+        torch.testing.assert_close(torch.cat(pieces), whole, rtol=1e-4, atol=1e-5)
+
+
+@every_case
+@pytest.mark.parametrize("changed", ["sample", "timestep", "channels", "flags"])
+def test_every_input_matters_to_every_output(case: Case, changed: str) -> None:
+    backbone, (sample, timestep, observation) = build(case), inputs(case)
+    variants = {
+        "sample": (sample + 1, timestep, observation),
+        "timestep": (sample, timestep + 1, observation),
+        "channels": (sample, timestep, observation._replace(channels=observation.channels + 1)),
+        "flags": (sample, timestep, observation._replace(flags=1 - observation.flags)),
+    }
+    for before, after in zip(backbone(sample, timestep, observation), backbone(*variants[changed]), strict=True):
+        assert not torch.allclose(before, after, rtol=1e-3, atol=1e-4)
+
+
+@every_case
+def test_every_flag_and_every_channel_matters(case: Case) -> None:
+    backbone, (sample, timestep, observation) = build(case), inputs(case)
+    before = backbone(sample, timestep, observation).prediction
+    for name, count in (("flags", FLAGS), ("channels", OBSERVED)):
+        for index in range(count):
+            changed = getattr(observation, name).clone()
+            changed[:, index] += 1
+            after = backbone(sample, timestep, observation._replace(**{name: changed})).prediction
+            assert not torch.allclose(before, after, rtol=1e-3, atol=1e-4), (name, index)
+
+
+@every_case
+def test_gradients_reach_every_parameter(case: Case) -> None:
+    backbone = build(case)
+    generator = torch.Generator().manual_seed(2)
+    loss = sum((torch.randn(out.shape, generator=generator) * out).sum() for out in backbone(*inputs(case)))
+    loss.backward()
+    for name, parameter in backbone.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name  # 0 for keys' biases: softmax
+
+
+@every_case
+def test_state_dict_carries_everything(case: Case) -> None:
+    one, other, batch = build(case, seed=0), build(case, seed=1), inputs(case)
+    assert not torch.equal(one(*batch).prediction, other(*batch).prediction)
+    other.load_state_dict(one.state_dict(), strict=True)
+    assert all(map(torch.equal, one(*batch), other(*batch)))
+
+
+@every_case
+def test_double_precision_is_kept(case: Case) -> None:
+    sample, timestep, observation = inputs(case)
+    output = build(case).double()(sample.double(), timestep, Observation(*(x.double() for x in observation)))
+    assert all(tensor.dtype == torch.float64 for tensor in output)

@@ -1,0 +1,96 @@
+"""The U-Net is diffusers' own where nothing is observed, and refuses what cannot be built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from mmdiff.backbones import Observation, UNet
+from mmdiff.errors import InputError
+
+SPACE, OBSERVED, FLAGS = (1, 8, 8), 2, 4
+TINY = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8}
+
+
+def unet(**settings: Any) -> UNet:
+    torch.manual_seed(0)
+    return UNet(SPACE, OBSERVED, FLAGS, **{**TINY, **settings}).eval()
+
+
+def observation(count: int) -> Observation:
+    return Observation(torch.zeros(count, OBSERVED, *SPACE[1:]), torch.zeros(count, FLAGS))
+
+
+@pytest.mark.parametrize("layers_per_block", [1, 2])
+@pytest.mark.parametrize("attention", [None, [True, False], [False, False]])
+@torch.no_grad()
+def test_without_flags_it_is_diffusers_forward_bit_for_bit(layers_per_block: int, attention: list[bool] | None) -> None:
+    backbone = unet(attention=attention, layers_per_block=layers_per_block)
+    torch.nn.init.normal_(backbone.unet.conv_out.weight)
+    sample, timestep = torch.randn(3, *SPACE), torch.tensor([0, 5, 999])
+    for channels in (torch.zeros(3, OBSERVED, 8, 8), torch.randn(3, OBSERVED, 8, 8)):
+        prediction = backbone(sample, timestep, observation(3)._replace(channels=channels)).prediction
+        assert prediction.abs().max() > 0.1  # of random weights: not the fresh network's zero
+        assert torch.equal(prediction, backbone.unet(torch.cat([sample, channels], dim=1), timestep).sample)
+
+
+@torch.no_grad()
+def test_without_observation_weights_channels_and_flags_are_not_seen() -> None:
+    backbone = unet()
+    torch.nn.init.normal_(backbone.unet.conv_out.weight)
+    backbone.unet.conv_in.weight[:, SPACE[0] :] = 0
+    backbone.flags.weight.zero_()
+    sample, timestep = torch.randn(3, *SPACE), torch.arange(3)
+    seen = backbone(sample, timestep, Observation(torch.randn(3, OBSERVED, 8, 8), torch.ones(3, FLAGS)))
+    assert all(map(torch.equal, seen, backbone(sample, timestep, observation(3))))
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_a_fresh_network_predicts_zero(patch_size: int) -> None:
+    output = unet(patch_size=patch_size)(torch.randn(2, *SPACE), torch.arange(2), observation(2))
+    assert not output.prediction.any()
+    assert output.features.any()
+
+
+@torch.no_grad()
+def test_patches_are_diffusers_forward_on_unshuffled_pixels() -> None:
+    """Channel 4·c + 2·i + j of a position holds channel c of pixel (i, j) of its 2×2 patch."""
+    backbone = unet(patch_size=2)
+    torch.nn.init.normal_(backbone.unet.conv_out.weight)
+    sample, timestep = torch.randn(2, *SPACE), torch.arange(2)
+    x = torch.cat([sample, observation(2).channels], dim=1)
+    patches = torch.stack([x[:, c, i::2, j::2] for c in range(3) for i in range(2) for j in range(2)], dim=1)
+    expected = backbone.unet(patches, timestep).sample
+    actual = backbone(sample, timestep, observation(2)).prediction[:, 0]
+    for k, (i, j) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+        assert torch.equal(actual[:, i::2, j::2], expected[:, k])
+
+
+@pytest.mark.parametrize(("patch_size", "expected"), [(1, (8, 24)), (2, (2, 24))])
+def test_widths_follow_the_levels(patch_size: int, expected: tuple[int, int]) -> None:
+    """Features have the finest level's 8 channels, spread over p² pixels; pooled is 16 + 8 wide."""
+    assert UNet.widths(**TINY, patch_size=patch_size) == expected
+
+
+@pytest.mark.parametrize(
+    ("space", "settings", "text"),
+    [
+        ((1, 6, 8), {"block_out_channels": [8, 8, 8]}, "multiple of 4, the data have (6, 8)"),
+        ((1, 8, 6), {"block_out_channels": [8, 8, 8]}, "multiple of 4, the data have (8, 6)"),
+        ((1, 6, 6), {"patch_size": 2}, "multiple of 4, the data have (6, 6)"),
+        (SPACE, {"attention": [True]}, "backbone.attention = [True]: needs 2 entries"),
+        (SPACE, {"block_out_channels": [8, 18]}, "multiple of norm_num_groups = 4"),
+        (SPACE, {"block_out_channels": [8, 12]}, "multiple of attention_head_dim = 8"),
+        (SPACE, {"block_out_channels": [12, 16], "attention": [True, True]}, "multiple of attention_head_dim = 8"),
+        (SPACE, {"block_out_channels": [8, 12], "attention": [False, False]}, "multiple of attention_head_dim = 8"),
+        (SPACE, {"patch_size": 3}, "backbone.patch_size = 3: its square must divide block_out_channels[0] = 8"),
+        (SPACE, {"patch_size": 0}, "backbone.patch_size = 0: "),
+    ],
+)
+def test_impossible_settings_are_refused(space: tuple[int, int, int], settings: dict[str, Any], text: str) -> None:
+    with pytest.raises(InputError) as caught:
+        UNet(space, OBSERVED, FLAGS, **{**TINY, **settings})
+    assert text in str(caught.value)
+    assert str(caught.value).startswith("backbone.")

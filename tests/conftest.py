@@ -1,0 +1,268 @@
+"""Shared by all tests: a tiny experiment, one finished run of it, the command line in this process, and real processes.
+
+Nothing here stands in for the package's own code.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # all of this before torch is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+if "HF_DATASETS_CACHE" not in os.environ:  # what the tests' own parquet files turn into
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="mmdiff-tests-")
+    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+_LAUNCHER = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+for _name in _LAUNCHER:
+    os.environ.pop(_name, None)
+
+import psutil  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from omegaconf import OmegaConf  # noqa: E402
+
+from mmdiff.config import Config, load_config  # noqa: E402
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+Tree = dict[str, Any]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("data") and not SHARED.is_dir():
+        pytest.skip("needs ../shared")
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def _settings_of_the_process() -> Iterator[None]:
+    """Threads and signal handlers belong to the process; a test that trains changes them."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    torch.set_num_threads(1)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+# ------------------------------------------------------------------------------------------------- a tiny experiment
+
+
+def tiny_tree(output: Path) -> Tree:
+    """Digits at toy size: about 25 steps per second on one slow core."""
+    return {
+        "name": "tiny",
+        "output": str(output),
+        "data": {"source": "digits"},
+        "modalities": {"image": {"kind": "image"}, "label": {"kind": "label"}},
+        "backbone": {
+            "block_out_channels": [8, 16],
+            "layers_per_block": 1,
+            "patch_size": 2,
+            "norm_num_groups": 4,
+            "attention_head_dim": 8,
+        },
+        "scheduler": {"num_train_timesteps": 50},
+        "train": {"steps": 6, "batch_size": 12, "warmup": 2, "threads": 1, "log_every": 3},
+        "sample": {"steps": 2},
+        "evaluate": {"at_end": False, "num_samples": 40},
+    }
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Tree:
+    """The tree of a tiny experiment that runs in `tmp_path / "run"`; yours to change."""
+    return tiny_tree(tmp_path / "run")
+
+
+@pytest.fixture
+def tiny_file(tiny: Tree, tmp_path: Path) -> Path:
+    """The tiny experiment as a YAML file."""
+    path = tmp_path / "tiny.yaml"
+    OmegaConf.save(OmegaConf.create(tiny), path)
+    return path
+
+
+@pytest.fixture
+def configure(tiny_file: Path) -> Callable[..., Config]:
+    """`configure("train.steps=3", …)`: the tiny experiment with overrides."""
+    return lambda *overrides: load_config(tiny_file, list(overrides))
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished tiny run: 12 steps, checkpoints at 4, 8 and 12 of which two stay. Read only; copy it."""
+    from mmdiff.training import train
+
+    folder = tmp_path_factory.mktemp("finished")
+    OmegaConf.save(OmegaConf.create(tiny_tree(folder / "run")), folder / "tiny.yaml")
+    overrides = ["train.steps=12", "train.log_every=5", "train.checkpoint_every=4", "train.sample_every=6"]
+    return train(load_config(folder / "tiny.yaml", overrides))
+
+
+@pytest.fixture
+def run_copy(finished_run: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, yours to change."""
+    return Path(shutil.copytree(finished_run, tmp_path / "copy"))
+
+
+# --------------------------------------------------------------------------------------------- the command line here
+
+
+class Answer(NamedTuple):
+    """What a command line gave."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def complaint(self) -> str:
+        """The one line on stderr, without the program's name; anything else on stderr fails."""
+        assert self.err.startswith("mmdiff: "), self.err
+        assert self.err.count("\n") == 1 and self.err.endswith("\n"), self.err
+        return self.err.removeprefix("mmdiff: ").rstrip()
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
+    """`cli("train", path, "train.steps=3")` calls the entry point in this process."""
+    from mmdiff.cli import main
+
+    def call(*arguments: object) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["mmdiff", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        return Answer(code, *capsys.readouterr())
+
+    return call
+
+
+# ---------------------------------------------------------------------------------------------------- real processes
+
+
+class Launched:
+    """A real process and everything it starts.
+
+    Args:
+        arguments: of the command line.
+        folder: for stdout and stderr, and the working directory.
+        environment: on top of the tests' own.
+    """
+
+    def __init__(self, arguments: list[str], folder: Path, **environment: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._out, self._err = folder / "stdout.txt", folder / "stderr.txt"
+        with self._out.open("w") as out, self._err.open("w") as err:
+            self.process = subprocess.Popen(
+                arguments, stdout=out, stderr=err, cwd=folder, env={**os.environ, **environment}, start_new_session=True
+            )
+
+    def wait(self, timeout: float = 180) -> Answer:
+        """Until it ends."""
+        return Answer(self.process.wait(timeout), self._out.read_text(), self._err.read_text())
+
+    def wait_for(self, file: Path, text: str, timeout: float = 180) -> None:
+        """Until a file holds a text, looking every 10 ms."""
+        deadline = time.monotonic() + timeout
+        while not (file.is_file() and text in file.read_text()):
+            assert self.process.poll() is None and time.monotonic() < deadline, self._err.read_text()
+            time.sleep(0.01)
+
+    def kill(self) -> None:
+        """SIGKILL to it and to all its descendants (torchrun's workers have sessions of their own)."""
+        if self.process.poll() is None:
+            started = psutil.Process(self.process.pid)
+            for process in [started, *started.children(recursive=True)]:
+                process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def launch() -> Iterator[Callable[..., Launched]]:
+    """`launch([…], folder, KEY="value")` starts a process; what still runs at the end is killed."""
+    started: list[Launched] = []
+
+    def start(arguments: list[str], folder: Path, **environment: str) -> Launched:
+        started.append(Launched(arguments, folder, **environment))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+def torchrun(processes: int) -> list[str]:
+    """The start of a command line that starts CPU processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    module = "torch.distributed.run"  # what the torchrun script calls
+    return [sys.executable, "-m", module, f"--nproc_per_node={processes}", f"--master_port={port}", "-m", "mmdiff"]
+
+
+# windows of three steps straddle the checkpoints at 20 and 40, parts and processes split the batch of 12
+SIXTY_STEPS = ["train.steps=60", "train.checkpoint_every=20", "train.accumulate=2", "train.resume=auto"]
+
+
+@pytest.fixture(scope="session")
+def sixty_steps(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
+    """`sixty_steps(output, …)`: the arguments of `mmdiff train` for a tiny run of 60 steps."""
+    path = tmp_path_factory.mktemp("sixty") / "tiny.yaml"
+    OmegaConf.save(OmegaConf.create(tiny_tree(path.parent / "run")), path)
+    return lambda output, *more: [str(path), f"output={output}", *SIXTY_STEPS, *more]
+
+
+@pytest.fixture(scope="session")
+def one_process(sixty_steps: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of 60 uninterrupted steps in this process."""
+    from mmdiff.training import train
+
+    config, *overrides = sixty_steps(tmp_path_factory.mktemp("one") / "run")
+    return train(load_config(config, overrides))
+
+
+class TwoProcesses(NamedTuple):
+    """Run folders of 60 steps on two CPU processes, without and with a SIGKILL after step 42."""
+
+    whole: Path
+    resumed: Path
+    answer: Answer  # of the second, resuming launch
+
+
+@pytest.fixture(scope="session")
+def two_processes(
+    launch: Callable[..., Launched], sixty_steps: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> TwoProcesses:
+    folder = tmp_path_factory.mktemp("two")
+    whole, killed = folder / "whole", folder / "killed"
+
+    def start(output: Path, log: str) -> Launched:
+        return launch([*torchrun(2), "train", *sixty_steps(output)], folder / log, ACCELERATE_USE_CPU="1")
+
+    first, uninterrupted = start(killed, "first"), start(whole, "uninterrupted")
+    first.wait_for(killed / "metrics.jsonl", '"step": 42,')
+    first.kill()
+    assert not (killed / "pipeline").exists(), "the run was over before it could be killed"
+    answer = start(killed, "second").wait()
+    assert answer.code == 0, answer.err
+    assert uninterrupted.wait().code == 0
+    return TwoProcesses(whole, killed, answer)

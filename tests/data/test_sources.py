@@ -1,0 +1,172 @@
+"""Any Hugging Face data set becomes batches; what cannot be used is one line that names the row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from mmdiff.build import build
+from mmdiff.config import Config, load_config
+from mmdiff.data import Batch, Table, open_splits
+from mmdiff.errors import InputError
+
+Configure = Callable[..., Config]
+ROOT = Path(__file__).parents[2]
+COUNT = 12
+
+
+def rows(**changes: Any) -> datasets.Dataset:
+    """Twelve random grey 8×8 images; labels 0, 1, 2, … mod 3, the third and the seventh unknown."""
+    pixels = np.random.default_rng(0).integers(0, 256, (COUNT, 8, 8), dtype=np.uint8)
+    columns: dict[str, list] = {
+        "image": [Image.fromarray(p) for p in pixels],
+        "label": [None if i in (2, 6) else i % 3 for i in range(COUNT)],
+    }
+    for key, value in changes.items():
+        name, index = key.split("_")
+        columns[name][int(index)] = value
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Callable[..., str]:
+    """`source(image_3=…)`: a parquet file with changed rows."""
+
+    def write(**changes: Any) -> str:
+        rows(**changes).to_parquet(tmp_path / "rows.parquet")
+        return f"data.source={tmp_path / 'rows.parquet'}"
+
+    return write
+
+
+def complaint(call: Callable[[], object]) -> str:
+    with pytest.raises(InputError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def equal(one: Batch, other: Batch) -> bool:
+    assert set(one.values) == set(one.present) == set(other.values) == set(other.present)
+    pairs = [(one.values[name], other.values[name]) for name in one.values]
+    pairs += [(one.present[name], other.present[name]) for name in one.present]
+    return all(torch.equal(a, b) and a.dtype == b.dtype for a, b in pairs)
+
+
+def test_a_parquet_file_becomes_values_with_presence(configure: Configure, source: Callable[..., str]) -> None:
+    table = build(configure(source(), "data.holdout=4")).train
+    batch = table.all()
+    kept = [i for i in range(COUNT) if i % 4 != 3]
+    pixels = np.stack([np.asarray(image) for image in rows()["image"]])[kept]
+    assert torch.equal(batch.values["image"], torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1.0)[:, None])
+    assert batch.present["image"].all()
+    assert batch.present["label"].tolist() == [i not in (2, 6) for i in kept]
+    assert batch.values["label"].tolist() == [0 if i in (2, 6) else i % 3 for i in kept]
+    assert batch.values["label"].dtype == torch.int64
+
+
+def test_holding_out_takes_every_kth_row(source: Callable[..., str]) -> None:
+    train, held_out = open_splits(source().partition("=")[2], holdout=5)
+    labels = rows()["label"]
+    assert list(held_out["label"]) == [labels[4], labels[9]]
+    assert list(train["label"]) == [label for i, label in enumerate(labels) if i not in (4, 9)]
+
+
+def test_a_folder_has_the_splits_of_its_files(tmp_path: Path) -> None:
+    rows().to_parquet(tmp_path / "train.parquet")
+    rows().select(range(5)).to_parquet(tmp_path / "validation.parquet")
+    train, held_out = open_splits(str(tmp_path))
+    assert (len(train), len(held_out)) == (12, 5)
+    train, held_out = open_splits(str(tmp_path), split="validation", validation_split="train")
+    assert (len(train), len(held_out)) == (5, 12)
+
+
+def test_what_is_not_there_is_named(configure: Configure, source: Callable[..., str], tmp_path: Path) -> None:
+    given, holdout = source(), "data.holdout=4"
+    build_with = lambda *overrides: complaint(lambda: build(configure(*overrides)))  # noqa: E731
+    assert build_with(given, holdout, "data.columns.label=digit").startswith("data.columns.label = 'digit': ")
+    assert build_with(given, holdout, "data.split=test").startswith("data.split = 'test': the source has the splits train")
+    assert build_with(given).startswith("data.validation_split = 'validation': the source has the splits train")
+    nowhere = str(tmp_path / "nowhere")
+    message = build_with(f"data.source={nowhere}")
+    assert message.startswith(f"data.source = {nowhere!r}: ") and "digits" in message
+    (tmp_path / "broken.parquet").write_text("this is no parquet file")
+    broken = str(tmp_path / "broken.parquet")
+    assert build_with(f"data.source={broken}").startswith(f"data.source = {broken!r}: cannot be opened")
+
+
+BAD_ROWS = {
+    "label_3": (7, "data.columns.label=label, row 3: label = 7: is outside 0 … 2"),
+    "label_5": (-1, "data.columns.label=label, row 5: label = -1: is outside 0 … 2"),
+    "image_4": (Image.new("L", (9, 8)), "data.columns.image=image, row 4: image = '9x8': expected 8x8"),
+    "image_1": (Image.new("RGB", (8, 8)), "data.columns.image=image, row 1: image = 'RGB': has another mode than the L"),
+}
+
+
+@pytest.mark.parametrize("cache_mib", [512, 0])
+@pytest.mark.parametrize("change", BAD_ROWS)
+def test_a_bad_row_is_named(configure: Configure, source: Callable[..., str], change: str, cache_mib: int) -> None:
+    value, start = BAD_ROWS[change]
+    options = ["data.holdout=12", "modalities.label.num_classes=3", f"data.cache_mib={cache_mib}"]
+    config = configure(source(**{change: value}), *options)
+    assert complaint(lambda: build(config).train.all()).startswith(start)
+
+
+def test_a_held_out_selection_names_rows_as_the_source_counts_them(
+    configure: Configure, source: Callable[..., str]
+) -> None:
+    config = configure(source(label_9=7), "data.holdout=3", "modalities.label.num_classes=3")
+    assert complaint(lambda: build(config)).startswith("data.columns.label=label, row 9: label = 7")
+
+
+def as_read(batch: Batch | InputError) -> Batch | InputError:
+    return batch
+
+
+def loaded(table: Table, batches: list[list[int]], workers: int) -> list[Batch | InputError]:
+    return list(DataLoader(table, batch_sampler=batches, num_workers=workers, collate_fn=as_read))
+
+
+def test_caching_and_workers_change_nothing(configure: Configure, source: Callable[..., str]) -> None:
+    given = [source(), "data.holdout=12"]
+    cached, read = (build(configure(*given, f"data.cache_mib={mib}")).train for mib in (512, 0))
+    batches = [[0, 1, 2], [10, 3, 3], [7], [6, 5]]
+    expected = [cached.batch(batch) for batch in batches]
+    assert not equal(expected[0], expected[1])
+    for table in (cached, read):
+        for workers in (0, 2):
+            found = loaded(table, batches, workers)
+            assert all(equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_row_stops_training_with_its_line(configure: Configure, source: Callable[..., str], workers: int) -> None:
+    from mmdiff.training import train
+
+    options = ["data.holdout=12", "modalities.label.num_classes=3", "data.cache_mib=0", "train.batch_size=2"]
+    config = configure(source(label_3=7), *options, f"data.workers={workers}")
+    assert complaint(lambda: train(config)).startswith("data.columns.label=label, row 3: label = 7")
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(("name", "space"), [("fashion_mnist", (1, 28, 28)), ("cifar10", (3, 32, 32))])
+def test_the_digits_experiment_trains_on_other_images_unchanged(tmp_path: Path, name: str, space: tuple) -> None:
+    from mmdiff.training import train
+
+    source = ROOT.parent / "shared" / "data" / name
+    options = ["train.steps=2", "train.batch_size=4", "train.threads=1", "evaluate.at_end=false", "sample.steps=1"]
+    options += ["data.cache_mib=0", f"data.source={source}", f"output={tmp_path / 'run'}"]
+    folder = train(load_config(ROOT / "experiments" / "digits.yaml", options))
+    resolved = load_config(folder / "config.yaml").modalities
+    assert resolved["image"].settings() == {"channels": space[0], "size": list(space[1:])}
+    assert resolved["label"].settings() == {"num_classes": 10}
+    assert (folder / "pipeline" / "model_index.json").is_file()

@@ -1,0 +1,103 @@
+"""Labels: what is refused, in which words; the learned table and the draws."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import datasets
+import pytest
+import torch
+
+from mmdiff.errors import InputError
+from mmdiff.modalities import Label, Shape
+
+SHAPE = Shape((2, 4, 4), 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("raw", "remedy"),
+    [
+        (5, "is outside 0 … 4; check num_classes"),
+        (-1, "is outside 0 … 4; check num_classes"),
+        (True, "is no integer class id; check data.columns"),
+        (2.0, "is no integer class id; check data.columns"),
+        ("2", "is no integer class id; check data.columns"),
+        (None, "is no integer class id; check data.columns"),
+    ],
+)
+def test_unusable_values_are_refused_in_one_line(raw: Any, remedy: str) -> None:
+    with pytest.raises(InputError) as caught:
+        Label(SHAPE, 5).preprocess(raw)
+    assert str(caught.value) == f"label = {raw!r}: {remedy}"
+
+
+@pytest.mark.parametrize("text", ["three", "2.5", ""])
+def test_text_that_is_no_class_id_is_refused(text: str) -> None:
+    with pytest.raises(InputError) as caught:
+        Label(SHAPE, 5).parse(text)
+    assert str(caught.value) == f"label = {text!r}: write a class id, 0 … 4"
+
+
+@pytest.mark.parametrize("value", [[5], [0, -1]])
+def test_batches_outside_the_classes_are_refused(value: list[int]) -> None:
+    with pytest.raises(InputError, match=f"label = {value[-1]}: is outside 0 … 4"):
+        Label(SHAPE, 5).check(torch.tensor(value))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8])
+def test_batches_that_would_index_as_masks_are_refused(dtype: torch.dtype) -> None:
+    """torch reads such an index as a mask: another table, of another shape."""
+    with pytest.raises(InputError, match="int64"):
+        Label(SHAPE, 5).check(torch.ones(5, dtype=dtype))
+
+
+def test_one_class_is_no_label() -> None:
+    with pytest.raises(InputError, match="num_classes = 1: "):
+        Label(SHAPE, 1)
+
+
+@pytest.mark.parametrize("values", [[], [None], ["a"], [1, 0.5]])
+def test_columns_without_integers_are_refused(values: list[Any]) -> None:
+    with pytest.raises(InputError, match="is no column of integers"):
+        Label.settings_from_data(datasets.Value("int64"), values)
+
+
+def test_a_class_label_states_its_size_and_integers_show_it() -> None:
+    """A named column counts classes that no row has; a bare one ends at its largest id."""
+    assert Label.settings_from_data(datasets.ClassLabel(num_classes=7), [0]) == {"num_classes": 7}
+    assert Label.settings_from_data(datasets.Value("int64"), iter([None, 3, 1])) == {"num_classes": 4}
+
+
+@pytest.mark.parametrize("growth", [1e-2, 1e3])
+def test_a_growing_table_encodes_the_same(growth: float) -> None:
+    label = Label(SHAPE, 5)
+    before = label.encode(torch.arange(5))
+    torch.testing.assert_close(before.square().mean(dim=(1, 2, 3)), torch.ones(5), rtol=1e-5, atol=0)
+    with torch.no_grad():
+        label.table *= growth
+    torch.testing.assert_close(label.encode(torch.arange(5)), before, rtol=1e-5, atol=1e-6)
+
+
+def test_draws_have_the_probabilities_of_the_head() -> None:
+    """Also at probability 0 and where float32 sums to less than 1."""
+    probabilities = torch.tensor([0.5, 0.0, 0.2, 0.3 - 1e-6, 1e-6])
+    count = 20_000
+    noise = torch.randn(count, 1, generator=torch.Generator().manual_seed(0))
+    drawn = Label(SHAPE, 5).sample(probabilities.log().expand(count, 5), noise)
+    shares = torch.bincount(drawn, minlength=5) / count
+    error = 4 * (probabilities * (1 - probabilities) / count).sqrt()
+    assert ((shares - probabilities).abs() <= error + 1 / count).all()
+    assert not (drawn == 1).any()
+
+
+@pytest.mark.parametrize("noise", [-math.inf, -9.0, 9.0, math.inf])
+def test_extreme_noise_draws_a_class(noise: float) -> None:
+    label = Label(SHAPE, 5)
+    drawn = label.sample(torch.zeros(1, 5), torch.tensor([[noise]]))
+    assert drawn.tolist() == [0 if noise < 0 else 4]
+
+
+def test_the_gallery_shows_at_most_ten_classes() -> None:
+    assert Label(SHAPE, 3).gallery().tolist() == [0, 1, 2]
+    assert Label(SHAPE, 100).gallery().tolist() == list(range(10))

@@ -1,0 +1,100 @@
+"""Modules import lower layers only, files stay small, equations cited exist, and the command line starts without torch."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "mmdiff"
+FILES = sorted(PACKAGE.rglob("*.py"))
+LAYERS = {
+    **dict.fromkeys(("errors", "randomness", "likelihoods", "config"), 0),
+    **dict.fromkeys(("data", "modalities", "schedulers", "backbones", "losses"), 1),
+    "model": 2,
+    **dict.fromkeys(("objective", "conditioning", "pipeline"), 3),
+    **dict.fromkeys(("build", "evaluation"), 4),
+    **dict.fromkeys(("training", "plots", "report"), 5),
+    **dict.fromkeys(("cli", "evaluation.speed"), 6),
+    **dict.fromkeys(("__main__", "__init__"), 7),
+}
+
+
+def name_of(path: Path) -> str:
+    """mmdiff/data/digits.py -> "data.digits", mmdiff/data/__init__.py -> "data"."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+MODULES = {name_of(path): path for path in FILES}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of the package that a file imports, anywhere in it; the package's root is left out."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            submodules = {name for name in inner if name.removeprefix("mmdiff.") in MODULES}
+            found |= submodules or {str(node.module)}
+    inside = {name.removeprefix("mmdiff.") for name in found if name.startswith("mmdiff.")}
+    assert inside <= set(MODULES), f"{path}: {inside - set(MODULES)}"
+    return inside
+
+
+def room_of(module: str) -> str:
+    """The unit that has a layer: a file or a package at the top, and evaluation.speed."""
+    return module if module in LAYERS else module.split(".")[0]
+
+
+GRAPH = {name: imports_of(path) for name, path in MODULES.items()}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_run_downwards(module: str) -> None:
+    room = room_of(module)
+    for other in map(room_of, GRAPH[module]):
+        if other != room:
+            assert LAYERS[other] <= LAYERS[room], f"{module} imports {other}"
+            assert LAYERS[room] > 1 or LAYERS[other] < 1, f"{module} imports {other}, a neighbour in layer {LAYERS[room]}"
+
+
+def test_imports_have_no_cycle() -> None:
+    TopologicalSorter({name: others - {name} for name, others in GRAPH.items()}).prepare()  # raises CycleError
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_files_are_small_and_named_for_what_they_hold(path: Path) -> None:
+    limit = 520 if name_of(path) == "schedulers.mt_diffusion" else 330
+    assert len(path.read_text().splitlines()) < limit
+    assert not re.search("util|misc|helper|common", path.stem)
+
+
+def test_every_equation_cited_is_in_the_readme() -> None:
+    cited = {}
+    for path in FILES:
+        for group in re.findall(r"Eq\.\s+((?:\(\d[\d, ]*\)(?:\s*(?:,|and|–|to)\s*)?)+)", path.read_text()):
+            cited |= dict.fromkeys(re.findall(r"\d+", group), name_of(path))
+    assert len(cited) >= 8
+    if not (ROOT / "README.md").exists():
+        pytest.skip("no README.md")
+    readme = (ROOT / "README.md").read_text()
+    assert [number for number in cited if f"({number})" not in readme] == []
+
+
+def test_the_command_line_starts_without_torch_and_lists_its_commands() -> None:
+    code = "import sys, mmdiff, mmdiff.cli; print([m for m in ('torch', 'diffusers', 'datasets') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+    shown = subprocess.run([sys.executable, "-m", "mmdiff", "--help"], capture_output=True, text=True, check=True)
+    listed = re.findall(r"^  (\w+) ", shown.stdout, flags=re.MULTILINE)
+    assert {"train", "sample", "evaluate", "benchmark", "show"} <= set(listed)

@@ -1,0 +1,148 @@
+"""A config becomes parts: what the data determine is filled in, what the config says wins, what cannot be is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+
+from mmdiff.build import build_model, build_objective, build_scheduler, resolve, state_law
+from mmdiff.config import Config
+from mmdiff.errors import InputError
+from mmdiff.objective import StateLaw
+
+Configure = Callable[..., Config]
+
+
+def rows(mode: str = "L", size: tuple[int, int] = (8, 8), labels: Any = None) -> datasets.Dataset:
+    """Four black images with the labels 0, 2, None, 1."""
+    features = {"image": datasets.Image(), "label": labels or datasets.Value("int64")}
+    columns = {"image": [Image.new(mode, size)] * 4, "label": [0, 2, None, 1]}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def complaint(call: Callable[[], object]) -> str:
+    with pytest.raises(InputError) as caught:
+        call()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3)])
+def test_the_data_fill_in_what_the_config_leaves_out(configure: Configure, mode: str, channels: int) -> None:
+    config = resolve(configure(), rows(mode, size=(12, 8)))  # PIL counts (width, height)
+    assert config.modalities["image"].settings() == {"channels": channels, "size": [8, 12]}
+    assert config.modalities["label"].settings() == {"num_classes": 3}  # a bare integer column: its largest id + 1
+    named = rows(labels=datasets.ClassLabel(num_classes=5))
+    assert resolve(configure(), named).modalities["label"].settings() == {"num_classes": 5}
+
+
+def test_resolving_twice_changes_nothing(configure: Configure) -> None:
+    once = resolve(configure(), rows())
+    assert resolve(once, rows()) == once
+
+
+def test_explicit_settings_win(configure: Configure) -> None:
+    config = resolve(configure("modalities.label.num_classes=20", "modalities.image.scale=0.5"), rows())
+    assert config.modalities["label"].settings() == {"num_classes": 20}
+    assert config.modalities["image"].settings() == {"channels": 1, "size": [8, 8], "scale": 0.5}
+    model = build_model(config)
+    assert model.modalities["label"].table.shape == (20, 1, 8, 8)
+
+
+def test_a_wrong_explicit_size_is_refused_with_row_and_column(configure: Configure) -> None:
+    from mmdiff.build import build
+
+    message = complaint(lambda: build(configure("modalities.image.size=[32,32]")))
+    assert message == "data.columns.image=image, row 0: image = '16x16': expected 32x32; or set resize: true"
+
+
+@pytest.mark.parametrize(
+    ("override", "start"),
+    [
+        ("modalities.label.kind=labels", "modalities.label.kind = 'labels': choose one of image, label"),
+        ("backbone.kind=vnet", "backbone.kind = 'vnet': choose one of unet"),
+        ("backbone.layers=3", "backbone.layers = 3: unknown key; UNet takes "),
+        ("modalities.label.classes=3", "modalities.label.classes = 3: unknown key; Label takes num_classes"),
+        ("modalities.image.shape=3", "modalities.image.shape = 3: unknown key"),
+        ("modalities.image.head=true", "modalities.image.head = True: unknown key"),
+        ("data.columns.label=digit", "data.columns.label = 'digit': the source has no such column, but image, label"),
+        ("data.columns.image=label", "data.columns.image=label: image = 'int': is no image column"),
+        ("data.columns.label=image", "data.columns.label=image: label = "),
+    ],
+)
+def test_what_does_not_fit_is_named(configure: Configure, override: str, start: str) -> None:
+    assert complaint(lambda: resolve(configure(override), rows())).startswith(start)
+
+
+def test_a_backbone_that_does_not_fit_the_size_is_refused(configure: Configure) -> None:
+    config = resolve(configure(), rows(size=(6, 6)))
+    assert complaint(lambda: build_model(config)).startswith("backbone.block_out_channels = [8, 16]: needs a size that is")
+
+
+def test_weights_with_which_sampling_would_start_wrong_are_refused(configure: Configure) -> None:
+    linear = ["scheduler.beta_schedule=linear", "scheduler.num_train_timesteps=1000"]
+    config = configure(*linear, "modalities.label.weight={schedule: constant, scale: 1.5}")
+    message = complaint(lambda: build_scheduler(config))
+    assert message.startswith("modalities.label.weight = {") and "W_T = " in message
+    allowed = configure(*linear, "scheduler.allow_nonzero_terminal=true")
+    assert build_scheduler(allowed).cumulative_weights("label").max().item() == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize(
+    ("override", "start"),
+    [
+        ("scheduler.beta_schedule=cubic", "scheduler.beta_schedule = 'cubic': "),
+        ("scheduler.solver=PNDMScheduler", "scheduler.solver = 'PNDMScheduler': "),
+        ("scheduler.solver_config={zeta: 1}", "scheduler.solver_config.zeta = 1: "),
+    ],
+)
+def test_scheduler_mistakes_are_named_as_in_the_config(configure: Configure, override: str, start: str) -> None:
+    assert complaint(lambda: build_scheduler(configure(override))).startswith(start)
+
+
+def laws(config: Config) -> dict[str, StateLaw]:
+    return {name: state_law(config, name) for name in ("image", "label")}
+
+
+def test_state_laws(configure: Configure) -> None:
+    given = ["states.aggregated=0.4", "states.observed=0.2", "states.anchor_observed=0.1"]
+    image = StateLaw(0.0, 0.1)
+    assert laws(configure(*given)) == {"image": image, "label": StateLaw(0.4, 0.2)}
+    own = "modalities.label.states={aggregated: 0.7}"
+    assert laws(configure(*given, own)) == {"image": image, "label": StateLaw(0.7, 0.2)}
+    own = "modalities.label.states={aggregated: 0, observed: 0}"  # zero is a value, not "unset"
+    assert laws(configure(*given, own)) == {"image": image, "label": StateLaw(0.0, 0.0)}
+    assert laws(configure(*given, "states.law=source")) == {"image": StateLaw(0.0, 0.0), "label": StateLaw(1.0, 0.0)}
+    assert laws(configure(*given, "states.law=heads")) == {"image": StateLaw(0.0, 0.0), "label": StateLaw(0.0, 0.0)}
+
+
+@pytest.mark.parametrize("weight", ["{schedule: none}", "{scale: 0}"])
+def test_a_modality_without_weight_is_never_aggregated(configure: Configure, weight: str) -> None:
+    for law in ("independent", "source"):
+        config = configure(f"states.law={law}", f"modalities.label.weight={weight}")
+        assert state_law(config, "label").aggregated == 0.0
+
+
+def test_the_seed_fixes_the_initial_weights_and_touches_no_other_random_number(configure: Configure) -> None:
+    config, other = (resolve(configure(f"train.seed={seed}"), rows()) for seed in (3, 4))
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    one = build_model(config).state_dict()
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(1)
+    again, different = build_model(config).state_dict(), build_model(other).state_dict()
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not torch.equal(one["modalities.label.table"], different["modalities.label.table"])
+
+
+def test_the_objective_has_the_configs_numbers(configure: Configure) -> None:
+    options = ["modalities.label.loss_weight=0.3", "loss={min_snr_gamma: 5, terminal: 0.25}", "train.seed=9"]
+    config = resolve(configure(*options, "modalities.label.weight={schedule: learned, learn_scale: true}"), rows())
+    objective = build_objective(config, build_model(config), build_scheduler(config))
+    assert objective.loss_weights == {"label": 0.3}
+    assert (objective.min_snr_gamma, objective.terminal_weight, objective.seed) == (5, 0.25, 9)
+    assert objective.schedule_scales["label"].requires_grad

@@ -1,0 +1,181 @@
+"""A config is read back as it was written, and every mistake is one line with the dotted key and the value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_origin
+
+import pytest
+from omegaconf import OmegaConf
+from pydantic import BaseModel
+
+from mmdiff.config import Config, ModalityConfig, first_difference, load_config, parse_config, save_config
+from mmdiff.errors import InputError
+
+Tree = dict[str, Any]
+Configure = Callable[..., Config]
+
+
+def complaint(call: Callable[[], object]) -> str:
+    """The line of the InputError that a call must raise."""
+    with pytest.raises(InputError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def leaves(model: type[BaseModel], *path: str) -> Iterator[tuple[str, Any]]:
+    """(dotted key, annotation) of every key of the config."""
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if kind == dict[str, ModalityConfig]:
+            yield from leaves(ModalityConfig, *path, name, "label")
+        elif isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from leaves(kind, *path, name)
+        else:
+            yield ".".join((*path, name)), kind
+
+
+LEAVES = dict(leaves(Config))
+
+
+def changed(tree: Tree, key: str, value: Any) -> Tree:
+    config = OmegaConf.create(tree)
+    OmegaConf.update(config, key, value, merge=False, force_add=True)
+    plain = OmegaConf.to_container(config)
+    assert isinstance(plain, dict)
+    return plain
+
+
+def test_writing_and_reading_gives_the_same_config(tiny: Tree, tmp_path: Path) -> None:
+    tiny["train"] |= {"learning_rate": 1e-5, "betas": [0.5, 1e-9], "resume": "auto", "weight_decay": 0}
+    tiny["modalities"]["label"] |= {"num_classes": 10, "weight": {"schedule": "none"}, "states": {"observed": 0.25}}
+    tiny["scheduler"] |= {"solver": "DDIMScheduler", "solver_config": {"eta": 1.0}, "trained_betas": [1e-7, 0.5]}
+    tiny["data"] |= {"columns": {"label": "yes"}, "holdout": 7}
+    config = parse_config(tiny)
+    save_config(config, tmp_path / "config.yaml")
+    again = load_config(tmp_path / "config.yaml")
+    assert again == config
+    assert again.modalities["label"].settings() == {"num_classes": 10}
+    assert first_difference(again, config, ignore=set()) is None
+
+
+@pytest.mark.parametrize("key", sorted(LEAVES))
+def test_a_wrong_type_is_refused_by_name(tiny: Tree, key: str) -> None:
+    kind = LEAVES[key]
+    is_dict = get_origin(kind) is dict or "dict[" in str(kind)
+    wrong: Any = "nonsense" if is_dict else {"nonsense": 1}
+    message = complaint(lambda: parse_config(changed(tiny, key, wrong)))
+    assert message.startswith(f"{key} = {wrong!r}: ")
+
+
+OUT_OF_RANGE = {
+    "train.steps": 0,
+    "train.batch_size": -1,
+    "train.learning_rate": 0.0,
+    "train.ema_decay": 1.0,
+    "train.mixed_precision": "fp8",
+    "train.resume": "always",
+    "data.holdout": 1,
+    "states.observed": 1.5,
+    "states.law": "heads and tails",
+    "modalities.label.weight.schedule": "linear",
+    "modalities.label.weight.scale": -0.5,
+    "modalities.label.states.aggregated": 2,
+    "scheduler.num_train_timesteps": 1,
+    "evaluate.num_samples": 1,
+    "track": "mlflow",
+    "name": "a/b",
+    "anchor": "picture",
+}
+
+
+@pytest.mark.parametrize("key", OUT_OF_RANGE)
+def test_a_value_out_of_range_is_refused_by_name(tiny: Tree, key: str) -> None:
+    value = OUT_OF_RANGE[key]
+    assert complaint(lambda: parse_config(changed(tiny, key, value))).startswith(f"{key} = {value!r}: ")
+
+
+@pytest.mark.parametrize("key", ["train.steps", "train.seed", "evaluate.num_samples"])
+def test_a_truth_value_is_no_number(tiny: Tree, key: str) -> None:
+    assert complaint(lambda: parse_config(changed(tiny, key, True))).startswith(f"{key} = True: ")
+
+
+@pytest.mark.parametrize(
+    ("override", "start"),
+    [
+        ("train.step=5", "train.step = 5: unknown key; did you mean steps?"),
+        ("trian={}", "trian = {}: unknown key; did you mean train?"),
+        ("modalities.label.weight.scael=1", "modalities.label.weight.scael = 1: unknown key; did you mean scale?"),
+        ("modalities.label.states.agregated=1", "modalities.label.states.agregated = 1: unknown key; did you mean agg"),
+        ("zzz=1", "zzz = 1: unknown key; known: anchor, "),
+        ("train.steps=many", "train.steps = 'many': "),
+        ("train=5", "train = 5: "),
+        ("train.steps", "override = 'train.steps': write key=value"),
+        ("anchor=foo", "anchor = 'foo': choose one of modalities: image, label"),
+        ("data.columns.depth=z", "data.columns.depth = 'z': names no modality"),
+    ],
+)
+def test_a_bad_override_is_one_line(configure: Configure, override: str, start: str) -> None:
+    assert complaint(lambda: configure(override)).startswith(start)
+
+
+def test_an_override_that_is_no_yaml_is_named(configure: Configure) -> None:
+    assert "train.steps=[1" in complaint(lambda: configure("train.steps=[1"))
+
+
+def test_overrides_win_over_the_file_and_later_ones_over_earlier(configure: Configure) -> None:
+    config = configure("train.steps=7", "train.steps=8", "data.columns.label=digit", "modalities.label.num_classes=3")
+    assert config.train.steps == 8
+    assert config.column("label") == "digit" and config.column("image") == "image"
+    assert config.modalities["label"].settings() == {"num_classes": 3}
+    assert config.train.batch_size == 12  # untouched
+
+
+@pytest.mark.parametrize("key", ["train.mixed_precision", "track", "train.resume"])
+def test_every_choice_can_be_written_as_documented(configure: Configure, key: str) -> None:
+    """Plain YAML reads a bare `no` as false."""
+    section, name = key.split(".") if "." in key else ("", key)
+    for choice in LEAVES[key].__args__:
+        config: Any = configure(f"{key}={choice}")
+        assert getattr(getattr(config, section) if section else config, name) == choice
+
+
+@pytest.mark.parametrize("key", ["name", "data", "data.source", "modalities", "modalities.label.kind"])
+def test_a_missing_key_is_named(tiny: Tree, key: str) -> None:
+    *path, last = key.split(".")
+    section = tiny
+    for part in path:
+        section = section[part]
+    del section[last]
+    assert complaint(lambda: parse_config(tiny)).startswith(f"{key} = None: is missing")
+
+
+@pytest.mark.parametrize("text", ["a: [1", "a: b: c", "- a\n- b", "5", "\x00", "", "train: ${nothing}\nname: x"])
+def test_garbage_is_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "garbage.yaml"
+    path.write_text(text)
+    complaint(lambda: load_config(path))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    path = str(tmp_path / "nowhere.yaml")
+    assert complaint(lambda: load_config(path)) == f"config = {path!r}: no such file"
+
+
+def test_the_first_difference_is_found_and_what_may_change_is_ignored(configure: Configure) -> None:
+    one, other = configure(), configure("train.steps=7", "train.log_every=4", "modalities.label.num_classes=3")
+    assert first_difference(one, other, ignore=set()) == ("modalities.label.num_classes", None, 3)
+    ignore = {"modalities", "train.log_every"}
+    assert first_difference(one, other, ignore) == ("train.steps", 6, 7)
+    assert first_difference(one, other, ignore | {"train.steps"}) is None
+
+
+def test_a_config_knows_its_folder_and_its_auxiliary_modalities(configure: Configure) -> None:
+    assert parse_config({"name": "x", "data": {"source": "digits"}, "modalities": {"image": {"kind": "image"}}}).folder() == (
+        Path("runs/x")
+    )
+    assert configure("output=there").folder() == Path("there")
+    assert configure().auxiliary() == ["label"]
+    assert configure("anchor=label").auxiliary() == ["image"]

@@ -1,0 +1,142 @@
+"""The terms of the bound against torch.distributions and closed forms, in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Independent, Normal, kl_divergence
+
+from mmdiff import losses
+from mmdiff.likelihoods import Gaussian
+from mmdiff.schedulers import MTDiffusionScheduler
+
+SHAPE = (5, 2, 3, 3)
+
+
+def randn(seed: int, shape: tuple[int, ...] = SHAPE) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def gaussian(seed: int) -> Gaussian:
+    return Gaussian(randn(seed), 0.1 + randn(seed + 100, (SHAPE[0], 1, 1, 1)).square())
+
+
+def reference(law: Gaussian) -> Independent:
+    return Independent(Normal(law.mean, law.variance.sqrt().expand_as(law.mean)), 3)
+
+
+def scheduler(beta_schedule: str = "linear", prediction_type: str = "v_prediction") -> MTDiffusionScheduler:
+    return MTDiffusionScheduler(
+        num_train_timesteps=100,
+        beta_schedule=beta_schedule,
+        prediction_type=prediction_type,
+        weights={"label": {"schedule": "bump", "scale": 0.5}},
+        allow_nonzero_terminal=True,
+    )
+
+
+def test_terminal_kl_is_that_of_torch() -> None:
+    law = gaussian(0)
+    standard = Gaussian(torch.zeros_like(law.mean), torch.ones_like(law.mean))
+    torch.testing.assert_close(losses.terminal_kl(law), kl_divergence(reference(law), reference(standard)))
+    assert losses.terminal_kl(standard).tolist() == [0.0] * SHAPE[0]
+
+
+def test_transition_kl_is_that_of_torch() -> None:
+    p, q = gaussian(0), gaussian(1)
+    torch.testing.assert_close(losses.transition_kl(p, q), kl_divergence(reference(p), reference(q)))
+    assert losses.transition_kl(p, p).tolist() == [0.0] * SHAPE[0]
+
+
+@pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("aggregated", [False, True])
+def test_kl_of_two_posteriors_is_the_difference_of_snrs(beta_schedule: str, aggregated: bool) -> None:
+    """KL( q(z_s | z_t, z_0) ‖ q(z_s | z_t, x̂_0) ) = ½ (SNR(s) − SNR(t)) ‖z_0 − x̂_0‖² (Kingma et al., 2021, Eq. 13)."""
+    process, z_0, guess, z_t = scheduler(beta_schedule), randn(0), randn(1), randn(2)
+    encodings = {"label": randn(3)} if aggregated else None
+    snr = process.alphas_cumprod / (1 - process.alphas_cumprod)
+    for t in (1, 2, 50, 98, 99):
+        steps = torch.full((SHAPE[0],), t)
+        kl = losses.transition_kl(
+            process.posterior(z_0, z_t, steps, encodings), process.posterior(guess, z_t, steps, encodings)
+        )
+        expected = 0.5 * (snr[t - 1] - snr[t]) * (z_0 - guess).square().sum(dim=(1, 2, 3))
+        # 1 − ā is a difference of numbers near 1: at least 1e-4 here, so 1e-12 of it is lost; SNRs then differ by 10 %
+        torch.testing.assert_close(kl, expected, rtol=1e-9, atol=0)
+
+
+def test_density_of_the_anchor_is_that_of_torch() -> None:
+    law, value = gaussian(0), randn(1)
+    torch.testing.assert_close(losses.anchor_nll(law, value, levels=None), -reference(law).log_prob(value))
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256])
+@pytest.mark.parametrize("std", [0.02, 0.5])
+def test_masses_of_a_one_pixel_anchor_sum_to_one(levels: int, std: float) -> None:
+    grid = torch.linspace(-1, 1, levels, dtype=torch.float64)[:, None, None, None]
+    law = Gaussian(torch.full_like(grid, 0.3), torch.full_like(grid, std**2))
+    masses = (-losses.anchor_nll(law, grid, levels)).exp()
+    assert float(masses.sum()) == pytest.approx(1.0, abs=1e-12)
+
+
+def test_masses_of_many_pixels_multiply() -> None:
+    grid = torch.linspace(-1, 1, 256, dtype=torch.float64)
+    value = grid[torch.randint(256, SHAPE, generator=torch.Generator().manual_seed(0))]
+    law = gaussian(0)
+    one_by_one = [
+        losses.anchor_nll(Gaussian(m.view(1, 1), v.view(1, 1)), x.view(1, 1)).squeeze()
+        for m, v, x in zip(law.mean.flatten(), law.variance.expand_as(law.mean).flatten(), value.flatten(), strict=True)
+    ]
+    expected = torch.stack(one_by_one).view(SHAPE).sum(dim=(1, 2, 3))
+    torch.testing.assert_close(losses.anchor_nll(law, value), expected)
+
+
+def test_fine_masses_are_densities_times_the_bin() -> None:
+    """2/255 wide bins and a standard deviation of 0.5: the curvature within a bin is (bin/σ)²/24 ≈ 1e-5 of the mass,
+    and 3 σ away 8 times as much."""
+    grid = torch.linspace(-1, 1, 256, dtype=torch.float64)[1:-1, None, None, None]
+    law = Gaussian(torch.full_like(grid, 0.1), torch.full_like(grid, 0.25))
+    density = losses.anchor_nll(law, grid, levels=None) - math.log(2 / 255)
+    torch.testing.assert_close(losses.anchor_nll(law, grid, 256), density, rtol=0, atol=1e-4)
+
+
+def test_denoising_error_is_a_mean_per_sample() -> None:
+    prediction, target, weight = randn(0), randn(1), randn(2, (SHAPE[0],)).square().float()
+    expected = torch.stack([torch.nn.functional.mse_loss(p, t) for p, t in zip(prediction, target, strict=True)]).float()
+    torch.testing.assert_close(losses.denoising_error(prediction, target), expected)
+    torch.testing.assert_close(losses.denoising_error(prediction, target, weight), expected * weight)
+
+
+def test_recovery_counts_dimensions() -> None:
+    assert losses.recovery_nll(torch.tensor([1.0, 2.0]), 64).tolist() == [64.0, 128.0]
+
+
+@pytest.mark.parametrize("gamma", [0.01, 5.0, 1e9])
+@pytest.mark.parametrize("prediction_type", ["sample", "epsilon", "v_prediction"])
+def test_min_snr_weighs_the_error_of_z_0_alike_for_every_prediction(gamma: float, prediction_type: str) -> None:
+    """Whatever is predicted, the weighted error is min(SNR, γ) ‖z_0 − x̂_0‖² (Hang et al., 2023, Eq. 6)."""
+    process = scheduler(prediction_type=prediction_type)
+    steps = torch.tensor([0, 10, 50, 80, 99])
+    z_0, noise, error = randn(0), randn(1), randn(2)
+    target = process.training_target(z_0, noise, steps)
+    z_t = process.add_noise(z_0, noise, steps)
+    guess = process.predict_original_sample(target + error, steps, z_t)
+    alphas_cumprod = process.alphas_cumprod[steps]
+    weight = losses.min_snr_weight(alphas_cumprod, gamma, prediction_type)
+    capped = (alphas_cumprod / (1 - alphas_cumprod)).clamp(max=gamma)
+    expected = capped * (z_0 - guess).square().mean(dim=(1, 2, 3))
+    # diffusers' own float32 ā_t enters z_t; it is 6e-8 off, and so is 1 − ā_1 = 1e-4 by 6e-4
+    torch.testing.assert_close(losses.denoising_error(target + error, target, weight).double(), expected, rtol=2e-3, atol=0)
+
+
+def test_min_snr_identities() -> None:
+    alphas_cumprod = torch.tensor([0.999, 0.5, 1e-4], dtype=torch.float64)
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    capped = torch.tensor([5.0, 1.0, 1e-4 / (1 - 1e-4)], dtype=torch.float64)  # SNR = 999, 1, 1e-4
+    weight = {kind: losses.min_snr_weight(alphas_cumprod, 5.0, kind) for kind in ("sample", "epsilon", "v_prediction")}
+    torch.testing.assert_close(weight["sample"], capped)
+    torch.testing.assert_close(weight["epsilon"] * snr, capped)
+    torch.testing.assert_close(weight["v_prediction"] * (snr + 1), capped)

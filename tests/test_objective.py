@@ -1,0 +1,269 @@
+"""One training step: it is DDPM's where nothing is aggregated, and the same however a global batch is split."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from mmdiff.data import Batch
+from mmdiff.model import MTDiffusionModel
+from mmdiff.objective import MTObjective, ObjectiveOutput, StateLaw, Where
+from mmdiff.randomness import normal
+from mmdiff.schedulers import MTDiffusionScheduler
+
+T, CLASSES = 20, 3
+ABSENT, AGGREGATED, OBSERVED = StateLaw(0.0, 0.0), StateLaw(1.0, 0.0), StateLaw(0.0, 1.0)
+MIXED = StateLaw(0.5, 0.3)
+BUMP = {"schedule": "bump", "scale": 0.5}
+
+
+def build(
+    label: StateLaw = ABSENT,
+    image: StateLaw = ABSENT,
+    weight: dict[str, Any] = BUMP,
+    prediction_type: str = "v_prediction",
+    label_weight: float = 0.1,
+    **settings: Any,
+) -> MTObjective:
+    """With random numbers where a fresh network has zeros."""
+    torch.manual_seed(0)
+    model = MTDiffusionModel(
+        modality_config={
+            "image": {"kind": "image", "channels": 1, "size": 8},
+            "label": {"kind": "label", "num_classes": CLASSES},
+        },
+        backbone_config={
+            "kind": "unet",
+            "block_out_channels": [8, 16],
+            "layers_per_block": 1,
+            "norm_num_groups": 4,
+            "attention_head_dim": 8,
+        },
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1)
+    scheduler = MTDiffusionScheduler(num_train_timesteps=T, prediction_type=prediction_type, weights={"label": weight})
+    return MTObjective(model, scheduler, {"image": image, "label": label}, {"label": label_weight}, **settings)
+
+
+def batch(count: int = 8, missing: dict[str, list[int]] | None = None) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    values = {"image": torch.rand(count, 1, 8, 8, generator=generator) * 2 - 1, "label": torch.arange(count) % CLASSES}
+    present = {name: torch.ones(count, dtype=torch.bool) for name in values}
+    for name, rows in (missing or {}).items():
+        present[name][rows] = False
+    return Batch(values, present)
+
+
+def where(count: int = 8, step: int = 5) -> Where:
+    return Where(step, torch.arange(count), count)
+
+
+def rows(whole: Batch, at: Where, chosen: Tensor) -> tuple[Batch, Where]:
+    values, present = ({name: x[chosen] for name, x in part.items()} for part in whole)
+    return Batch(values, present), at._replace(positions=at.positions[chosen])
+
+
+def gradients(objective: MTObjective, *parts: tuple[Batch, Where]) -> tuple[list[ObjectiveOutput], dict[str, Tensor]]:
+    """Outputs of the parts and the gradient of the mean of their losses."""
+    objective.zero_grad()
+    outputs = [objective(*part) for part in parts]
+    (sum(output.loss for output in outputs) / len(outputs)).backward()
+    return outputs, {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
+
+
+# ------------------------------------------------------------------------------------------------ reduces to DDPM
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon", "sample"])
+@pytest.mark.parametrize("step", [0, 7])
+def test_with_everything_absent_it_is_the_loss_of_ddpm(prediction_type: str, step: int) -> None:
+    objective = build(weight={"schedule": "none"}, prediction_type=prediction_type)
+    rows_, at = batch(40), where(40, step)  # two for every timestep, 0 included
+    timesteps = objective.draw_timesteps(at, torch.zeros(40, dtype=torch.bool))
+    noise = normal(0, step, "noise", at.positions, (1, 8, 8))
+    ddpm = DDPMScheduler(T, beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type)
+    z_0 = rows_.values["image"]
+    z_t = ddpm.add_noise(z_0, noise, timesteps)
+    target = {"v_prediction": ddpm.get_velocity(z_0, noise, timesteps), "epsilon": noise, "sample": z_0}[prediction_type]
+    unobserved = torch.zeros(40, 2, 8, 8)  # the observation channels of image and label
+    prediction = objective.model.backbone.unet(torch.cat([z_t, unobserved], dim=1), timesteps).sample
+    terms = objective(rows_, at).terms
+    torch.testing.assert_close(terms["l1"] + terms["l3"], torch.nn.functional.mse_loss(prediction, target))
+    assert float(terms["l3"]) > 0  # t = 1 is among the timesteps
+
+
+def test_the_loss_is_the_weighted_sum_of_its_terms() -> None:
+    output = build(AGGREGATED, terminal_weight=3.0, label_weight=0.25)(batch(), where())
+    terms = output.terms
+    assert terms.keys() == {"loss", "l0", "l1", "l3", "l2/label"}
+    assert not any(term.requires_grad for term in terms.values())
+    expected = 3.0 * terms["l0"].float() + terms["l1"] + terms["l3"] + 0.25 * terms["l2/label"]
+    torch.testing.assert_close(output.loss.detach(), expected)
+
+
+def test_l0_is_the_closed_form() -> None:
+    """½ (ā_T z_0² + (1 − ā_T) − 1 − log(1 − ā_T)) per dimension, where W_T = 0 up to √ā_T (bump)."""
+    objective = build(weight={"schedule": "none"})
+    a_bar = float(objective.scheduler.alphas_cumprod[-1])
+    expected = 0.5 * (a_bar * float(batch().values["image"].square().mean()) - a_bar - math.log1p(-a_bar))
+    assert float(objective(batch(), where()).terms["l0"]) == pytest.approx(expected, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------- any split of the batch is the same
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("weight", [BUMP, {"schedule": "learned", "scale": 1.0}])
+def test_parts_of_a_batch_average_to_the_whole(parts: int, weight: dict[str, Any]) -> None:
+    objective = build(MIXED, StateLaw(0.0, 0.25), weight, min_snr_gamma=5.0)
+    whole, at = batch(missing={"label": [1, 6]}), where()
+    outputs, expected = gradients(objective, (whole, at))
+    pieces = [rows(whole, at, chosen) for chosen in torch.arange(8).chunk(parts)]
+    split, actual = gradients(objective, *pieces)
+    for name, term in outputs[0].terms.items():
+        torch.testing.assert_close(sum(output.terms[name] for output in split) / parts, term, rtol=1e-5, atol=1e-7)
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_the_order_of_rows_does_not_matter() -> None:
+    objective, whole, at = build(MIXED, StateLaw(0.0, 0.25)), batch(), where()
+    shuffled = rows(whole, at, torch.tensor([3, 0, 7, 5, 1, 2, 6, 4]))
+    for name, term in objective(whole, at).terms.items():
+        torch.testing.assert_close(objective(*shuffled).terms[name], term, rtol=1e-5, atol=1e-7)
+
+
+def test_repetition_is_exact_and_steps_differ() -> None:
+    objective = build(MIXED)
+    one, again, other = (objective(batch(), where(step=step)).loss for step in (5, 5, 6))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
+# ------------------------------------------------------------------------------------------ states and missing values
+
+
+def test_states_follow_their_law_and_all_occur() -> None:
+    objective, count = build(MIXED), 4000
+    aggregated, observed = objective.draw_states(batch(count), where(count))
+    a, o = aggregated["label"], observed["label"]
+    shares = torch.stack([~a & ~o, a & ~o, ~a & o, a & o]).double().mean(dim=1)
+    expected = torch.tensor([0.5 * 0.7, 0.5 * 0.7, 0.5 * 0.3, 0.5 * 0.3], dtype=torch.float64)  # independent flags
+    assert ((shares - expected).abs() <= 4 * (expected * (1 - expected) / count).sqrt()).all()
+    assert not aggregated["image"].any() and not observed["image"].any()
+
+
+@pytest.mark.parametrize(("law", "expected"), [(ABSENT, (0, 0)), (AGGREGATED, (1, 0)), (OBSERVED, (0, 1)), (StateLaw(1, 1), (1, 1))])
+def test_certain_states_are_certain(law: StateLaw, expected: tuple[int, int]) -> None:
+    aggregated, observed = build(law).draw_states(batch(100), where(100))
+    assert (aggregated["label"] == bool(expected[0])).all()
+    assert (observed["label"] == bool(expected[1])).all()
+
+
+@pytest.mark.parametrize("label", [ABSENT, StateLaw(1.0, 1.0), MIXED])
+@pytest.mark.parametrize("image", [ABSENT, OBSERVED])
+@pytest.mark.parametrize("name", ["label", "image"])
+def test_a_missing_value_has_no_effect(name: str, image: StateLaw, label: StateLaw) -> None:
+    objective = build(label, image)
+    whole = batch(missing={name: [2, 5]})
+    before = objective(whole, where()).terms
+    other = {"label": (whole.values["label"] + 1) % CLASSES, "image": -whole.values["image"]}[name]
+    whole.values[name][[2, 5]] = other[[2, 5]]
+    after = objective(whole, where()).terms
+    assert all(torch.equal(before[term], after[term]) for term in before)
+
+
+def test_a_missing_label_drops_its_term_and_its_encoding() -> None:
+    """L2 is divided by the full batch: rows present in both batches contribute the same."""
+    objective, at = build(AGGREGATED), where()
+    full, without = batch(), batch(missing={"label": [2, 5]})
+    aggregated, observed = objective.draw_states(without, at)
+    assert aggregated["label"].tolist() == [k not in (2, 5) for k in range(8)]
+    ones = [objective(*rows(full, at, torch.tensor([k]))).terms["l2/label"] for k in range(8)]
+    expected = sum(term for k, term in enumerate(ones) if k not in (2, 5)) / 8
+    torch.testing.assert_close(objective(without, at).terms["l2/label"], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_an_observed_label_costs_nothing_and_is_seen() -> None:
+    objective = build(OBSERVED)
+    one, other = batch(), batch()
+    other.values["label"] = (other.values["label"] + 1) % CLASSES
+    before, after = objective(one, where()).terms, objective(other, where()).terms
+    assert float(before["l2/label"]) == 0
+    assert before["l1"] != after["l1"]
+
+
+def test_an_observed_anchor_costs_nothing_and_is_read_at_the_last_timestep() -> None:
+    objective, whole, at = build(AGGREGATED, OBSERVED), batch(), where()
+    aggregated, observed = objective.draw_states(whole, at)
+    assert not aggregated["label"].any()  # z_t carries nothing
+    assert objective.draw_timesteps(at, observed["image"]).tolist() == [T - 1] * 8
+    terms = objective(whole, at).terms
+    assert float(terms["l1"]) == float(terms["l3"]) == 0
+    z = torch.zeros(8, 1, 8, 8)
+    everywhere = torch.ones(8, dtype=torch.bool)
+    seen = objective.model.observation(whole.values, {}, {"image": everywhere}, like=z)
+    logits = objective.model(z, torch.full((8,), T - 1), seen).params["label"]
+    torch.testing.assert_close(terms["l2/label"], torch.nn.functional.cross_entropy(logits, whole.values["label"]))
+
+
+# ------------------------------------------------------------------------------------------------------- timesteps
+
+
+@pytest.mark.parametrize("count", [1, 4, 10, 20])
+def test_times_are_spread_evenly_over_the_global_batch(count: int) -> None:
+    """Every stratum of T / B timesteps holds one row, whatever the offset."""
+    objective = build()
+    for step in range(10):
+        timesteps = objective.draw_timesteps(where(count, step), torch.zeros(count, dtype=torch.bool))
+        assert (timesteps // (T // count)).sort().values.tolist() == list(range(count))
+
+
+def test_times_of_one_row_are_uniform_over_the_run() -> None:
+    objective, steps = build(), 2000
+    nowhere = torch.zeros(1, dtype=torch.bool)
+    drawn = torch.cat([objective.draw_timesteps(Where(step, torch.tensor([3]), 8), nowhere) for step in range(steps)])
+    shares = torch.bincount(drawn, minlength=T) / steps
+    assert len(shares) == T
+    # each share is binomial with p = 1/T; 4.5 standard errors for 20 of them
+    assert ((shares - 1 / T).abs() < 4.5 * math.sqrt(1 / T * (1 - 1 / T) / steps)).all()
+
+
+# ------------------------------------------------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize(("law", "reaches"), [(AGGREGATED, True), (OBSERVED, True), (ABSENT, False)])
+def test_the_anchors_error_reaches_the_labels_table_only_through_what_is_shown(law: StateLaw, reaches: bool) -> None:
+    objective = build(law, label_weight=0.0, terminal_weight=0.0)
+    objective(batch(), where()).loss.backward()
+    gradient = objective.model.modalities["label"].table.grad
+    assert (gradient is not None and bool(gradient.any())) is reaches
+
+
+@pytest.mark.parametrize("learn_scale", [(), ("label",)])
+def test_learned_weights_receive_gradients(learn_scale: tuple[str, ...]) -> None:
+    objective = build(AGGREGATED, weight={"schedule": "learned", "scale": 1.0}, learn_scale=learn_scale)
+    for _ in range(2):  # the table of live parameters is rebuilt for every step
+        _, found = gradients(objective, (batch(), where()))
+    assert found["schedule_shapes.label"].isfinite().all() and found["schedule_shapes.label"].any()
+    assert ("schedule_scales.label" in found) == bool(learn_scale)
+
+
+def test_min_snr_weighs_every_row() -> None:
+    """With all predictions v, the weight is min(SNR, γ) / (SNR + 1); by rows, one timestep each."""
+    plain, weighted, whole, at = build(), build(min_snr_gamma=0.5), batch(), where()
+    timesteps = plain.draw_timesteps(at, torch.zeros(8, dtype=torch.bool))
+    for k in range(8):
+        snr = (lambda a: a / (1 - a))(float(plain.scheduler.alphas_cumprod[timesteps[k]]))
+        one, other = (o(*rows(whole, at, torch.tensor([k]))).terms for o in (plain, weighted))
+        expected = float(one["l1"] + one["l3"]) * min(snr, 0.5) / (snr + 1)
+        assert float(other["l1"] + other["l3"]) == pytest.approx(expected, rel=1e-5)

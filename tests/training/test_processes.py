@@ -1,0 +1,71 @@
+"""How the global batch is split, over parts or processes, changes nothing but rounding."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmdiff.config import Config, TrainConfig, load_config
+from mmdiff.data import Order
+from mmdiff.data.sampler import MicroBatches
+from mmdiff.errors import InputError
+from mmdiff.training import train
+from mmdiff.training.loop import make_accelerator
+
+
+def lines(folder: Path, count: int) -> list[dict[str, float]]:
+    read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in read[:count]]
+
+
+def assert_close(one: Path, other: Path) -> None:
+    """The lines of the first six steps, before rounding has grown."""
+    for a, b in zip(lines(one, 2), lines(other, 2), strict=True):
+        assert a["step"] in (3, 6)
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-7)
+
+
+def test_parts_of_a_batch_add_up_to_it(one_process: Path, sixty_steps: Callable[..., list[str]], tmp_path: Path) -> None:
+    config, *overrides = sixty_steps(tmp_path / "run", "train.accumulate=1")
+    assert_close(train(load_config(config, overrides)), one_process)
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_computes(one_process: Path, two_processes: Any) -> None:
+    state = json.loads((two_processes.whole / "checkpoints" / "step-60" / "state.json").read_text())
+    assert (state["processes"], state["threads"]) == (2, 1)
+    assert_close(two_processes.whole, one_process)
+    shares = [list(MicroBatches(Order(1498, 0), 0, 6, 12, 2, rank, 2)) for rank in (0, 1)]  # the fixture's numbers
+    one, other = ({row for batch in share for row in batch} for share in shares)
+    assert len(one) == len(other) == 36 and not one & other
+
+
+@pytest.mark.slow
+def test_accelerate_launch_starts_a_run(tiny_file: Path, tmp_path: Path, launch: Callable[..., Any]) -> None:
+    start = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "mmdiff"]
+    answer = launch([*start, "train", str(tiny_file), "train.steps=2"], tmp_path / "log").wait()
+    assert answer.code == 0, answer.err
+    assert json.loads((tmp_path / "run/checkpoints/step-2/state.json").read_text())["processes"] == 1
+    assert answer.out.splitlines()[0] == f"pipeline: {tmp_path / 'run' / 'pipeline'}"
+
+
+def test_a_process_that_knows_nothing_of_the_others_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_accelerator(TrainConfig())  # alone, and from now on Accelerate believes that it is
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"^WORLD_SIZE = 2: but Accelerate sees 1 process; .*torchrun"):
+        make_accelerator(TrainConfig())
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(10, 3), (4, 8)])
+def test_a_batch_that_cannot_be_split_is_refused(
+    configure: Callable[..., Config], batch_size: int, accumulate: int, tmp_path: Path
+) -> None:
+    config = configure(f"train.batch_size={batch_size}", f"train.accumulate={accumulate}")
+    with pytest.raises(InputError, match=rf"^train.batch_size = {batch_size}: .* train.accumulate = {accumulate}$"):
+        train(config)
+    assert not (tmp_path / "run").exists()
