@@ -30,7 +30,16 @@ _HOMES = {
     "load_config": "mmdiff.config",
     "train": "mmdiff.training",
 }
-__all__ = [*_HOMES]
+__all__ = [
+    "InputError",
+    "MTDiffusionModel",
+    "MTDiffusionPipeline",
+    "MTDiffusionScheduler",
+    "MTObjective",
+    "build",
+    "load_config",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

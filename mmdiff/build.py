@@ -88,14 +88,16 @@ def build_model(config: Config) -> MTDiffusionModel:
 
 def build_scheduler(config: Config) -> MTDiffusionScheduler:
     """The scheduler, with a weight schedule for every auxiliary modality."""
-    weights = {
-        name: config.modalities[name].weight.model_dump() for name in config.auxiliary()
-    }
+    weights = {name: config.modalities[name].weight.model_dump() for name in config.auxiliary()}
     try:
         return MTDiffusionScheduler(**config.scheduler.model_dump(), weights=weights)
     except InputError as error:
         key = error.key.split(".")
-        where = f"modalities.{key[1]}.weight" + "".join(f".{k}" for k in key[2:]) if key[0] == "weights" else f"scheduler.{error.key}"
+        where = (
+            f"modalities.{key[1]}.weight" + "".join(f".{k}" for k in key[2:])
+            if key[0] == "weights"
+            else f"scheduler.{error.key}"
+        )
         raise InputError(where, error.value, error.remedy) from None
 
 

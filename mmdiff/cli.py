@@ -186,7 +186,7 @@ def _load(run: Path, solver: str | None) -> MTDiffusionPipeline:
 
     from mmdiff.pipeline import MTDiffusionPipeline
     from mmdiff.schedulers import MTDiffusionScheduler
-    from mmdiff.training.loop import set_threads
+    from mmdiff.training.process import set_threads
 
     set_threads(0)
     pipeline = MTDiffusionPipeline.from_pretrained(folder)
@@ -204,5 +204,3 @@ def _integers(key: str, text: str | None) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",")) if text else ()
     except ValueError:
         raise InputError(key, text, "write whole numbers with commas: 10,20,200") from None
-
-

@@ -47,7 +47,9 @@ def aggregated_names(aggregate: bool | Iterable[str] | None, weighted: Mapping[s
         return able
     names = set() if aggregate is False else {aggregate} if isinstance(aggregate, str) else set(aggregate)
     if names - able:
-        raise InputError("aggregate", sorted(names - able)[0], f"has no weight; weighted: {', '.join(sorted(able)) or 'none'}")
+        raise InputError(
+            "aggregate", sorted(names - able)[0], f"has no weight; weighted: {', '.join(sorted(able)) or 'none'}"
+        )
     return names
 
 

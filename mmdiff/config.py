@@ -17,7 +17,6 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from mmdiff.errors import InputError
 
 
-
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -253,7 +252,9 @@ def _readable(error: Any, tree: dict) -> InputError:
     if error["type"] == "extra_forbidden":
         known = _fields_at(error["loc"][:-1])
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
-        return InputError(key, error["input"], f"unknown key; {f'did you mean {near[0]}?' if near else 'known: ' + ', '.join(known)}")
+        return InputError(
+            key, error["input"], f"unknown key; {f'did you mean {near[0]}?' if near else 'known: ' + ', '.join(known)}"
+        )
     if error["type"] == "missing":
         return InputError(key, None, "is missing; add it to the config")
     message = error["msg"].removeprefix("Value error, ")

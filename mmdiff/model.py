@@ -42,7 +42,9 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
         if anchor not in modality_config:
             raise InputError("anchor", anchor, f"is no modality; choose one of {', '.join(sorted(modality_config))}")
         backbone, backbone_settings = _kind(BACKBONES, "backbone", backbone_config)
-        kinds = {name: _kind(MODALITIES, f"modalities.{name}", modality_config[name]) for name in sorted(modality_config)}
+        kinds = {
+            name: _kind(MODALITIES, f"modalities.{name}", modality_config[name]) for name in sorted(modality_config)
+        }
         anchor_class, anchor_settings = kinds[anchor]
         space = tuple(anchor_class.space(**anchor_settings))
         shape = Shape(space, *backbone.widths(**backbone_settings))
@@ -63,7 +65,11 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
         return {name: self.modalities[name].encode(value) for name, value in values.items()}
 
     def observation(
-        self, values: Mapping[str, Tensor], aggregated: Mapping[str, Tensor], observed: Mapping[str, Tensor], like: Tensor
+        self,
+        values: Mapping[str, Tensor],
+        aggregated: Mapping[str, Tensor],
+        observed: Mapping[str, Tensor],
+        like: Tensor,
     ) -> Observation:
         """The backbone's second input, from the states of all modalities.
 

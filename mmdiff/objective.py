@@ -102,7 +102,9 @@ class MTObjective(nn.Module):
         unknown = batch.present[model.anchor] & ~observed[model.anchor]
         target = scheduler.training_target(z_0, noise, timesteps)
         error = losses.denoising_error(output.prediction, target, self.snr_weight(timesteps)) * unknown  # (B,)
-        terminal = losses.terminal_kl(scheduler.marginal(z_0, timesteps.new_full((len(z_0),), len(scheduler) - 1), encodings))
+        terminal = losses.terminal_kl(
+            scheduler.marginal(z_0, timesteps.new_full((len(z_0),), len(scheduler) - 1), encodings)
+        )
         terms = {"l0": terminal / z_0[0].numel(), "l1": error * (timesteps > 0), "l3": error * (timesteps == 0)}
         for name in model.auxiliary:
             nll = model.modalities[name].nll(output.params[name].float(), batch.values[name])

@@ -36,7 +36,8 @@ class MTDiffusionPipeline(DiffusionPipeline):
 
     Args:
         model: the networks.
-        scheduler: the reverse process; another solver is `MTDiffusionScheduler.from_config(scheduler.config, solver=…)`.
+        scheduler: the reverse process; for another solver take
+            `MTDiffusionScheduler.from_config(scheduler.config, solver=…)`.
     """
 
     model_cpu_offload_seq = "model"
@@ -56,12 +57,21 @@ class MTDiffusionPipeline(DiffusionPipeline):
         Raises:
             InputError: when the folder holds another pipeline; nothing of it is imported or run.
         """
-        hub = {k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "local_files_only", "force_download")}
+        hub = {
+            k: v
+            for k, v in kwargs.items()
+            if k in ("revision", "token", "cache_dir", "local_files_only", "force_download")
+        }
         index = cls.load_config(pretrained_model_name_or_path, **hub)
-        expected = {"model": ["mmdiff.model", "MTDiffusionModel"], "scheduler": ["mmdiff.schedulers.mt_diffusion", "MTDiffusionScheduler"]}
+        expected = {
+            "model": ["mmdiff.model", "MTDiffusionModel"],
+            "scheduler": ["mmdiff.schedulers.mt_diffusion", "MTDiffusionScheduler"],
+        }
         for name, component in expected.items():
             if list(index.get(name, ())) != component:
-                raise InputError(f"model_index.json: {name}", index.get(name), f"is no mmdiff pipeline; expected {component}")
+                raise InputError(
+                    f"model_index.json: {name}", index.get(name), f"is no mmdiff pipeline; expected {component}"
+                )
         model = MTDiffusionModel.from_pretrained(
             pretrained_model_name_or_path, subfolder="model", low_cpu_mem_usage=False, **kwargs
         )
@@ -142,8 +152,8 @@ class MTDiffusionPipeline(DiffusionPipeline):
         unknown = sorted(set(model.auxiliary) - set(values))
         fed = [name for name in unknown if name in names]
         everywhere = torch.ones(count, dtype=torch.bool, device=device)
-        aggregated = {name: everywhere for name in names}
-        observed = {name: everywhere for name in values}
+        aggregated = dict.fromkeys(names, everywhere)
+        observed = dict.fromkeys(values, everywhere)
         encodings = model.encode({name: value for name, value in values.items() if name in names})
         scheduler.set_timesteps(num_inference_steps, device=device, changing_encodings=bool(fed))
         z_t = self._randn(count, model.space, generator)
@@ -202,7 +212,9 @@ class MTDiffusionPipeline(DiffusionPipeline):
         for name, found in counts.items():
             if found != count:
                 raise InputError(f"observed.{name}", f"{found} values", f"does not match {count} samples")
-        return {name: value.expand(count, *value.shape[1:]) if len(value) == 1 else value for name, value in values.items()}
+        return {
+            name: value.expand(count, *value.shape[1:]) if len(value) == 1 else value for name, value in values.items()
+        }
 
     def _as_values(self, name: str, raw: Any) -> Tensor:
         modality: Modality = self.model.modalities[name]

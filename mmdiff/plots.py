@@ -21,7 +21,9 @@ def tile(images: list[Image.Image], columns: int, gap: int = 2, zoom: int = 1) -
     width, height = images[0].width * zoom, images[0].height * zoom
     rows = -(-len(images) // columns)
     canvas = Image.new(
-        images[0].mode, (columns * (width + gap) + gap, rows * (height + gap) + gap), 128 if images[0].mode == "L" else (128,) * 3
+        images[0].mode,
+        (columns * (width + gap) + gap, rows * (height + gap) + gap),
+        128 if images[0].mode == "L" else (128,) * 3,
     )
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
@@ -82,7 +84,11 @@ def curves(metrics: Path, path: Path) -> Path:
 
 
 def forward_process(
-    scheduler: MTDiffusionScheduler, z_0: torch.Tensor, encodings: dict[str, torch.Tensor], columns: int = 9, seed: int = 0
+    scheduler: MTDiffusionScheduler,
+    z_0: torch.Tensor,
+    encodings: dict[str, torch.Tensor],
+    columns: int = 9,
+    seed: int = 0,
 ) -> Image.Image:
     """z_t of Eq. (2) for a few samples (rows) over time (columns), as grey or RGB tiles."""
     generator = torch.Generator().manual_seed(seed)

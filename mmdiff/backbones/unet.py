@@ -24,7 +24,8 @@ class UNet(Backbone):
         layers_per_block: ResNet blocks per level on the way down (one more on the way up).
         attention: self-attention per level; default: in the coarsest level only.
         attention_head_dim: channels per attention head.
-        patch_size: p; the network works on p×p patches (pixel unshuffle in, pixel shuffle out), p² times fewer positions.
+        patch_size: p; the network works on p×p patches (pixel unshuffle in, pixel shuffle out): p² times fewer
+            positions.
         norm_num_groups: groups of the group norms; every level's channels are a multiple of it.
         dropout: in the ResNet blocks.
     """

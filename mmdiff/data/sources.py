@@ -57,7 +57,7 @@ def open_splits(
         raise InputError(
             "data.validation_split",
             validation_split,
-            f"the source has the splits {', '.join(splits)}; name one, or set data.holdout=10 to hold out every 10th row",
+            f"the source has the splits {', '.join(splits)}; name one, or hold out every 10th row with data.holdout=10",
         )
     return splits[split], splits[validation_split]
 
@@ -71,7 +71,9 @@ def _load(source: str) -> datasets.DatasetDict:
         return datasets.load_dataset(source)
     except Exception as error:  # the hub client and the builders raise many kinds; the person needs one line
         local = Path(source).expanduser()
-        known = "" if local.exists() else f"; embedded sets: {', '.join(EMBEDDED)}; or a folder, a parquet file, a hub name"
+        known = (
+            "" if local.exists() else f"; embedded sets: {', '.join(EMBEDDED)}; or a folder, a parquet file, a hub name"
+        )
         raise InputError("data.source", source, f"cannot be opened ({type(error).__name__}: {error}){known}") from error
 
 

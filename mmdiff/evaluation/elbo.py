@@ -64,7 +64,7 @@ def elbo(
     terms = {name: torch.zeros(len(z_0), dtype=torch.float64, device=z_0.device) for name in ("l1", "l3")}
     terms |= {f"l2/{name}": terms["l1"].clone() for name in model.auxiliary}
     terms["l0"] = losses.terminal_kl(scheduler.marginal(z_0, torch.full((len(z_0),), total - 1), encodings))
-    aggregated = {name: everywhere for name in weighted}
+    aggregated = dict.fromkeys(weighted, everywhere)
     for t in chosen.tolist():
         steps = torch.full((len(z_0),), t, device=z_0.device)
         noise = torch.randn(z_0.shape, generator=generator, dtype=z_0.dtype).to(z_0.device)

@@ -157,7 +157,9 @@ def evaluate(
                 return draw(pipeline, n, config.sample.batch_size, seed, **arguments)
 
             for evaluator in evaluators:
-                found = evaluator.run(sampler, config.evaluate.num_samples, seed, (True, False) if weighted else (False,))
+                found = evaluator.run(
+                    sampler, config.evaluate.num_samples, seed, (True, False) if weighted else (False,)
+                )
                 for row in found:
                     row.setting |= {"steps": count, "seed": seed}
                     rows.append(row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import time
@@ -13,7 +14,8 @@ import torch
 from mmdiff.backbones import Observation
 from mmdiff.build import Experiment, build
 from mmdiff.config import Config
-from mmdiff.training.loop import Trainer, make_accelerator, set_threads
+from mmdiff.training.loop import Trainer
+from mmdiff.training.process import make_accelerator, set_threads
 
 
 def compare(config: Config, rounds: int = 5, steps: int = 10) -> str:
@@ -36,8 +38,9 @@ def compare(config: Config, rounds: int = 5, steps: int = 10) -> str:
     medians = {name: statistics.median(values) for name, values in times.items()}
     return "\n".join(
         [
-            f"{date.today().isoformat()}, {platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
-            f"load {_load()}, batch {config.train.batch_size}, {rounds} rounds × {steps} steps",
+            f"{date.today().isoformat()}, {platform.machine()}, torch {torch.__version__}, "
+            f"{torch.get_num_threads()} threads, load {_load()}, batch {config.train.batch_size}, "
+            f"{rounds} rounds × {steps} steps",
             *(f"{name:<8}{medians[name]:9.1f} ms CPU per step (median of {rounds})" for name in times),
             f"ratio   {statistics.median(ratios):9.3f}  (rounds {min(ratios):.3f} … {max(ratios):.3f})",
         ]
@@ -48,7 +51,11 @@ def _framework(experiment: Experiment, config: Config) -> Callable[[], None]:
     trainer = Trainer(experiment, make_accelerator(config.train))
     loader = trainer.loader(0)
     counter = iter(range(config.train.steps))
-    return lambda: trainer.step(next(counter), loader) and None
+
+    def step() -> None:
+        trainer.step(next(counter), loader)
+
+    return step
 
 
 def _bare(experiment: Experiment, config: Config) -> Callable[[], None]:
@@ -91,6 +98,4 @@ def _cpu_seconds(run: Callable[[], None], steps: int) -> float:
 
 
 def _load() -> str:
-    from os import getloadavg
-
-    return f"{getloadavg()[0]:.1f}"
+    return f"{os.getloadavg()[0]:.1f}"

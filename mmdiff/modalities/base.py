@@ -78,7 +78,9 @@ class Modality(nn.Module, ABC):
         wanted = self.placeholder()
         if tuple(value.shape[1:]) != self.value_shape or value.is_floating_point() != wanted.is_floating_point():
             shown = f"{value.dtype} {tuple(value.shape)}"
-            raise InputError("value", shown, f"expected {wanted.dtype} of shape (B, {', '.join(map(str, self.value_shape))})")
+            raise InputError(
+                "value", shown, f"expected {wanted.dtype} of shape (B, {', '.join(map(str, self.value_shape))})"
+            )
 
     # -------------------------------------------------------------------------------------------- value -> diffusion
 

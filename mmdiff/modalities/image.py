@@ -44,7 +44,9 @@ class Image(Modality):
         if channels not in _MODES:
             raise InputError("channels", channels, "an image has 1 (grey) or 3 (RGB) channels")
         if (channels, height, width) != tuple(shape.space):
-            raise InputError("size", (channels, height, width), f"differs from the diffusion space {tuple(shape.space)}")
+            raise InputError(
+                "size", (channels, height, width), f"differs from the diffusion space {tuple(shape.space)}"
+            )
         self.channels, self.height, self.width = channels, height, width
         self.resize, self.scale = resize, scale
         self.head = nn.Conv2d(shape.features, channels, 3, padding=1) if head else None

@@ -19,9 +19,9 @@ class Label(Modality):
 
     Args:
         shape: the surroundings, see `Modality`.
-        table_size: side of the table's own grid, repeated to the size of the diffusion space; a coarse pattern is easier
-            for convolutions to find in z_t and to subtract. Default: the full size.
         num_classes: K; ids run from 0 to K − 1. Taken from the data where the config leaves it out.
+        table_size: side of the table's own grid, repeated to the size of the diffusion space; convolutions find a
+            coarse pattern in z_t, and subtract it, more easily. Default: the full size.
     """
 
     def __init__(self, shape: Shape, num_classes: int, table_size: int | None = None) -> None:
@@ -45,7 +45,9 @@ class Label(Modality):
             return {"num_classes": feature.num_classes}
         ids = {value for value in values if value is not None}  # a bare integer column does not state its size
         if not ids or not all(isinstance(value, int) for value in ids):
-            raise InputError("label", type(next(iter(ids), None)).__name__, "is no column of integers; check data.columns")
+            raise InputError(
+                "label", type(next(iter(ids), None)).__name__, "is no column of integers; check data.columns"
+            )
         return {"num_classes": max(ids) + 1}
 
     def preprocess(self, raw: Any) -> Tensor:

@@ -1,8 +1,8 @@
 """The modality-weighted forward process and its reversal through the shift u_t = z_t − c_t, Eq. (1)–(6).
 
 By Eq. (2) and (5) u_t is an ordinary diffusion of z_0, so any variance-preserving solver of diffusers reverses it:
-subtract c at the current timestep, let the solver step, add c at the next one. The README (Theory, section 5) says which
-solvers allow that when encodings change from call to call.
+subtract c at the current timestep, let the solver step, add c at the next one. The README (Theory, section 5) says
+which solvers allow that when encodings change from call to call.
 """
 
 from __future__ import annotations
@@ -278,7 +278,9 @@ class MTDiffusionScheduler(SchedulerMixin, ConfigMixin):
     def cumulative_weights(self, name: str) -> Tensor:
         """W_t of a modality, (T,) float64, Eq. (3)."""
         if name not in self._cumulative:
-            raise InputError("encodings", name, f"has no weights; weights has {', '.join(self._cumulative) or 'nothing'}")
+            raise InputError(
+                "encodings", name, f"has no weights; weights has {', '.join(self._cumulative) or 'nothing'}"
+            )
         return self._cumulative[name]
 
     def step_weights(self, name: str) -> Tensor:
@@ -288,7 +290,7 @@ class MTDiffusionScheduler(SchedulerMixin, ConfigMixin):
     def _at(self, key: str, timesteps: Tensor | int, like: Tensor) -> Tensor:
         """A table at timesteps: (B, 1, 1, 1) float64 on the device of ``like``, or a scalar for a Python int.
 
-        Tables count t as the equations do, so that timestep −1 is t = 0. Fractional timesteps are interpolated linearly.
+        Tables count t as the equations do, so that timestep −1 is t = 0. Fractional timesteps are interpolated.
         """
         if isinstance(timesteps, int):  # a CPU scalar multiplies any device's tensor without a transfer
             return self._tables[key][timesteps + 1]
@@ -486,9 +488,7 @@ def _checked_weight(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(f"weights.{name}.{sorted(unknown)[0]}", entry[sorted(unknown)[0]], "unknown key")
     schedule, scale = entry.get("schedule", "constant"), entry.get("scale", weight_schedules.DEFAULT_SCALE)
     if schedule not in weight_schedules.SCHEDULES:
-        raise InputError(
-            f"weights.{name}.schedule", schedule, f"choose one of {', '.join(weight_schedules.SCHEDULES)}"
-        )
+        raise InputError(f"weights.{name}.schedule", schedule, f"choose one of {', '.join(weight_schedules.SCHEDULES)}")
     if not scale >= 0:
         raise InputError(f"weights.{name}.scale", scale, "the peak of W_t is a number ≥ 0")
     checked = {**entry, "schedule": schedule, "scale": float(scale)}

@@ -97,8 +97,13 @@ def load_checkpoint(
     for name in sorted(set(own) | set(weights)):
         one, other = own.get(name), weights.get(name)
         if one is None or other is None or one.shape != other.shape:
-            shapes = f"{None if other is None else tuple(other.shape)} in the file, {None if one is None else tuple(one.shape)} in the model"
-            raise InputError("train.resume", str(path), f"does not match the config: {name} is {shapes}")
+            there = None if other is None else tuple(other.shape)
+            here = None if one is None else tuple(one.shape)
+            raise InputError(
+                "train.resume",
+                str(path),
+                f"does not match the config: {name} is {there} in the file, {here} in the model",
+            )
     module.load_state_dict(weights)
     averages.load(load_file(path / "ema.safetensors"))
     load_optimizer(optimizer, load_file(path / "optimizer.safetensors"))

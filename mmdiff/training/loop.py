@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -29,6 +26,7 @@ from mmdiff.randomness import fold
 from mmdiff.schedulers import MTDiffusionScheduler
 from mmdiff.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from mmdiff.training.ema import Ema
+from mmdiff.training.process import StopSignal, make_accelerator, set_threads
 from mmdiff.training.tracking import Tracker, Window
 
 # what may change between a checkpoint and the run that continues it
@@ -39,7 +37,10 @@ RESUMABLE = {
     "evaluate",
     "data.cache_mib",
     "data.workers",
-    *(f"train.{key}" for key in ("resume", "threads", "log_every", "checkpoint_every", "keep_checkpoints", "sample_every")),
+    *(
+        f"train.{key}"
+        for key in ("resume", "threads", "log_every", "checkpoint_every", "keep_checkpoints", "sample_every")
+    ),
 }
 
 
@@ -67,7 +68,12 @@ def train(config: Config, progress: bool = True) -> Path:
     tracker = Tracker(folder, config, first_step) if accelerator.is_main_process else None
     stop = StopSignal()
     loader = trainer.loader(first_step)
-    bar = tqdm(total=config.train.steps, initial=first_step, disable=not (progress and accelerator.is_main_process), unit="step")
+    bar = tqdm(
+        total=config.train.steps,
+        initial=first_step,
+        disable=not (progress and accelerator.is_main_process),
+        unit="step",
+    )
     started, images = time.perf_counter(), 0
 
     for step in range(first_step, config.train.steps):
@@ -175,8 +181,8 @@ class Trainer:
             batch = next(loader)
             if isinstance(batch, InputError):
                 raise batch
-            positions = self.micro_batches.positions(part)
-            positions = torch.arange(positions.start, positions.stop, device=accelerator.device)
+            share = self.micro_batches.positions(part)
+            positions = torch.arange(share.start, share.stop, device=accelerator.device)
             where = Where(step, positions, config.batch_size)
             last = part == config.accumulate - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.objective):
@@ -228,50 +234,6 @@ class Trainer:
         return pipeline
 
 
-class StopSignal:
-    """SIGTERM and SIGINT ask for a checkpoint and a clean exit."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            with contextlib.suppress(ValueError):  # not in the main thread, as in some notebooks
-                signal.signal(number, self._request)
-
-    def _request(self, number: int, frame: object) -> None:
-        self.requested = True
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-
-    def agreed(self, accelerator: Accelerator, due: bool) -> bool:
-        """Whether all processes stop here; several processes ask one another only when they talk anyway."""
-        if accelerator.num_processes == 1:
-            return self.requested
-        if not due:
-            return False
-        flag = torch.tensor([float(self.requested)], device=accelerator.device)
-        return bool(accelerator.reduce(flag, reduction="sum").item() > 0)
-
-
-def make_accelerator(config: TrainConfig) -> Accelerator:
-    """The accelerator, once it is certain that it sees every process.
-
-    Raises:
-        InputError: when a launcher started several processes of which this one knows nothing, or under FSDP.
-    """
-    options = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[options])
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world != accelerator.num_processes:
-        raise InputError(
-            "WORLD_SIZE",
-            world,
-            f"but Accelerate sees {accelerator.num_processes} process; on CPUs start "
-            "`ACCELERATE_USE_CPU=1 torchrun --nproc_per_node N -m mmdiff train …`",
-        )
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
-        raise InputError("accelerate", str(accelerator.distributed_type), "choose data parallelism (DDP)")
-    return accelerator
-
-
 def claim_folder(folder: Path, config: Config, trainer: Trainer, accelerator: Accelerator) -> tuple[int, Window]:
     """Make the run folder, or continue what stands in it: (steps taken, window). Never overwrites."""
     exists = folder.exists()
@@ -284,13 +246,17 @@ def claim_folder(folder: Path, config: Config, trainer: Trainer, accelerator: Ac
         accelerator.wait_for_everyone()
         return 0, Window()
     if config.train.resume != "auto":
-        raise InputError("output", str(folder), "exists; choose another output=…, or continue it with train.resume=auto")
+        raise InputError(
+            "output", str(folder), "exists; choose another output=…, or continue it with train.resume=auto"
+        )
     if not (folder / "config.yaml").is_file():
         raise InputError("output", str(folder), "exists and is no run folder (no config.yaml); choose another output=…")
     found = first_difference(load_config(folder / "config.yaml"), config, ignore=RESUMABLE)
     if found:
         key, before, now = found
-        raise InputError(key, now, f"the run in {folder} was started with {before!r}; restore it or choose another output=…")
+        raise InputError(
+            key, now, f"the run in {folder} was started with {before!r}; restore it or choose another output=…"
+        )
     newest = checkpoints(folder / "checkpoints")[-1:]
     return trainer.load(newest[0]) if newest else (0, Window())
 
@@ -314,13 +280,6 @@ def check_finite(rows: torch.Tensor, names: tuple[str, ...], done: int, config: 
                     f"step {step}: {name} is {value} at learning rate {learning_rate(step - 1, config):.3g}; "
                     "nothing was saved after it; lower train.learning_rate or raise train.warmup"
                 )
-
-
-def set_threads(threads: int) -> None:
-    """CPU threads: as asked, or as many as the CPU affinity allows."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(threads or max(1, available // local))
 
 
 def _every(interval: int, done: int) -> bool:
