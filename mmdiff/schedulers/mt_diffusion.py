@@ -135,8 +135,13 @@ class MTDiffusionScheduler(SchedulerMixin, ConfigMixin):
         allow_nonzero_terminal: bool = False,
     ) -> None:
         # diffusers keeps the caller's own objects in the config: copy what can be changed from outside
-        self.register_to_config(weights=copy.deepcopy(weights), solver_config=copy.deepcopy(solver_config))
+        self.register_to_config(
+            weights=copy.deepcopy(weights),
+            solver_config=copy.deepcopy(solver_config),
+            trained_betas=copy.deepcopy(trained_betas),
+        )
         self._check_choices()
+        self._arguments = self._base_arguments()
         self._forward_process = self._build_forward_process()
         self._solver = self._build_solver()
         self._set_tables()
@@ -202,7 +207,7 @@ class MTDiffusionScheduler(SchedulerMixin, ConfigMixin):
         """1 − (1 − β_t)/(N + 1): what dividing a standard schedule by N + 1 does to the betas."""
         standard = 1.0 - DDPMScheduler(**arguments, clip_sample=False).betas.double()
         alphas = standard / (len(self._weights) + 1)
-        lost = int((alphas.cumprod(0) >= 1e-3).sum())
+        lost = int((alphas.cumprod(0) >= 1e-3).sum()) + 1
         warnings.warn(
             f"literal_alpha=True divides the schedule by N + 1 = {len(self._weights) + 1}: ā_t < 1e-3 after {lost} of "
             f"{self.config.num_train_timesteps} steps, the anchor is destroyed; for study only",
@@ -214,13 +219,13 @@ class MTDiffusionScheduler(SchedulerMixin, ConfigMixin):
         """Noise and targets for training: DDPM's arithmetic (DDIM's is the same; multistep solvers only look a
         timestep up among those of the last `set_timesteps`)."""
         return DDPMScheduler(
-            **self._base_arguments(), rescale_betas_zero_snr=self.config.rescale_betas_zero_snr, clip_sample=False
+            **self._arguments, rescale_betas_zero_snr=self.config.rescale_betas_zero_snr, clip_sample=False
         )
 
     def _build_solver(self) -> SchedulerMixin:
         traits = SOLVERS[self.config.solver]
-        arguments = {**self._base_arguments(), **(self.config.solver_config or {})}
-        self._step_arguments = {"eta": arguments.pop("eta")} if "eta" in arguments else {}
+        arguments = {**self._arguments, **(self.config.solver_config or {})}
+        self._eta = arguments.pop("eta", 0.0)
         if self.config.rescale_betas_zero_snr:
             arguments["rescale_betas_zero_snr"] = True
         if not traits.multistep:
@@ -399,6 +404,7 @@ class MTDiffusionScheduler(SchedulerMixin, ConfigMixin):
         if not 1 <= num_inference_steps <= total:
             raise InputError("num_inference_steps", num_inference_steps, f"needs 1 … num_train_timesteps = {total}")
         self._solver.set_timesteps(num_inference_steps, device="cpu")  # stays here: no host synchronisation in `step`
+        self._trim(num_inference_steps)
         if self.config.literal_alpha and float(self._solver.alphas_cumprod[self._solver.timesteps].min()) == 0.0:
             raise InputError("literal_alpha", True, f"ā_t underflows within T = {total} steps; sample with a smaller T")
         if SOLVERS[self.config.solver].multistep:
@@ -410,6 +416,22 @@ class MTDiffusionScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = len(self.timesteps)
         self._step_index = 0
         self._steps = [*self._solver.timesteps.tolist(), -1]  # −1 is t = 0, where c = 0
+
+    def _trim(self, count: int) -> None:
+        """Undo two slips of diffusers' spacings: a last timestep −1 too many, and repeated timesteps.
+
+        np.arange(T, 0, −T/n) has n + 1 entries for some n (61 of 1000); the last would read ā_T as ā_0.
+        """
+        solver = self._solver
+        if len(solver.timesteps) > count:
+            solver.timesteps = solver.timesteps[:count]
+            if SOLVERS[self.config.solver].multistep:
+                solver.sigmas = torch.cat([solver.sigmas[:count], solver.sigmas[-1:]])
+                solver.num_inference_steps = count
+        if len(solver.timesteps.unique()) < len(solver.timesteps):
+            spacing = self.config.timestep_spacing
+            remedy = f"spacing {spacing!r} repeats timesteps for this solver; take fewer, or trailing spacing"
+            raise InputError("num_inference_steps", count, remedy)
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | int | None = None) -> Tensor:
         """The sample itself: variance-preserving solvers scale nothing."""
@@ -442,9 +464,9 @@ class MTDiffusionScheduler(SchedulerMixin, ConfigMixin):
         if self.config.clip_sample:
             original = original.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
             model_output = self._prediction_of(original, now, u)
-        arguments = dict(self._step_arguments)
-        if SOLVERS[self.config.solver].takes_generator:
-            arguments["generator"] = generator
+        arguments: dict[str, Any] = {"generator": generator} if SOLVERS[self.config.solver].takes_generator else {}
+        if self._eta > 0:
+            arguments["eta"] = self._safe_eta(now)
         timestep = self._solver.timesteps[self._step_index]
         u = self._solver.step(model_output, timestep, u, return_dict=False, **arguments)[0]
         previous = u + self.aggregate(encodings, then, u) if encodings else u
@@ -452,6 +474,14 @@ class MTDiffusionScheduler(SchedulerMixin, ConfigMixin):
         if not return_dict:
             return previous, original
         return MTDiffusionSchedulerOutput(prev_sample=previous, pred_original_sample=original)
+
+    def _safe_eta(self, timestep: int) -> float:
+        """DDIM's η, lowered by 1e-6 in the rare step where float32 rounds 1 − ā_s − σ² below 0."""
+        solver = self._solver
+        previous = timestep - self.config.num_train_timesteps // solver.num_inference_steps
+        alpha_bar = solver.alphas_cumprod[previous] if previous >= 0 else solver.final_alpha_cumprod
+        deviation = self._eta * solver._get_variance(timestep, previous) ** 0.5
+        return self._eta if 1 - alpha_bar - deviation**2 >= 0 else self._eta * (1 - 1e-6)
 
     def _check_step(self, timestep: Tensor | int) -> None:
         if self._step_index >= self.num_inference_steps:

@@ -49,10 +49,10 @@ def learned(alphas: Tensor, parameters: Tensor) -> Tensor:
     alphas_cumprod = alphas.cumprod(0)
     bounded = alphas_cumprod.clamp(1e-9, 1 - 1e-9)
     log_snr = (bounded / (1 - bounded)).log()
-    depth = (log_snr[0] - log_snr) / (log_snr[0] - log_snr[-1])  # 0 at t = 1, 1 at t = T
+    depth = (log_snr[0] - log_snr) / (log_snr[0] - log_snr[-2])  # 0 at t = 1, 1 at t = T − 1: W_T is 0 anyway
     increments = torch.nn.functional.softplus(parameters.to(torch.float64))
     nodes = torch.cat([torch.zeros(1, dtype=torch.float64, device=increments.device), increments.cumsum(0)])
-    place = (depth.to(nodes.device) * (len(nodes) - 1)).clamp(max=len(nodes) - 1 - 1e-9)
+    place = (depth.to(nodes.device) * (len(nodes) - 1)).clamp(0, len(nodes) - 1 - 1e-9)
     left = place.floor().long()
     r = torch.lerp(nodes[left], nodes[left + 1], place - left)
     vanish = (1 - alphas_cumprod[-1] / alphas_cumprod.clamp(min=1e-300)).clamp(min=0.0)

@@ -66,7 +66,7 @@ def save_checkpoint(
     (partial / "state.json").write_text(json.dumps({"step": step, **facts}, indent=1) + "\n")
     if final.exists():
         shutil.rmtree(final)
-    os.replace(partial, final)
+    partial.replace(final)
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return final

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ class Tracker:
                 break
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(f"{line}\n" for line in kept))
-        os.replace(partial, self.path)
+        partial.replace(self.path)
 
     def log(self, line: dict[str, Any]) -> None:
         """Append one line."""

@@ -158,13 +158,9 @@ def test_gradients_flow_to_the_learned_weights(beta_schedule: str) -> None:
     sched.set_learned_weights({LABEL: (parameters, log_scale)})
     z_0, noise, encoding = torch.randn(3, 1000, 1, 2, 2, generator=torch.Generator().manual_seed(2))
     sched.add_noise(z_0, noise, torch.arange(1000), {LABEL: encoding}).square().mean().backward()
-    # increment k acts where the depth of t on the log-SNR grid exceeds k/16, and W_T = 0 whatever it is
-    log_snr = (sched.alphas_cumprod / (1 - sched.alphas_cumprod)).log()
-    deepest = (log_snr[0] - log_snr[-2]) / (log_snr[0] - log_snr[-1])
-    reached = torch.arange(weights.LEARNED_NODES) / weights.LEARNED_NODES < deepest
-    assert parameters.grad is not None and torch.equal(parameters.grad != 0, reached)
+    # the grid ends at t = T − 1, as W_T = 0 whatever the parameters are: every increment is reached
+    assert parameters.grad is not None and bool((parameters.grad != 0).all())
     assert log_scale.grad is not None and float(log_scale.grad) != 0
-    assert int(reached.sum()) >= weights.LEARNED_NODES // 2  # or the law above would hold emptily
 
 
 def test_gradient_of_log_scale_is_the_aggregate() -> None:
