@@ -46,7 +46,9 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
             name: _kind(MODALITIES, f"modalities.{name}", modality_config[name]) for name in sorted(modality_config)
         }
         anchor_class, anchor_settings = kinds[anchor]
-        space = tuple(anchor_class.space(**anchor_settings))
+        space = anchor_class.space(**anchor_settings)
+        if space is None:
+            raise InputError("anchor", anchor, "cannot be diffused itself; choose an image modality")
         shape = Shape(space, *backbone.widths(**backbone_settings))
         self.anchor = anchor
         self.names = tuple(kinds)  # sorted: nothing depends on the order of a dict in a file
@@ -106,6 +108,6 @@ def _kind(table: Mapping[str, type], key: str, config: Mapping[str, Any]) -> tup
 
 def _checked_name(name: str) -> str:
     """Modality names are attributes, file names and config keys."""
-    if not name.isidentifier() or hasattr(nn.ModuleDict, name):
+    if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
         raise InputError("modalities", name, "a modality's name must be an identifier that nn.ModuleDict can hold")
     return name

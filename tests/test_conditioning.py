@@ -49,7 +49,9 @@ def forward(model: MTDiffusionModel, observed: Mapping[str, Tensor]) -> MTDiffus
     return model(SAMPLE, TIMESTEPS, observation)
 
 
-def guide(model: MTDiffusionModel, observed: Mapping[str, Tensor], scales: Mapping[str, float]) -> MTDiffusionModelOutput:
+def guide(
+    model: MTDiffusionModel, observed: Mapping[str, Tensor], scales: Mapping[str, float]
+) -> MTDiffusionModelOutput:
     return guided(model, SAMPLE, TIMESTEPS, VALUES, {"label": EVERYWHERE}, observed, scales)
 
 
@@ -111,7 +113,10 @@ def test_feeds_and_their_defaults(feed: str | None, stochastic: bool, expected: 
 
 @pytest.mark.parametrize(
     ("feed", "stochastic", "text"),
-    [("mode", False, "feed = 'mode': is wrong with a deterministic solver"), ("median", True, "feed = 'median': choose")],
+    [
+        ("mode", False, "feed = 'mode': is wrong with a deterministic solver"),
+        ("median", True, "feed = 'median': choose one of draw, mean, mode"),
+    ],
 )
 def test_wrong_feeds_are_refused(feed: str, stochastic: bool, text: str) -> None:
     with pytest.raises(InputError) as caught:

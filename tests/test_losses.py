@@ -105,7 +105,8 @@ def test_fine_masses_are_densities_times_the_bin() -> None:
 
 def test_denoising_error_is_a_mean_per_sample() -> None:
     prediction, target, weight = randn(0), randn(1), randn(2, (SHAPE[0],)).square().float()
-    expected = torch.stack([torch.nn.functional.mse_loss(p, t) for p, t in zip(prediction, target, strict=True)]).float()
+    rows = zip(prediction, target, strict=True)
+    expected = torch.stack([torch.nn.functional.mse_loss(p, t) for p, t in rows]).float()
     torch.testing.assert_close(losses.denoising_error(prediction, target), expected)
     torch.testing.assert_close(losses.denoising_error(prediction, target, weight), expected * weight)
 
@@ -129,7 +130,8 @@ def test_min_snr_weighs_the_error_of_z_0_alike_for_every_prediction(gamma: float
     capped = (alphas_cumprod / (1 - alphas_cumprod)).clamp(max=gamma)
     expected = capped * (z_0 - guess).square().mean(dim=(1, 2, 3))
     # diffusers' own float32 ā_t enters z_t; it is 6e-8 off, and so is 1 − ā_1 = 1e-4 by 6e-4
-    torch.testing.assert_close(losses.denoising_error(target + error, target, weight).double(), expected, rtol=2e-3, atol=0)
+    weighted = losses.denoising_error(target + error, target, weight).double()
+    torch.testing.assert_close(weighted, expected, rtol=2e-3, atol=0)
 
 
 def test_min_snr_identities() -> None:

@@ -24,7 +24,11 @@ BACKBONE = {
     "norm_num_groups": 4,
     "attention_head_dim": 8,
 }
-VALUES = {"image": torch.linspace(-1, 1, 2 * 64).reshape(2, 1, 8, 8), "label": torch.tensor([2, 0]), "colour": torch.tensor([1, 0])}
+VALUES = {
+    "image": torch.linspace(-1, 1, 2 * 64).reshape(2, 1, 8, 8),
+    "label": torch.tensor([2, 0]),
+    "colour": torch.tensor([1, 0]),
+}
 EVERYWHERE, NOWHERE = torch.ones(2, dtype=torch.bool), torch.zeros(2, dtype=torch.bool)
 
 
@@ -42,7 +46,8 @@ def build(modalities: dict[str, dict[str, Any]] = MODALITIES, anchor: str = "ima
 @torch.no_grad()
 def run(model: MTDiffusionModel) -> MTDiffusionModelOutput:
     sample = torch.linspace(-2, 2, 2 * 64).reshape(2, 1, 8, 8)
-    observation = model.observation(VALUES, {"label": EVERYWHERE}, {"image": EVERYWHERE, "colour": EVERYWHERE}, like=sample)
+    observed = {"image": EVERYWHERE, "colour": EVERYWHERE}
+    observation = model.observation(VALUES, {"label": EVERYWHERE}, observed, like=sample)
     return model(sample, torch.tensor([3, 11]), observation)
 
 
@@ -135,8 +140,8 @@ def test_names_that_a_module_cannot_hold_are_refused(name: str) -> None:
     [
         (MODALITIES, "picture", "anchor = 'picture': is no modality; choose one of colour, image, label"),
         (MODALITIES, "label", "anchor = 'label': "),
-        ({**MODALITIES, "label": {"kind": "lable"}}, "image", "modalities.label.kind = 'lable': choose one of image, label"),
-        ({**MODALITIES, "label": {}}, "image", "modalities.label.kind = None: choose one of image, label"),
+        ({**MODALITIES, "label": {"kind": "lable"}}, "image", "modalities.label.kind = 'lable': choose one of image"),
+        ({**MODALITIES, "label": {}}, "image", "modalities.label.kind = None: choose one of image"),
     ],
 )
 def test_impossible_configs_are_refused(modalities: dict[str, dict[str, Any]], anchor: str, text: str) -> None:

@@ -33,6 +33,11 @@ class Modality(nn.Module, ABC):
         super().__init__()
         self.shape = shape
 
+    @staticmethod
+    def space(**settings: Any) -> tuple[int, int, int] | None:
+        """The diffusion space (C, H, W) that this modality opens as an anchor, or None where it cannot be one."""
+        return None
+
     # ------------------------------------------------------------------------------------------------ data <-> value
 
     @classmethod
@@ -76,7 +81,8 @@ class Modality(nn.Module, ABC):
     def check(self, value: Tensor) -> None:
         """Refuse a batch of values (B, *value_shape) of another shape or dtype."""
         wanted = self.placeholder()
-        if tuple(value.shape[1:]) != self.value_shape or value.is_floating_point() != wanted.is_floating_point():
+        kind_fits = value.dtype == wanted.dtype or (value.is_floating_point() and wanted.is_floating_point())
+        if value.ndim == 0 or tuple(value.shape[1:]) != self.value_shape or not kind_fits:
             shown = f"{value.dtype} {tuple(value.shape)}"
             raise InputError(
                 "value", shown, f"expected {wanted.dtype} of shape (B, {', '.join(map(str, self.value_shape))})"

@@ -15,7 +15,7 @@ from mmdiff.errors import InputError
 from mmdiff.modalities.base import Modality, Shape
 
 _MODES = {1: "L", 3: "RGB"}
-_GREY = ("1", "L", "I", "F", "I;16")
+_GREY = ("1", "L", "I;16")  # "I" and "F" have no range of their own
 
 
 class Image(Modality):
@@ -63,7 +63,7 @@ class Image(Modality):
         example = next((value for value in values if value is not None), None)
         if not isinstance(example, PILImage.Image):
             raise InputError("image", type(example).__name__, "is no image column; check data.columns")
-        channels = 1 if example.mode in _GREY else 3
+        channels = 1 if example.mode in _GREY else 3  # palettes and transparency become RGB
         return {"channels": channels, "size": [example.height, example.width]}
 
     def preprocess(self, raw: Any) -> Tensor:
@@ -77,7 +77,10 @@ class Image(Modality):
                     "image", f"{raw.width}x{raw.height}", f"expected {self.width}x{self.height}; or set resize: true"
                 )
             raw = _crop_to(raw, self.width, self.height)
-        pixels = np.asarray(raw.convert(_MODES[self.channels]), dtype=np.float32)
+        if raw.mode == "I;16":  # PIL's own conversion cuts off instead of scaling
+            pixels = np.asarray(raw, dtype=np.float32) / 257
+        else:
+            pixels = np.asarray(raw.convert(_MODES[self.channels]), dtype=np.float32)
         value = torch.from_numpy(pixels / 127.5 - 1.0)
         return value[None] if self.channels == 1 else value.permute(2, 0, 1).contiguous()
 
