@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from mmdiff.config import Config
+    from mmdiff.config import Config, SampleConfig
     from mmdiff.pipeline import MTDiffusionPipeline
 
 app = typer.Typer(
@@ -45,9 +45,10 @@ def sample(
     run: RunPath,
     observe: Annotated[list[str] | None, typer.Option(help="modality=value; may be repeated")] = None,
     num: Annotated[int, typer.Option(help="how many samples", min=1)] = 64,
-    steps: Annotated[int, typer.Option(help="solver steps", min=1)] = 20,
-    guidance: Annotated[float, typer.Option(help="classifier-free guidance; 1 is off")] = 1.0,
+    steps: Annotated[int | None, typer.Option(help="solver steps; default: the run's sample.steps", min=1)] = None,
+    guidance: Annotated[float | None, typer.Option(help="guidance; default: the run's sample.guidance_scale")] = None,
     solver: Annotated[str | None, typer.Option(help="another solver than the run's")] = None,
+    feed: Annotated[str | None, typer.Option(help="unknown modalities: draw, mean or mode")] = None,
     seed: Annotated[int, typer.Option(help="of the generator")] = 0,
     out: Annotated[Path, typer.Option(help="the grid, a PNG that must not exist")] = Path("grid.png"),
 ) -> None:
@@ -70,7 +71,15 @@ def sample(
             raise InputError("--observe", item, f"no such modality; choose from {', '.join(pipeline.model.names)}")
         observed[name] = pipeline.model.modalities[name].parse(text)
     generator = torch.Generator().manual_seed(seed)
-    output = pipeline(num, observed, steps, guidance_scale=guidance, generator=generator)
+    settings = _sample_config(run)
+    output = pipeline(
+        num,
+        observed,
+        steps or settings.steps,
+        guidance_scale=(settings.guidance_scale if guidance is None else guidance) if observed else 1.0,
+        feed=feed or settings.feed,
+        generator=generator,
+    )
     images = output.samples[pipeline.model.anchor]
     out.parent.mkdir(parents=True, exist_ok=True)
     tile(images, columns=max(1, round(num**0.5)), zoom=max(1, 48 // images[0].height)).save(out)
@@ -195,6 +204,13 @@ def _load(run: Path, solver: str | None) -> MTDiffusionPipeline:
             pipeline.scheduler.config, solver=solver, solver_config=None
         )
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _sample_config(run: Path) -> SampleConfig:
+    """The run's own `sample` settings; a bare pipeline folder has none."""
+    from mmdiff.config import SampleConfig, load_config
+
+    return load_config(run / "config.yaml").sample if (run / "config.yaml").is_file() else SampleConfig()
 
 
 def _integers(key: str, text: str | None) -> tuple[int, ...]:

@@ -134,7 +134,8 @@ class SampleConfig(_Strict):
     """How grids and evaluations sample."""
 
     steps: int = Field(20, ge=1)  # solver steps
-    guidance_scale: float = Field(1.0, ge=0)
+    guidance_scale: float = Field(1.0, ge=0)  # classifier-free, of observed modalities; 1 is off
+    feed: Literal["draw", "mean", "mode"] | None = None  # unknown aggregated modalities; none: as fits the solver
     batch_size: int = Field(256, ge=1)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmdiff.conditioning import feed_for
 from mmdiff.config import Config
 from mmdiff.data import Table
 from mmdiff.evaluation import metrics
@@ -135,7 +136,7 @@ def evaluate(
         config: the run's; `evaluate.num_samples`, `evaluate.seeds` and `sample.*` count.
         train, validation: real rows; the training rows fit judges and features.
         steps: numbers of solver steps to compare; default `sample.steps`.
-        feed: see the pipeline.
+        feed: see the pipeline; default `sample.feed`.
     """
     pipeline.set_progress_bar_config(disable=True)
     real, held_out = train.all().values, validation.all().values
@@ -153,7 +154,7 @@ def evaluate(
 
             def sampler(n: int, seed: int, *, count: int = count, **arguments: Any) -> dict[str, Tensor]:
                 scale = config.sample.guidance_scale if config.anchor not in arguments.get("observed", {}) else 1.0
-                arguments |= {"num_inference_steps": count, "guidance_scale": scale, "feed": feed}
+                arguments |= {"num_inference_steps": count, "guidance_scale": scale, "feed": feed or config.sample.feed}
                 return draw(pipeline, n, config.sample.batch_size, seed, **arguments)
 
             for evaluator in evaluators:
@@ -164,6 +165,7 @@ def evaluate(
                     row.setting |= {"steps": count, "seed": seed}
                     rows.append(row)
     facts = {key: value for evaluator in evaluators for key, value in evaluator.facts().items()}
+    facts["feed"] = feed_for(feed or config.sample.feed, pipeline.scheduler.is_stochastic)
     return Evaluation(manifest(pipeline, config, train, validation) | facts, rows)
 
 
