@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +60,7 @@ def resolve(config: Config, rows: Any) -> Config:
             remedy = f"the source has no such column, but {', '.join(rows.column_names)}; set data.columns.{name}=…"
             raise InputError(f"data.columns.{name}", column, remedy)
         modality = MODALITIES[entry.kind]
-        values = (rows[i][column] for i in itertools.islice(range(len(rows)), len(rows)))
+        values = (row[column] for row in rows.select_columns([column]))  # decodes only what is asked for
         try:
             found = modality.settings_from_data(rows.features[column], values)
         except InputError as error:

@@ -141,17 +141,18 @@ def main() -> None:
     """The entry point: one line and exit code 2 for bad input, 1 for training that cannot go on."""
     # spinning OpenMP threads cost up to 50× on a busy machine; must be set before torch is imported
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from click import Abort, ClickException
-
     from mmdiff.errors import InputError
+
+    # typer brings a click of its own in some versions: take the class from typer, whichever it is
+    usage_error = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 
     try:
         app(standalone_mode=False)
     except InputError as error:
-        _fail(str(error), 2)
-    except ClickException as error:
+        _fail(str(error), 2, everywhere=error.everywhere)
+    except usage_error as error:
         _fail(error.format_message(), 2)
-    except Abort:
+    except typer.Abort:
         _fail("interrupted", 130)
     except RuntimeError as error:
         if type(error).__name__ != "TrainingError":
@@ -159,10 +160,11 @@ def main() -> None:
         _fail(str(error), 1)
 
 
-def _fail(message: str, code: int) -> None:
-    if _is_main():
+def _fail(message: str, code: int, everywhere: bool = True) -> None:
+    """One line, from one process where all of them say the same."""
+    if _is_main() or not everywhere:
         sys.stdout.flush()
-        print(f"mmdiff: {message}", file=sys.stderr, flush=True)
+        print(f"mmdiff: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
@@ -192,13 +194,21 @@ def _load(run: Path, solver: str | None) -> MTDiffusionPipeline:
     if not (folder / "model_index.json").is_file():
         raise InputError("run", str(run), "holds no finished pipeline; train it to the end, or name another folder")
     import torch
+    from diffusers.utils import logging
+    from safetensors import SafetensorError
 
     from mmdiff.pipeline import MTDiffusionPipeline
     from mmdiff.schedulers import MTDiffusionScheduler
     from mmdiff.training.process import set_threads
 
     set_threads(0)
-    pipeline = MTDiffusionPipeline.from_pretrained(folder)
+    logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said below, in one line
+    try:
+        pipeline = MTDiffusionPipeline.from_pretrained(folder)
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError("run", str(run), f"its pipeline is damaged, {type(error).__name__}: {error}") from None
     if solver is not None:
         pipeline.scheduler = MTDiffusionScheduler.from_config(
             pipeline.scheduler.config, solver=solver, solver_config=None

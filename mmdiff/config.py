@@ -12,19 +12,30 @@ from typing import Any, Literal
 import pydantic
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from mmdiff.errors import InputError
 
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+_NUMBERS = (int, float, int | None, float | None)
 
 
-class _Open(BaseModel):
+class _Base(BaseModel):
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation in _NUMBERS:
+            raise ValueError("must be a number")
+        return value
+
+
+class _Strict(_Base):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class _Open(_Base):
     """Further keys are constructor arguments of the class that `kind` names; `mmdiff.build` checks them."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     def settings(self) -> dict[str, Any]:
         """The constructor arguments."""
@@ -129,6 +140,11 @@ class TrainConfig(_Strict):
     sample_every: int = Field(0, ge=0)  # 0: only at the end
     resume: Literal["never", "auto"] = "never"  # auto: continue the run folder's newest checkpoint
 
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _yaml_no(cls, value: Any) -> Any:
+        return "no" if value is False else value  # YAML reads a bare no as False
+
 
 class SampleConfig(_Strict):
     """How grids and evaluations sample."""
@@ -198,7 +214,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         for item in overrides or []:
             if "=" not in item:
                 raise InputError("override", item, "write key=value, for example train.steps=600")
-            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([item]))
+            tree = OmegaConf.merge(tree, _override(item))
         plain = OmegaConf.to_container(tree, resolve=True)
     except InputError:
         raise
@@ -207,6 +223,13 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     except Exception as error:  # yaml raises its own family
         raise InputError("config", str(path), f"is no valid YAML: {error}") from error
     return parse_config(plain)
+
+
+def _override(item: str) -> Any:
+    try:
+        return OmegaConf.from_dotlist([item])
+    except Exception as error:  # yaml and omegaconf raise families of their own
+        raise InputError("override", item, f"its value is no valid YAML: {error}") from None
 
 
 def parse_config(tree: Any) -> Config:

@@ -14,6 +14,7 @@ class InputError(ValueError):
 
     def __init__(self, key: str, value: object, remedy: str) -> None:
         self.key, self.value, self.remedy = key, value, remedy
+        self.everywhere = True  # whether every process of a run meets it, as with a config; False for a data row
         shown = repr(value) if len(repr(value)) <= 120 else repr(value)[:117] + "..."
         super().__init__(f"{key} = {shown}: {remedy}".replace("\n", " "))
 

@@ -61,7 +61,8 @@ def weight_schedules(scheduler: MTDiffusionScheduler, path: Path) -> Path:
         right.plot(t, scheduler.step_weights(name).detach(), label=f"w_t {name}")
     for axis, title in ((left, "weights in the marginal, Eq. (2)"), (right, "weights in a transition, Eq. (1)")):
         axis.set(xlabel="t", title=title)
-        axis.legend()
+        if axis.lines:
+            axis.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path

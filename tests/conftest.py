@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,7 +68,7 @@ def tiny_tree(output: Path) -> Tree:
     return {
         "name": "tiny",
         "output": str(output),
-        "data": {"source": "digits"},
+        "data": {"source": "digits", "cache_mib": 0},  # opening costs more than a few steps
         "modalities": {"image": {"kind": "image"}, "label": {"kind": "label"}},
         "backbone": {
             "block_out_channels": [8, 16],
@@ -240,29 +241,58 @@ def one_process(sixty_steps: Callable[..., list[str]], tmp_path_factory: pytest.
     return train(load_config(config, overrides))
 
 
-class TwoProcesses(NamedTuple):
-    """Run folders of 60 steps on two CPU processes, without and with a SIGKILL after step 42."""
+class StoppedRuns(NamedTuple):
+    """Run folders of 60 steps that were stopped on the way and resumed."""
 
-    whole: Path
-    resumed: Path
-    answer: Answer  # of the second, resuming launch
+    one: Path  # under `accelerate launch`, SIGKILL after 42; SIGTERM after 51; the rest in this process
+    one_kept: list[str]  # its checkpoints after the SIGKILL
+    one_told_to_stop: Answer  # to the SIGTERM
+    one_saved: list[str]  # its checkpoints after that
+    two: Path  # two processes, SIGKILL after 42
+    two_resumed: Answer
+    two_whole: Path  # two processes, never stopped
 
 
 @pytest.fixture(scope="session")
-def two_processes(
+def stopped_runs(
     launch: Callable[..., Launched], sixty_steps: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory
-) -> TwoProcesses:
-    folder = tmp_path_factory.mktemp("two")
-    whole, killed = folder / "whole", folder / "killed"
+) -> StoppedRuns:
+    """Every real process that trains, at once: most of their time goes into imports."""
+    from mmdiff.training import train
 
-    def start(output: Path, log: str) -> Launched:
-        return launch([*torchrun(2), "train", *sixty_steps(output)], folder / log, ACCELERATE_USE_CPU="1")
+    folder = tmp_path_factory.mktemp("stopped")
+    one, two, two_whole = folder / "one", folder / "two", folder / "two-whole"
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "-m", "mmdiff"]
 
-    first, uninterrupted = start(killed, "first"), start(whole, "uninterrupted")
-    first.wait_for(killed / "metrics.jsonl", '"step": 42,')
-    first.kill()
-    assert not (killed / "pipeline").exists(), "the run was over before it could be killed"
-    answer = start(killed, "second").wait()
-    assert answer.code == 0, answer.err
-    assert uninterrupted.wait().code == 0
-    return TwoProcesses(whole, killed, answer)
+    def start(output: Path, log: str, command: list[str], *more: str) -> Launched:
+        return launch([*command, "train", *sixty_steps(output, *more)], folder / log, ACCELERATE_USE_CPU="1")
+
+    def kept(output: Path) -> list[str]:
+        assert not (output / "pipeline").exists(), "the run was over before it could be stopped"
+        return sorted(path.name for path in (output / "checkpoints").glob("step-*"))
+
+    def stop_one() -> tuple[list[str], Answer, list[str]]:
+        first = start(one, "one-first", accelerate, "data.workers=2")
+        first.wait_for(one / "metrics.jsonl", '"step": 42,')
+        first.kill()
+        after_kill = kept(one)
+        second = start(one, "one-second", [sys.executable, "-m", "mmdiff"], "data.workers=2")
+        second.wait_for(one / "metrics.jsonl", '"step": 51,')
+        second.process.terminate()
+        return after_kill, second.wait(), kept(one)
+
+    def stop_two() -> Answer:
+        first = start(two, "two-first", torchrun(2))
+        first.wait_for(two / "metrics.jsonl", '"step": 42,')
+        first.kill()
+        assert kept(two) == ["step-20", "step-40"]
+        return start(two, "two-second", torchrun(2)).wait()
+
+    with ThreadPoolExecutor() as pool:
+        futures = pool.submit(stop_one), pool.submit(stop_two)
+        whole = start(two_whole, "two-whole-log", torchrun(2)).wait()
+        assert whole.code == 0, whole.err
+        one_facts, two_resumed = futures[0].result(), futures[1].result()
+    config, *overrides = sixty_steps(one)
+    train(load_config(config, overrides))
+    return StoppedRuns(one, *one_facts, two, two_resumed, two_whole)

@@ -1,4 +1,4 @@
-"""Modules import lower layers only, files stay small, equations cited exist, and the command line starts without torch."""
+"""Modules import lower layers only, files stay small, cited equations exist, and the command line needs no torch."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_imports_run_downwards(module: str) -> None:
     for other in map(room_of, GRAPH[module]):
         if other != room:
             assert LAYERS[other] <= LAYERS[room], f"{module} imports {other}"
-            assert LAYERS[room] > 1 or LAYERS[other] < 1, f"{module} imports {other}, a neighbour in layer {LAYERS[room]}"
+            assert LAYERS[room] > 1 or LAYERS[other] < 1, f"{module} imports its neighbour {other}"
 
 
 def test_imports_have_no_cycle() -> None:

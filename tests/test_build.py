@@ -1,4 +1,4 @@
-"""A config becomes parts: what the data determine is filled in, what the config says wins, what cannot be is refused."""
+"""A config becomes parts: the data fill in what they determine, the config's word wins, what cannot be is refused."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_explicit_settings_win(configure: Configure) -> None:
 def test_a_wrong_explicit_size_is_refused_with_row_and_column(configure: Configure) -> None:
     from mmdiff.build import build
 
-    message = complaint(lambda: build(configure("modalities.image.size=[32,32]")))
+    message = complaint(lambda: build(configure("modalities.image.size=[32,32]", "data.cache_mib=512")))
     assert message == "data.columns.image=image, row 0: image = '16x16': expected 32x32; or set resize: true"
 
 
@@ -80,7 +80,7 @@ def test_what_does_not_fit_is_named(configure: Configure, override: str, start: 
 
 def test_a_backbone_that_does_not_fit_the_size_is_refused(configure: Configure) -> None:
     config = resolve(configure(), rows(size=(6, 6)))
-    assert complaint(lambda: build_model(config)).startswith("backbone.block_out_channels = [8, 16]: needs a size that is")
+    assert complaint(lambda: build_model(config)).startswith("backbone.block_out_channels = [8, 16]: needs a size")
 
 
 def test_weights_with_which_sampling_would_start_wrong_are_refused(configure: Configure) -> None:

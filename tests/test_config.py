@@ -173,9 +173,8 @@ def test_the_first_difference_is_found_and_what_may_change_is_ignored(configure:
 
 
 def test_a_config_knows_its_folder_and_its_auxiliary_modalities(configure: Configure) -> None:
-    assert parse_config({"name": "x", "data": {"source": "digits"}, "modalities": {"image": {"kind": "image"}}}).folder() == (
-        Path("runs/x")
-    )
+    least = {"name": "x", "data": {"source": "digits"}, "modalities": {"image": {"kind": "image"}}}
+    assert parse_config(least).folder() == Path("runs/x")
     assert configure("output=there").folder() == Path("there")
     assert configure().auxiliary() == ["label"]
     assert configure("anchor=label").auxiliary() == ["image"]

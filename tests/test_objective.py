@@ -92,11 +92,12 @@ def test_with_everything_absent_it_is_the_loss_of_ddpm(prediction_type: str, ste
     ddpm = DDPMScheduler(T, beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type)
     z_0 = rows_.values["image"]
     z_t = ddpm.add_noise(z_0, noise, timesteps)
-    target = {"v_prediction": ddpm.get_velocity(z_0, noise, timesteps), "epsilon": noise, "sample": z_0}[prediction_type]
+    targets = {"v_prediction": ddpm.get_velocity(z_0, noise, timesteps), "epsilon": noise, "sample": z_0}
     unobserved = torch.zeros(40, 2, 8, 8)  # the observation channels of image and label
     prediction = objective.model.backbone.unet(torch.cat([z_t, unobserved], dim=1), timesteps).sample
     terms = objective(rows_, at).terms
-    torch.testing.assert_close(terms["l1"] + terms["l3"], torch.nn.functional.mse_loss(prediction, target))
+    expected = torch.nn.functional.mse_loss(prediction, targets[prediction_type])
+    torch.testing.assert_close(terms["l1"] + terms["l3"], expected)
     assert float(terms["l3"]) > 0  # t = 1 is among the timesteps
 
 
@@ -162,7 +163,9 @@ def test_states_follow_their_law_and_all_occur() -> None:
     assert not aggregated["image"].any() and not observed["image"].any()
 
 
-@pytest.mark.parametrize(("law", "expected"), [(ABSENT, (0, 0)), (AGGREGATED, (1, 0)), (OBSERVED, (0, 1)), (StateLaw(1, 1), (1, 1))])
+@pytest.mark.parametrize(
+    ("law", "expected"), [(ABSENT, (0, 0)), (AGGREGATED, (1, 0)), (OBSERVED, (0, 1)), (StateLaw(1, 1), (1, 1))]
+)
 def test_certain_states_are_certain(law: StateLaw, expected: tuple[int, int]) -> None:
     aggregated, observed = build(law).draw_states(batch(100), where(100))
     assert (aggregated["label"] == bool(expected[0])).all()

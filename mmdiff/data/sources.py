@@ -14,6 +14,7 @@ from torch import Tensor
 from mmdiff.data import digits
 from mmdiff.errors import InputError
 
+ROW = "__row__"
 EMBEDDED: dict[str, Callable[[], datasets.DatasetDict]] = {"digits": digits.load}
 
 
@@ -50,6 +51,7 @@ def open_splits(
         raise InputError("data.split", split, f"the source has the splits {', '.join(splits)}")
     if holdout is not None:
         rows = splits[split]
+        rows = rows.add_column(ROW, list(range(len(rows))))  # errors name a row by its number in the source
         held_out = [i for i in range(len(rows)) if i % holdout == holdout - 1]
         kept = [i for i in range(len(rows)) if i % holdout != holdout - 1]
         return rows.select(kept), rows.select(held_out)
@@ -99,7 +101,7 @@ class Table(torch.utils.data.Dataset):
         for name, column in columns.items():
             if column not in rows.column_names:
                 raise InputError(f"data.columns.{name}", column, f"the source has {', '.join(rows.column_names)}")
-        self.rows = rows.select_columns(sorted(set(columns.values())))
+        self.rows = rows.select_columns(sorted({*columns.values(), ROW} & set(rows.column_names)))
         self.columns, self.preprocess, self.placeholders = dict(columns), dict(preprocess), dict(placeholders)
         row_bytes = sum(math.prod(p.shape) * p.element_size() for p in placeholders.values())
         self._cache: Batch | None = None
@@ -141,7 +143,9 @@ class Table(torch.utils.data.Dataset):
             for name, column in self.columns.items():
                 raw = row[column]
                 present[name].append(raw is not None)
-                values[name].append(self.placeholders[name] if raw is None else self._value(name, raw, int(index)))
+                values[name].append(
+                    self.placeholders[name] if raw is None else self._value(name, raw, row.get(ROW, index))
+                )
         return Batch(
             {name: torch.stack(items) for name, items in values.items()},
             {name: torch.tensor(mask) for name, mask in present.items()},

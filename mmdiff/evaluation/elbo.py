@@ -54,8 +54,9 @@ def elbo(
             drawn at random; index 0 must then be drawn like the others.
         levels: grey levels of x_0 in [−1, 1] for L3, or None for a density.
     """
-    z_0 = model.modalities[model.anchor].encode(values[model.anchor]).double()  # (B, C, H, W)
-    weighted = [name for name in model.auxiliary if name in (scheduler.config.weights or {})]
+    anchor = model.modalities[model.anchor]
+    z_0 = anchor.encode(values[model.anchor]).double()  # (B, C, H, W)
+    weighted = [name for name in sorted(scheduler.config.weights or {}) if scheduler.cumulative_weights(name).max() > 0]
     encodings = {n: e.double() for n, e in model.encode({name: values[name] for name in weighted}).items()}
     everywhere = torch.ones(len(z_0), dtype=torch.bool, device=z_0.device)
     total = len(scheduler)
@@ -78,7 +79,9 @@ def elbo(
             terms["l1"] += scale * losses.transition_kl(posterior, predicted)
         else:
             variance = scheduler.marginal(z_0, steps).variance  # 1 − ā_1, the noise of z_1
-            terms["l3"] += scale * losses.anchor_nll(Gaussian(original, variance), z_0, levels)
+            slope = anchor.unencode(torch.ones_like(z_0)) - anchor.unencode(torch.zeros_like(z_0))  # back in units of x_0
+            predicted = Gaussian(anchor.unencode(original), variance * slope**2)
+            terms["l3"] += scale * losses.anchor_nll(predicted, anchor.unencode(z_0), levels)
         for name in model.auxiliary:
             modality = model.modalities[name]
             nll = modality.nll(output.params[name].double(), values[name])

@@ -34,8 +34,8 @@ def interval(correct: np.ndarray, seed: int = 0, draws: int = 2000) -> tuple[flo
 
 def frechet_distance(one: np.ndarray, other: np.ndarray) -> float:
     """Fréchet distance of the Gaussians fitted to two sets of features (n, d): |m − m'|² + tr(S + S' − 2 (S S')^½)."""
-    mean, covariance = one.mean(0), np.cov(one, rowvar=False)
-    other_mean, other_covariance = other.mean(0), np.cov(other, rowvar=False)
+    mean, covariance = one.mean(0), np.atleast_2d(np.cov(one, rowvar=False))
+    other_mean, other_covariance = other.mean(0), np.atleast_2d(np.cov(other, rowvar=False))
     # the trace of the square root needs only the eigenvalues, which are those of a positive matrix
     eigenvalues = np.linalg.eigvals(covariance @ other_covariance).real.clip(min=0)
     spread = np.trace(covariance) + np.trace(other_covariance) - 2 * np.sqrt(eigenvalues).sum()
@@ -52,7 +52,7 @@ def pca_frechet(
     """
     rng = np.random.default_rng(seed)
     train, samples = _flat(train), _flat(samples)
-    pca = PCA(n_components=min(components, train.shape[1]), svd_solver="full").fit(train)
+    pca = PCA(n_components=min(components, *train.shape), svd_solver="full").fit(train)
     real, fake = pca.transform(train), pca.transform(samples)
     size = min(len(train) // 2, len(samples))
     distances, floors = [], []

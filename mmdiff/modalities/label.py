@@ -43,12 +43,12 @@ class Label(Modality):
     def settings_from_data(cls, feature: Any, values: Iterable[Any]) -> dict[str, Any]:
         if isinstance(feature, ClassLabel):
             return {"num_classes": feature.num_classes}
-        ids = {value for value in values if value is not None}  # a bare integer column does not state its size
-        if not ids or not all(isinstance(value, int) for value in ids):
-            raise InputError(
-                "label", type(next(iter(ids), None)).__name__, "is no column of integers; check data.columns"
-            )
-        return {"num_classes": max(ids) + 1}
+        largest = -1
+        for value in values:  # a bare integer column does not state its size
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise InputError("label", type(value).__name__, "is no column of integers; check data.columns")
+            largest = largest if value is None else max(largest, value)
+        return {"num_classes": largest + 1}
 
     def preprocess(self, raw: Any) -> Tensor:
         if isinstance(raw, bool) or not isinstance(raw, int):

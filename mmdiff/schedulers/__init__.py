@@ -1,3 +1,4 @@
-from mmdiff.schedulers.mt_diffusion import SOLVERS, MTDiffusionScheduler
+from mmdiff.schedulers.mt_diffusion import MTDiffusionScheduler
+from mmdiff.schedulers.solvers import SOLVERS
 
 __all__ = ["SOLVERS", "MTDiffusionScheduler"]

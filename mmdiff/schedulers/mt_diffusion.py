@@ -9,18 +9,12 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DEISMultistepScheduler,
-    DPMSolverMultistepScheduler,
-    UniPCMultistepScheduler,
-)
+from diffusers import DDPMScheduler
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
@@ -29,54 +23,11 @@ from torch import Tensor
 from mmdiff.errors import InputError
 from mmdiff.likelihoods import Gaussian
 from mmdiff.schedulers import weights as weight_schedules
+from mmdiff.schedulers.solvers import REFUSED, SOLVERS, safe_eta, trim_timesteps
 
 Encodings = Mapping[str, Tensor]  # {modality name: encoding in diffusion space, (B, C, H, W)}
 
 
-@dataclass(frozen=True)
-class Solver:
-    """What the wrapper must know of a diffusers scheduler."""
-
-    scheduler: type
-    options: tuple[str, ...]  # what `solver_config` may set; everything else belongs to the wrapper
-    takes_generator: bool = False
-    multistep: bool = False
-    zero_terminal_snr: bool = True
-    is_stochastic: Callable[[Mapping[str, Any]], bool] = lambda options: False
-
-
-_MULTISTEP = ("solver_order", "solver_type", "lower_order_final", "steps_offset")
-SOLVERS = {
-    "DDPMScheduler": Solver(
-        DDPMScheduler, ("variance_type", "steps_offset"), takes_generator=True, is_stochastic=lambda options: True
-    ),
-    "DDIMScheduler": Solver(
-        DDIMScheduler,
-        ("eta", "set_alpha_to_one", "steps_offset"),
-        takes_generator=True,
-        is_stochastic=lambda options: options.get("eta", 0.0) > 0,
-    ),
-    "DPMSolverMultistepScheduler": Solver(
-        DPMSolverMultistepScheduler,
-        (*_MULTISTEP, "algorithm_type", "euler_at_final", "final_sigmas_type", "lambda_min_clipped"),
-        takes_generator=True,
-        multistep=True,
-        is_stochastic=lambda options: options.get("algorithm_type", "").startswith("sde"),
-    ),
-    "DEISMultistepScheduler": Solver(DEISMultistepScheduler, _MULTISTEP, multistep=True, zero_terminal_snr=False),
-    "UniPCMultistepScheduler": Solver(
-        UniPCMultistepScheduler, (*_MULTISTEP, "predict_x0", "disable_corrector", "final_sigmas_type"), multistep=True
-    ),
-}
-_REFUSED = (
-    "works in σ-space, where the shift u_t = z_t − c_t would need scaled units and σ_max ≈ 2e4 on the cosine schedule"
-)
-REFUSED = {
-    **{f"{name}DiscreteScheduler": _REFUSED for name in ("Euler", "EulerAncestral", "Heun", "LMS", "KDPM2")},
-    "KDPM2AncestralDiscreteScheduler": _REFUSED,
-    "FlowMatchEulerDiscreteScheduler": "solves another path than the variance-preserving one of Eq. (2)",
-    "PNDMScheduler": "keeps earlier samples, in the base of encodings that have changed since",
-}
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("v_prediction", "epsilon", "sample")
 MAX_TERMINAL_WEIGHT = 0.1
@@ -404,7 +355,7 @@ class MTDiffusionScheduler(SchedulerMixin, ConfigMixin):
         if not 1 <= num_inference_steps <= total:
             raise InputError("num_inference_steps", num_inference_steps, f"needs 1 … num_train_timesteps = {total}")
         self._solver.set_timesteps(num_inference_steps, device="cpu")  # stays here: no host synchronisation in `step`
-        self._trim(num_inference_steps)
+        trim_timesteps(self._solver, num_inference_steps, SOLVERS[self.config.solver].multistep)
         if self.config.literal_alpha and float(self._solver.alphas_cumprod[self._solver.timesteps].min()) == 0.0:
             raise InputError("literal_alpha", True, f"ā_t underflows within T = {total} steps; sample with a smaller T")
         if SOLVERS[self.config.solver].multistep:
@@ -416,22 +367,6 @@ class MTDiffusionScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = len(self.timesteps)
         self._step_index = 0
         self._steps = [*self._solver.timesteps.tolist(), -1]  # −1 is t = 0, where c = 0
-
-    def _trim(self, count: int) -> None:
-        """Undo two slips of diffusers' spacings: a last timestep −1 too many, and repeated timesteps.
-
-        np.arange(T, 0, −T/n) has n + 1 entries for some n (61 of 1000); the last would read ā_T as ā_0.
-        """
-        solver = self._solver
-        if len(solver.timesteps) > count:
-            solver.timesteps = solver.timesteps[:count]
-            if SOLVERS[self.config.solver].multistep:
-                solver.sigmas = torch.cat([solver.sigmas[:count], solver.sigmas[-1:]])
-                solver.num_inference_steps = count
-        if len(solver.timesteps.unique()) < len(solver.timesteps):
-            spacing = self.config.timestep_spacing
-            remedy = f"spacing {spacing!r} repeats timesteps for this solver; take fewer, or trailing spacing"
-            raise InputError("num_inference_steps", count, remedy)
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | int | None = None) -> Tensor:
         """The sample itself: variance-preserving solvers scale nothing."""
@@ -466,7 +401,7 @@ class MTDiffusionScheduler(SchedulerMixin, ConfigMixin):
             model_output = self._prediction_of(original, now, u)
         arguments: dict[str, Any] = {"generator": generator} if SOLVERS[self.config.solver].takes_generator else {}
         if self._eta > 0:
-            arguments["eta"] = self._safe_eta(now)
+            arguments["eta"] = safe_eta(self._solver, self._eta, now)
         timestep = self._solver.timesteps[self._step_index]
         u = self._solver.step(model_output, timestep, u, return_dict=False, **arguments)[0]
         previous = u + self.aggregate(encodings, then, u) if encodings else u
@@ -474,14 +409,6 @@ class MTDiffusionScheduler(SchedulerMixin, ConfigMixin):
         if not return_dict:
             return previous, original
         return MTDiffusionSchedulerOutput(prev_sample=previous, pred_original_sample=original)
-
-    def _safe_eta(self, timestep: int) -> float:
-        """DDIM's η, lowered by 1e-6 in the rare step where float32 rounds 1 − ā_s − σ² below 0."""
-        solver = self._solver
-        previous = timestep - self.config.num_train_timesteps // solver.num_inference_steps
-        alpha_bar = solver.alphas_cumprod[previous] if previous >= 0 else solver.final_alpha_cumprod
-        deviation = self._eta * solver._get_variance(timestep, previous) ** 0.5
-        return self._eta if 1 - alpha_bar - deviation**2 >= 0 else self._eta * (1 - 1e-6)
 
     def _check_step(self, timestep: Tensor | int) -> None:
         if self._step_index >= self.num_inference_steps:

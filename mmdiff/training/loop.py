@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from mmdiff import plots
 from mmdiff.build import Experiment, build
-from mmdiff.config import Config, TrainConfig, first_difference, load_config, save_config
+from mmdiff.config import Config, SampleConfig, TrainConfig, first_difference, load_config, save_config
 from mmdiff.data import Batch, Order
 from mmdiff.data.sampler import MicroBatches
 from mmdiff.errors import InputError
@@ -66,53 +66,52 @@ def train(config: Config, progress: bool = True) -> Path:
     trainer = Trainer(experiment, accelerator)
     first_step, window = claim_folder(folder, config, trainer, accelerator)
     tracker = Tracker(folder, config, first_step) if accelerator.is_main_process else None
-    stop = StopSignal()
-    loader = trainer.loader(first_step)
+    grid = folder / "samples" / f"step-{config.train.steps}.png"
     bar = tqdm(
         total=config.train.steps,
         initial=first_step,
         disable=not (progress and accelerator.is_main_process),
         unit="step",
     )
-    started, images = time.perf_counter(), 0
+    with contextlib.closing(trainer.loader(first_step)) as loader, bar, StopSignal() as stop:
+        started, images = time.perf_counter(), 0
+        for step in range(first_step, config.train.steps):
+            window.add(trainer.step(step, loader))
+            images += config.train.batch_size
+            done = step + 1
+            final = done == config.train.steps
+            due = done % config.train.log_every == 0
+            if due or final:
+                rows = window.rows(accelerator)
+                check_finite(rows, window.names, done, config.train)
+                means = dict(zip(window.names, rows.double().mean(0).tolist(), strict=True))
+                rate = images / (time.perf_counter() - started)
+                line = {"step": done, **means, "learning_rate": learning_rate(step, config.train)}
+                if tracker:
+                    tracker.log(line | {"images_per_second": rate})
+                    bar.set_postfix_str(_postfix(line, rate), refresh=False)
+                window.clear()
+                started, images = time.perf_counter(), 0
+            bar.update()
+            stopping = stop.agreed(accelerator, due) and not final
+            if final or stopping or _every(config.train.checkpoint_every, done):
+                trainer.save(folder / "checkpoints", done, window)
+            if stopping:
+                break
+            if tracker and not final and _every(config.train.sample_every, done):
+                path = trainer.save_grid(folder / "samples" / f"step-{done}.png", config.sample)
+                tracker.image("samples", path, done)
+                started, images = time.perf_counter(), 0
+        else:
+            stopping = False
 
-    for step in range(first_step, config.train.steps):
-        window.add(trainer.step(step, loader))
-        images += config.train.batch_size
-        done = step + 1
-        final = done == config.train.steps
-        due = done % config.train.log_every == 0
-        if due or final:
-            rows = window.rows(accelerator)
-            check_finite(rows, window.names, done, config.train)
-            seconds = time.perf_counter() - started
-            line = {"step": done, **dict(zip(window.names, rows.double().mean(0).tolist(), strict=True))}
-            line |= {"learning_rate": learning_rate(step, config.train), "images_per_second": images / seconds}
-            if tracker:
-                tracker.log(line)
-                bar.set_postfix_str(_postfix(line), refresh=False)
-            window.clear()
-            started, images = time.perf_counter(), 0
-        bar.update()
-        stopping = stop.agreed(accelerator, due)
-        if final or stopping or _every(config.train.checkpoint_every, done):
-            trainer.save(folder / "checkpoints", done, window)
-        if stopping and not final:
-            if tracker:
-                tracker.close()
-            accelerator.print(f"stopped at step {done} of {config.train.steps}; continue with train.resume=auto")
-            accelerator.end_training()
-            return folder
-        if tracker and (final or _every(config.train.sample_every, done)):
-            with trainer.ema.swapped_in():
-                path = plots.save_grid(trainer.pipeline(), folder / "samples" / f"step-{done}.png", config.sample)
-            tracker.image("samples", path, done)
-            started, images = time.perf_counter(), 0
-
-    bar.close()
-    if tracker:
+    if stopping:
+        accelerator.print(f"stopped at step {done} of {config.train.steps}; continue with train.resume=auto")
+    elif tracker:
+        tracker.image("samples", trainer.save_grid(grid, config.sample), config.train.steps)
         with trainer.ema.swapped_in():
             trainer.pipeline().save_pretrained(folder / "pipeline")
+    if tracker:
         tracker.close()
     accelerator.end_training()
     return folder
@@ -157,20 +156,19 @@ class Trainer:
             world,
         )
 
-    def loader(self, first_step: int) -> Iterator[Batch | InputError]:
+    def loader(self, first_step: int) -> Generator[Batch | InputError, None, None]:
         """Batches of this process from a step on, read ahead by `data.workers` processes."""
         self.micro_batches = self.batches(first_step)
-        return iter(
-            DataLoader(
-                self.table,
-                batch_sampler=self.micro_batches,
-                num_workers=self.workers,
-                collate_fn=_as_read,
-                pin_memory=self.accelerator.device.type == "cuda",
-            )
+        yield from DataLoader(
+            self.table,
+            batch_sampler=self.micro_batches,
+            num_workers=self.workers,
+            collate_fn=_as_read,
+            pin_memory=self.accelerator.device.type == "cuda",
+            generator=torch.Generator(),  # leaves the global one, which dropout draws from, alone
         )
 
-    def step(self, step: int, loader: Iterator[Batch | InputError]) -> dict[str, torch.Tensor]:
+    def step(self, step: int, loader: Generator[Batch | InputError, None, None]) -> dict[str, torch.Tensor]:
         """One optimizer step; returns this process's terms."""
         config, accelerator = self.config, self.accelerator
         torch.manual_seed(fold(config.seed, step, f"process {accelerator.process_index}"))  # dropout resumes too
@@ -180,6 +178,7 @@ class Trainer:
         for part in range(config.accumulate):
             batch = next(loader)
             if isinstance(batch, InputError):
+                batch.everywhere = False  # only this process has read the row
                 raise batch
             share = self.micro_batches.positions(part)
             positions = torch.arange(share.start, share.stop, device=accelerator.device)
@@ -223,11 +222,16 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         return state["step"], Window(rows)
 
+    def save_grid(self, path: Path, sample: SampleConfig) -> Path:
+        """Sample with the averaged weights."""
+        with self.ema.swapped_in():
+            return plots.save_grid(self.pipeline(), path, sample)
+
     def pipeline(self) -> MTDiffusionPipeline:
         """A pipeline on the live model; learned weight schedules are written into its scheduler's config."""
         weights = {name: dict(entry) for name, entry in (self.scheduler_config.weights or {}).items()}
         for name, (parameters, log_scale) in self.bare.learned_weights().items():
-            weights[name] |= {"parameters": parameters.tolist(), "log_scale": float(log_scale)}
+            weights[name] |= {"parameters": parameters.tolist(), "log_scale": log_scale.item()}
         scheduler = MTDiffusionScheduler.from_config(self.scheduler_config, weights=weights)
         pipeline = MTDiffusionPipeline(model=self.bare.model, scheduler=scheduler)
         pipeline.set_progress_bar_config(disable=True)
@@ -290,6 +294,6 @@ def _as_read(batch: Batch | InputError) -> Batch | InputError:
     return batch
 
 
-def _postfix(line: dict[str, float]) -> str:
+def _postfix(line: dict[str, float], rate: float) -> str:
     terms = " ".join(f"{name} {line[name]:.3f}" for name in line if name == "loss" or name[:2] in ("l1", "l2"))
-    return f"{terms} {line['images_per_second']:.0f} images/s"
+    return f"{terms} {rate:.0f} images/s"

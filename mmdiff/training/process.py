@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
 from mmdiff.config import TrainConfig
@@ -22,13 +24,21 @@ def set_threads(threads: int) -> None:
 
 
 class StopSignal:
-    """SIGTERM and SIGINT ask for a checkpoint and a clean exit."""
+    """Within its context SIGTERM and SIGINT ask for a checkpoint and a clean exit."""
 
     def __init__(self) -> None:
         self.requested = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
         for number in (signal.SIGTERM, signal.SIGINT):
             with contextlib.suppress(ValueError):  # not in the main thread, as in some notebooks
-                signal.signal(number, self._request)
+                self._before[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _request(self, number: int, frame: object) -> None:
         self.requested = True
@@ -50,6 +60,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     Raises:
         InputError: when a launcher started several processes of which this one knows nothing, or under FSDP.
     """
+    if "WORLD_SIZE" not in os.environ:  # a notebook may train twice, with another precision
+        AcceleratorState._reset_state(reset_partial_state=True)
     options = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[options])
     world = int(os.environ.get("WORLD_SIZE", 1))

@@ -31,7 +31,7 @@ def test_a_row_depends_on_nothing_asked_before() -> None:
 
 @pytest.mark.parametrize(("world", "parts"), [(1, 1), (1, 3), (2, 1), (2, 2), (3, 2)])
 def test_processes_and_parts_share_the_global_batch_out(world: int, parts: int) -> None:
-    """Put together in the order of their positions the shares are the batch of one process; no position is taken twice."""
+    """In the order of their positions the shares are the batch of one process; no position is taken twice."""
     whole = batches(0, 5)
     ranks = [batches(0, 5, parts, rank, world) for rank in range(world)]
     for step in range(5):

@@ -28,13 +28,17 @@ E = np.array([1.0, -1.0])  # their encodings
 SHAPE = Shape((1, 1, 1), 1, 1)
 BUMP, CONSTANT, NONE = ({"schedule": name, "scale": 0.5} for name in ("bump", "constant", "none"))
 each_process = pytest.mark.parametrize(
-    ("weight", "prediction_type"), [(BUMP, "sample"), (BUMP, "v_prediction"), (CONSTANT, "v_prediction"), (NONE, "sample")]
+    ("weight", "prediction_type"),
+    [(BUMP, "sample"), (BUMP, "v_prediction"), (CONSTANT, "v_prediction"), (NONE, "sample")],
 )
 
 
-def scheduler(steps: int, weight: Mapping[str, Any], prediction_type: str = "sample") -> MTDiffusionScheduler:
+def scheduler(
+    steps: int, weight: Mapping[str, Any], prediction_type: str = "sample", betas: list[float] | None = None
+) -> MTDiffusionScheduler:
     return MTDiffusionScheduler(
         num_train_timesteps=steps,
+        trained_betas=betas,
         prediction_type=prediction_type,
         weights={"label": dict(weight)},
         allow_nonzero_terminal=True,  # `constant` ends at W_T = 0.015 · scale, in few steps at more
@@ -97,6 +101,14 @@ class ExactNetwork:
         prediction = posterior.prediction(z, self.process.config.prediction_type)
         params = {"label": torch.from_numpy(posterior.label).clamp(min=1e-300).log()}
         return MTDiffusionModelOutput(prediction=torch.from_numpy(prediction).reshape(sample.shape), params=params)
+
+
+class ConstantNetwork(ExactNetwork):
+    """z_0 is 0.3 and the label unknown, whatever z_t is."""
+
+    def __call__(self, sample: Tensor, timestep: Tensor, observation: Observation) -> MTDiffusionModelOutput:
+        params = {"label": torch.zeros(len(sample), 2, dtype=torch.float64)}
+        return MTDiffusionModelOutput(prediction=torch.full_like(sample, 0.3), params=params)
 
 
 def draw(count: int) -> dict[str, Tensor]:
@@ -173,18 +185,27 @@ def test_it_bounds_the_entropy(weight: dict[str, Any], prediction_type: str, ste
         assert float(nats.mean()) > entropy(with_label=True) - 4 * standard_error(nats)
 
 
+def even_betas(steps: int) -> list[float]:
+    """log SNR falls evenly from 9 to −12, so that as T grows the steps become small everywhere.
+
+    On the standard schedules ā_1 tends to 1 too: SNR(1)/SNR(2) → 2, SNR(2)/SNR(3) → 3/2 …, and even for the exact
+    network a gap of ½ Σ (1/t − log(1 + 1/t)) = γ/2 ≈ 0.29 nats stays, since p_θ moves with the variance β̃_t.
+    """
+    a_bar = 1 / (1 + np.exp(-np.linspace(9, -12, steps)))
+    return (1 - a_bar / np.concatenate([[1.0], a_bar[:-1]])).tolist()
+
+
 def test_without_aggregation_the_anchors_terms_tend_to_its_entropy() -> None:
-    """L0 + L1 + L3 of an ordinary diffusion: the gap falls like 1/T (Kingma et al., 2021, Eq. 17)."""
+    """L0 + L1 + L3 of an ordinary diffusion: L1 is a Riemann sum, its gap falls like 1/T (Kingma et al., 2021)."""
     gaps = []
-    for steps in (10, 100, 1000):
-        process = scheduler(steps, NONE)
+    for steps, count in ((10, 4000), (100, 4000), (1000, 400)):
+        process = scheduler(steps, NONE, betas=even_betas(steps))
         terms = by_quadrature(process)
         gaps.append(terms["l0"] + terms["l1"] + terms["l3"] - entropy(with_label=False))
-        found = run(process, 2000 if steps < 1000 else 300)
-        anchor = found.terms["l0"] + found.terms["l1"] + found.terms["l3"]
+        found = run(process, count).terms
+        anchor = found["l0"] + found["l1"] + found["l3"]
         assert abs(float(anchor.mean()) - entropy(with_label=False) - gaps[-1]) < 4 * standard_error(anchor)
-    assert gaps[0] > 4 * gaps[1] > 16 * gaps[2] > 0
-    assert gaps[2] < 0.01
+    assert gaps[0] > 5 * gaps[1] > 25 * gaps[2] > 0
 
 
 def test_random_timesteps_are_unbiased() -> None:
@@ -213,9 +234,8 @@ def test_bits_per_dim() -> None:
 def test_l3_is_a_mass_of_grey_levels_whatever_the_anchors_scale(scale: float) -> None:
     """Where the prediction does not depend on z_1 the masses of all values of x_0 sum to one."""
     process = scheduler(20, NONE)
-    network = ExactNetwork(process)
+    network = ConstantNetwork(process)
     network.modalities["image"] = Image(SHAPE, channels=1, size=1, head=False, scale=scale)
-    network.__class__ = type("Constant", (ExactNetwork,), {"__call__": constant})
     grid = torch.linspace(-1, 1, 256, dtype=torch.float64).reshape(-1, 1, 1, 1)
     values = {"image": grid, "label": torch.zeros(256, dtype=torch.int64)}
     found = elbo(network, process, values, timesteps=torch.tensor([0]), levels=256)
@@ -223,14 +243,9 @@ def test_l3_is_a_mass_of_grey_levels_whatever_the_anchors_scale(scale: float) ->
     assert float(masses.sum()) == pytest.approx(1.0, abs=1e-9)
 
 
-def constant(self: ExactNetwork, sample: Tensor, timestep: Tensor, observation: Observation) -> MTDiffusionModelOutput:
-    """z_0 is 0.3 and the label unknown."""
-    params = {"label": torch.zeros(len(sample), 2, dtype=torch.float64)}
-    return MTDiffusionModelOutput(prediction=torch.full_like(sample, 0.3), params=params)
-
-
-def test_a_real_model_has_finite_terms_and_the_same_for_the_same_generator() -> None:
-    torch.manual_seed(0)
+def real_model(seed: int = 0) -> MTDiffusionModel:
+    """With random numbers where a fresh network has zeros."""
+    torch.manual_seed(seed)
     model = MTDiffusionModel(
         modality_config={
             "image": {"kind": "image", "channels": 1, "size": 8},
@@ -244,9 +259,20 @@ def test_a_real_model_has_finite_terms_and_the_same_for_the_same_generator() -> 
             "attention_head_dim": 8,
         },
     )
-    process = scheduler(8, BUMP, "v_prediction")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1)
+    return model.eval()
+
+
+def real_values() -> dict[str, Tensor]:
     levels = torch.randint(256, (3, 1, 8, 8), generator=torch.Generator().manual_seed(0))
-    values = {"image": levels / 127.5 - 1, "label": torch.tensor([0, 1, 1])}
+    return {"image": levels / 127.5 - 1, "label": torch.tensor([0, 1, 1])}
+
+
+def test_a_real_model_has_finite_terms_and_the_same_for_the_same_generator() -> None:
+    model, process, values = real_model(), scheduler(8, BUMP, "v_prediction"), real_values()
     one, again, other = (elbo(model, process, values, torch.Generator().manual_seed(k)) for k in (0, 0, 1))
     assert one.dimensions == 64
     assert one.terms.keys() == {"l0", "l1", "l2/label", "l3"}
@@ -254,3 +280,15 @@ def test_a_real_model_has_finite_terms_and_the_same_for_the_same_generator() -> 
         assert term.shape == (3,) and term.isfinite().all() and (term >= 0).all()  # masses: L3 is positive too
         assert torch.equal(term, again.terms[name])
     assert not torch.equal(one.terms["l1"], other.terms["l1"])
+
+
+@pytest.mark.parametrize(("weight", "aggregated"), [(BUMP, True), (NONE, False), ({**BUMP, "scale": 0.0}, False)])
+def test_only_modalities_with_weight_are_flagged_as_aggregated(weight: dict[str, Any], aggregated: bool) -> None:
+    """Training never sets this flag without a weight, so the network would meet it for the first time here."""
+    model, process = real_model(), scheduler(8, weight, "v_prediction")
+    before = elbo(model, process, real_values(), torch.Generator().manual_seed(0)).nats
+    flag = 2 * model.names.index("label")  # (aggregated, observed) of every modality, by name
+    with torch.no_grad():
+        model.backbone.flags.weight[:, flag] += 1.0
+    after = elbo(model, process, real_values(), torch.Generator().manual_seed(0)).nats
+    assert torch.equal(before, after) is not aggregated

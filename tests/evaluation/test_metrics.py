@@ -67,7 +67,7 @@ def images(count: int, seed: int, scale: float = 1.0) -> np.ndarray:
 
 def test_samples_of_the_same_law_are_at_the_floor() -> None:
     distance, floor = pca_frechet(images(1000, 0), images(1000, 1), components=8)
-    assert 0 < floor
+    assert floor > 0
     assert 0.5 < distance / floor < 2.0  # two draws of one small positive statistic
     far, same_floor = pca_frechet(images(1000, 0, scale=2.0), images(1000, 1), components=8)
     assert same_floor == floor

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -35,57 +34,25 @@ def assert_same_run(one: Path, other: Path, step: int) -> None:
     assert metrics(one) == metrics(other)
 
 
-class Interrupted(NamedTuple):
-    """A run of 60 steps: SIGKILL after 42, SIGTERM after 51, then to the end in this process."""
-
-    folder: Path
-    checkpoints_after_kill: list[str]
-    told_to_stop: Any
-    checkpoints_after_stop: list[str]
-
-
-@pytest.fixture(scope="module")
-def interrupted(launch: Callable[..., Any], sixty_steps: Callable[..., list[str]], tmp_path_factory: Any) -> Interrupted:
-    folder = tmp_path_factory.mktemp("interrupted")
-    run = folder / "run"
-
-    def written() -> list[str]:
-        assert not (run / "pipeline").exists(), "the run was over before it could be stopped"
-        return sorted(path.name for path in (run / "checkpoints").glob("step-*"))
-
-    command = [sys.executable, "-m", "mmdiff", "train", *sixty_steps(run, "data.workers=2")]
-    first = launch(command, folder / "first")
-    first.wait_for(run / "metrics.jsonl", '"step": 42,')
-    first.kill()
-    after_kill = written()
-    second = launch(command, folder / "second")
-    second.wait_for(run / "metrics.jsonl", '"step": 51,')
-    second.process.terminate()
-    told_to_stop = second.wait()
-    after_stop = written()
-    config, *overrides = sixty_steps(run)
-    train(load_config(config, overrides))
-    return Interrupted(run, after_kill, told_to_stop, after_stop)
+@pytest.mark.slow
+def test_a_killed_and_a_stopped_run_continue_bit_by_bit(stopped_runs: Any, one_process: Path) -> None:
+    assert stopped_runs.one_kept == ["step-20", "step-40"]
+    assert_same_run(stopped_runs.one, one_process, 60)
 
 
 @pytest.mark.slow
-def test_a_killed_and_a_stopped_run_continue_bit_by_bit(interrupted: Interrupted, one_process: Path) -> None:
-    assert interrupted.checkpoints_after_kill == ["step-20", "step-40"]
-    assert_same_run(interrupted.folder, one_process, 60)
-
-
-@pytest.mark.slow
-def test_sigterm_saves_where_it_stands_and_says_where(interrupted: Interrupted) -> None:
-    stop = interrupted.told_to_stop
+def test_sigterm_saves_where_it_stands_and_says_where(stopped_runs: Any) -> None:
+    stop = stopped_runs.one_told_to_stop
     assert stop.code == 0, stop.err
-    saved = max(int(name.removeprefix("step-")) for name in interrupted.checkpoints_after_stop)
+    saved = max(int(name.removeprefix("step-")) for name in stopped_runs.one_saved)
     assert 51 <= saved < 60
     assert stop.out.strip() == f"stopped at step {saved} of 60; continue with train.resume=auto"
 
 
 @pytest.mark.slow
-def test_two_killed_processes_continue_bit_by_bit(two_processes: Any) -> None:
-    assert_same_run(two_processes.resumed, two_processes.whole, 60)
+def test_two_killed_processes_continue_bit_by_bit(stopped_runs: Any) -> None:
+    assert stopped_runs.two_resumed.code == 0, stopped_runs.two_resumed.err
+    assert_same_run(stopped_runs.two, stopped_runs.two_whole, 60)
 
 
 def test_leftovers_of_a_kill_are_cleared_away(run_copy: Path, finished_run: Path) -> None:
@@ -115,7 +82,8 @@ def test_a_run_killed_while_it_finished_gets_its_pipeline_and_grid(run_copy: Pat
     (run_copy / "samples" / "step-12.png").unlink()
     train(load_config(run_copy / "config.yaml", [f"output={run_copy}", "train.resume=auto"]))
     assert_same_run(run_copy, finished_run, 12)
-    assert (run_copy / "samples" / "step-12.png").read_bytes() == (finished_run / "samples" / "step-12.png").read_bytes()
+    grids = [folder / "samples" / "step-12.png" for folder in (run_copy, finished_run)]
+    assert grids[0].read_bytes() == grids[1].read_bytes()
 
 
 def test_another_number_of_threads_is_warned_about(run_copy: Path) -> None:
