@@ -83,6 +83,7 @@ class MTObjective(nn.Module):
     def forward(self, batch: Batch, where: Where) -> ObjectiveOutput:
         """One (micro-)batch; see the module's docstring."""
         model, scheduler = self.model, self.scheduler
+        batch = self.without_missing(batch)
         scheduler.set_learned_weights(self.learned_weights())
         aggregated, observed = self.draw_states(batch, where)
         timesteps = self.draw_timesteps(where, observed[model.anchor])  # (B,)
@@ -110,6 +111,15 @@ class MTObjective(nn.Module):
             nll = model.modalities[name].nll(output.params[name].float(), batch.values[name])
             terms[f"l2/{name}"] = nll * (batch.present[name] & ~observed[name])
         return self.total(terms)
+
+    def without_missing(self, batch: Batch) -> Batch:
+        """Missing values as placeholders: whatever a data set left there has no effect."""
+        values = {}
+        for name, value in batch.values.items():
+            present = batch.present[name].reshape(-1, *(1,) * (value.ndim - 1))
+            placeholder = self.model.modalities[name].placeholder().to(value)
+            values[name] = torch.where(present, value, placeholder)
+        return Batch(values, batch.present)
 
     def total(self, terms: dict[str, Tensor]) -> ObjectiveOutput:
         """The weighted sum of the terms; the only place where (B,) becomes a number."""

@@ -68,7 +68,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
             "scheduler": ["mmdiff.schedulers.mt_diffusion", "MTDiffusionScheduler"],
         }
         for name, component in expected.items():
-            if list(index.get(name, ())) != component:
+            if index.get(name) != component:
                 raise InputError(
                     f"model_index.json: {name}", index.get(name), f"is no mmdiff pipeline; expected {component}"
                 )
@@ -117,6 +117,8 @@ class MTDiffusionPipeline(DiffusionPipeline):
         """
         if output_type not in ("pil", "pt"):
             raise InputError("output_type", output_type, "choose pil or pt")
+        if batch_size is not None and batch_size < 1:
+            raise InputError("batch_size", batch_size, "draw at least one sample")
         values = self._observed_values(observed or {}, batch_size)
         count = len(next(iter(values.values()))) if values else batch_size or 1
         if isinstance(generator, list) and len(generator) != count:
@@ -221,6 +223,8 @@ class MTDiffusionPipeline(DiffusionPipeline):
         try:
             if not isinstance(raw, Tensor):
                 many = raw if isinstance(raw, list | tuple) else [raw]
+                if not many:
+                    raise InputError(name, raw, "is empty; leave the modality out to draw it")
                 value = torch.stack([modality.preprocess(item) for item in many])
             else:
                 value = raw if raw.ndim > len(modality.value_shape) else raw[None]
