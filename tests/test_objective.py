@@ -106,6 +106,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms() -> None:
     terms = output.terms
     assert terms.keys() == {"loss", "l0", "l1", "l3", "l2/label"}
     assert not any(term.requires_grad for term in terms.values())
+    assert float(terms["l0"]) > 1e-4  # of 3 · L0 the comparison sees it: L1 is about 1, float32
     expected = 3.0 * terms["l0"].float() + terms["l1"] + terms["l3"] + 0.25 * terms["l2/label"]
     torch.testing.assert_close(output.loss.detach(), expected)
 

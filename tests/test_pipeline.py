@@ -180,6 +180,11 @@ def test_the_batch_is_as_large_as_what_is_observed() -> None:
     assert len(sample(build(), batch_size=2, observed={"image": PICTURES[0]})["label"]) == 2
 
 
+def test_without_a_final_read_an_observed_image_is_still_read() -> None:
+    arguments = {"observed": {"image": IMAGES}}
+    assert_same(sample(build(), **arguments, final_read=False), sample(build(), **arguments))
+
+
 def test_observed_values_matter() -> None:
     pipe = build()
     zero, one = (sample(pipe, observed={"label": k})["image"] for k in (0, 1))
