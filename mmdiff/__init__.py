@@ -9,7 +9,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmdiff.build import build
     from mmdiff.config import load_config
     from mmdiff.errors import InputError
     from mmdiff.model import MTDiffusionModel
@@ -26,7 +25,6 @@ _HOMES = {
     "MTDiffusionPipeline": "mmdiff.pipeline",
     "MTDiffusionScheduler": "mmdiff.schedulers",
     "MTObjective": "mmdiff.objective",
-    "build": "mmdiff.build",
     "load_config": "mmdiff.config",
     "train": "mmdiff.training",
 }
@@ -36,7 +34,6 @@ __all__ = [
     "MTDiffusionPipeline",
     "MTDiffusionScheduler",
     "MTObjective",
-    "build",
     "load_config",
     "train",
 ]

@@ -167,7 +167,7 @@ def _set_wait_policy() -> None:
     if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if hasattr(os, "getloadavg") and os.getloadavg()[0] < 0.5 * cores and "WORLD_SIZE" not in os.environ:
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] < 0.75 * cores and "WORLD_SIZE" not in os.environ:
         os.environ["GOMP_SPINCOUNT"] = "30000"  # some 0.1 ms, then sleep
     else:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"

@@ -67,11 +67,16 @@ def sample(pipe: MTDiffusionPipeline, **arguments: Any) -> dict[str, Any]:
 
 
 def evaluations(pipe: MTDiffusionPipeline, **arguments: Any) -> int:
-    calls: list[int] = []
-    handle = pipe.model.register_forward_hook(lambda *_: calls.append(1))
+    return len(times(pipe, **arguments))
+
+
+def times(pipe: MTDiffusionPipeline, **arguments: Any) -> list[list[int]]:
+    """The timesteps of every network evaluation."""
+    seen: list[list[int]] = []
+    handle = pipe.model.register_forward_hook(lambda model, inputs, output: seen.append(inputs[1].tolist()))
     sample(pipe, **arguments)
     handle.remove()
-    return len(calls)
+    return seen
 
 
 def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -199,7 +204,7 @@ def test_observed_values_matter() -> None:
 
 def test_an_image_is_read_in_one_evaluation_without_chance() -> None:
     pipe = build()
-    assert evaluations(pipe, observed={"image": IMAGES}) == 1
+    assert times(pipe, observed={"image": IMAGES}) == [[T - 1] * 3]
     one, other = (sample(pipe, observed={"image": IMAGES}, generator=seeded(k)) for k in (0, 1))
     assert_same(one, other)
     observed = {"image": torch.ones(3, dtype=torch.bool)}

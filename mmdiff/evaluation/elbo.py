@@ -79,7 +79,7 @@ def elbo(
             terms["l1"] += scale * losses.transition_kl(posterior, predicted)
         else:
             variance = scheduler.marginal(z_0, steps).variance  # 1 − ā_1, the noise of z_1
-            slope = anchor.unencode(torch.ones_like(z_0)) - anchor.unencode(torch.zeros_like(z_0))  # back in units of x_0
+            slope = anchor.unencode(torch.ones_like(z_0)) - anchor.unencode(torch.zeros_like(z_0))
             predicted = Gaussian(anchor.unencode(original), variance * slope**2)
             terms["l3"] += scale * losses.anchor_nll(predicted, anchor.unencode(z_0), levels)
         for name in model.auxiliary:
