@@ -60,8 +60,9 @@ def weight_schedules(scheduler: MTDiffusionScheduler, path: Path) -> Path:
         left.plot(t, scheduler.cumulative_weights(name).detach(), label=f"W_t {name}")
         right.plot(t, scheduler.step_weights(name).detach(), label=f"w_t {name}")
     for axis, title in ((left, "weights in the marginal, Eq. (2)"), (right, "weights in a transition, Eq. (1)")):
+        axis.axhline(0.0, color="0.8", linewidth=0.8)  # so that a constant is drawn as one
         axis.set(xlabel="t", title=title)
-        if axis.lines:
+        if axis.get_legend_handles_labels()[1]:
             axis.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -83,7 +83,7 @@ def test_sample_reads_an_observed_image(cli: Cli, finished_run: Path, tmp_path: 
 def test_show_describes_and_plots(cli: Cli, tiny_file: Path, tmp_path: Path) -> None:
     answer = cli("show", tiny_file, "--plot", tmp_path / "weights.png")
     assert answer.code == 0, answer.err
-    assert re.search(r"^W_t label .*peak 1\.5 at t = \d+, W_T = ", answer.out, flags=re.MULTILINE)
+    assert re.search(r"^W_t label .*peak 1\.5 at t = \d+, at T ", answer.out, flags=re.MULTILINE)
     counts = dict(re.findall(r"^parameters, (\w+) +([\d,]+)$", answer.out, flags=re.MULTILINE))
     numbers = {name: int(text.replace(",", "")) for name, text in counts.items()}
     assert numbers["all"] == numbers["backbone"] + numbers["image"] + numbers["label"] > numbers["label"] > 10 * 256

@@ -17,10 +17,10 @@ from mmdiff.errors import InputError
 
 
 def set_threads(threads: int) -> None:
-    """CPU threads: as asked, or as many as the CPU affinity allows."""
+    """CPU threads: as asked, else OMP_NUM_THREADS, else as many as the CPU affinity allows each local process."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(threads or max(1, available // local))
+    share = available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, share))
 
 
 class StopSignal:

@@ -71,6 +71,10 @@ def _label(shape: Shape) -> Modality:
     return Label(shape, num_classes=5)
 
 
+def _coarse_label(shape: Shape) -> Modality:
+    return Label(shape, num_classes=5, table_size=2)
+
+
 def _text(raw: Any, folder: Path) -> str:
     return str(raw)
 
@@ -81,6 +85,7 @@ CASES = [
     Case("image", (1, 8, 8), _image(1), images(1), pictures(8, 8), datasets.Image(), image_law, saved),
     Case("colour", (3, 8, 8), _image(3), images(3), pictures(8, 8, 3), datasets.Image(), image_law, saved),
     Case("label", (2, 8, 8), _label, labels, [4, 0, 3], NAMES, lambda p: Categorical(logits=p), _text),
+    Case("coarse", (2, 8, 8), _coarse_label, labels, [4, 0, 3], NAMES, lambda p: Categorical(logits=p), _text),
     Case("integers", (2, 8, 8), _label, labels, [4, 0, 3], IDS, lambda p: Categorical(logits=p), _text),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -96,6 +96,24 @@ def test_every_grey_mode_spans_black_to_white(mode: str, shades: list[int]) -> N
     torch.testing.assert_close(value, 2 * torch.tensor(shades) / shades[-1] - 1, rtol=0, atol=one_level)
 
 
+@pytest.mark.parametrize("mode", ["I", "F"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_modes_without_a_range_are_refused(mode: str, channels: int) -> None:
+    """What their white is nobody knows; PIL would cut them off at 255."""
+    raw = PILImage.new(mode, (8, 8), 1)
+    with pytest.raises(InputError, match=f"image = '{mode}': "):
+        image(channels).preprocess(raw)
+    with pytest.raises(InputError, match=f"image = '{mode}': "):
+        Image.settings_from_data(None, [raw])
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P"])
+def test_palettes_and_transparency_become_colour(mode: str) -> None:
+    raw = picture(8, 8, "RGB").convert(mode)
+    assert Image.settings_from_data(None, [raw])["channels"] == 3
+    assert torch.equal(image(3).preprocess(raw), image(3).preprocess(raw.convert("RGB")))
+
+
 @pytest.mark.parametrize("scale", [1.0, 1.7])
 def test_unencode_undoes_encode(scale: float) -> None:
     modality = image(scale=scale)

@@ -79,6 +79,21 @@ def test_a_growing_table_encodes_the_same(growth: float) -> None:
     torch.testing.assert_close(label.encode(torch.arange(5)), before, rtol=1e-5, atol=1e-6)
 
 
+def test_a_coarse_table_is_a_pattern_of_blocks() -> None:
+    label = Label(SHAPE, 5, table_size=2)
+    encoding = label.encode(torch.arange(5))  # (5, 2, 4, 4): every number fills 2×2 pixels
+    assert label.table.shape == (5, 2, 2, 2)
+    assert torch.equal(encoding, encoding[..., ::2, ::2].repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
+    assert len(encoding[0, 0].unique()) == 4
+
+
+@pytest.mark.parametrize("table_size", [-1, 0, 5])
+def test_impossible_table_sizes_are_refused(table_size: int) -> None:
+    """Finer than the 4×4 space some entries would never be seen; 0 would mean the default."""
+    with pytest.raises(InputError, match=f"table_size = {table_size}: "):
+        Label(SHAPE, 5, table_size=table_size)
+
+
 def test_draws_have_the_probabilities_of_the_head() -> None:
     """Also at probability 0 and where float32 sums to less than 1."""
     probabilities = torch.tensor([0.5, 0.0, 0.2, 0.3 - 1e-6, 1e-6])
