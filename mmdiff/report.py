@@ -33,7 +33,5 @@ def weights(scheduler: MTDiffusionScheduler, columns: int = 48) -> list[str]:
         peak = float(table.max())
         picked = table[[round(i * (len(table) - 1) / (columns - 1)) for i in range(columns)]].tolist()
         bars = "".join(_BARS[min(7, int(8 * value / peak))] if peak > 0 else _BARS[0] for value in picked)
-        lines.append(
-            f"{name:<14}{bars}  peak {peak:.3g} at t = {int(table.argmax()) + 1}, at T {float(table[-1]):.2g}"
-        )
+        lines.append(f"{name:<14}{bars}  peak {peak:.3g} at t = {int(table.argmax()) + 1}, at T {float(table[-1]):.2g}")
     return lines

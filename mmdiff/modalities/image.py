@@ -15,7 +15,8 @@ from mmdiff.errors import InputError
 from mmdiff.modalities.base import Modality, Shape
 
 _MODES = {1: "L", 3: "RGB"}
-_GREY = ("1", "L", "I;16")  # "I" and "F" have no range of their own
+_GREY = ("1", "L", "I;16")
+_COLOUR = ("RGB", "RGBA", "RGBX", "RGBa", "P", "PA", "LA", "La", "CMYK", "YCbCr", "LAB", "HSV")  # become RGB
 
 
 class Image(Modality):
@@ -63,13 +64,13 @@ class Image(Modality):
         example = next((value for value in values if value is not None), None)
         if not isinstance(example, PILImage.Image):
             raise InputError("image", type(example).__name__, "is no image column; check data.columns")
-        channels = 1 if example.mode in _GREY else 3  # palettes and transparency become RGB
+        channels = _channels(example.mode)
         return {"channels": channels, "size": [example.height, example.width]}
 
     def preprocess(self, raw: Any) -> Tensor:
         if not isinstance(raw, PILImage.Image):
             raise InputError("image", type(raw).__name__, "is no image; check data.columns")
-        if (raw.mode in _GREY) != (self.channels == 1):
+        if _channels(raw.mode) != self.channels:
             raise InputError("image", raw.mode, f"has another mode than the {_MODES[self.channels]} that was expected")
         if raw.size != (self.width, self.height):
             if not self.resize:
@@ -137,6 +138,12 @@ class Image(Modality):
 
     def expected_encoding(self, params: Tensor) -> Tensor:
         return self.encode(params[:, :-1])
+
+
+def _channels(mode: str) -> int:
+    if mode not in _GREY + _COLOUR:
+        raise InputError("image", mode, "is a mode whose values have no known range; convert it to L, I;16 or RGB")
+    return 1 if mode in _GREY else 3
 
 
 def _crop_to(image: PILImage.Image, width: int, height: int) -> PILImage.Image:

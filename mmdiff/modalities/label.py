@@ -29,6 +29,10 @@ class Label(Modality):
         if num_classes < 2:
             raise InputError("num_classes", num_classes, "a label needs at least two classes")
         channels, height, width = shape.space
+        if table_size is not None and not 1 <= table_size <= min(height, width):
+            raise InputError(
+                "table_size", table_size, f"needs 1 … {min(height, width)}, the side of the diffusion space"
+            )
         self.num_classes, self.height, self.width = num_classes, height, width
         rows, columns = (table_size or height, table_size or width)
         self.table = nn.Parameter(torch.randn(num_classes, channels, rows, columns))
@@ -48,6 +52,8 @@ class Label(Modality):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 raise InputError("label", type(value).__name__, "is no column of integers; check data.columns")
             largest = largest if value is None else max(largest, value)
+        if largest < 0:
+            raise InputError("label", "NoneType", "is no column of integers; check data.columns")
         return {"num_classes": largest + 1}
 
     def preprocess(self, raw: Any) -> Tensor:
