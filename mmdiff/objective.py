@@ -86,7 +86,8 @@ class MTObjective(nn.Module):
         batch = self.without_missing(batch)
         scheduler.set_learned_weights(self.learned_weights())
         aggregated, observed = self.draw_states(batch, where)
-        timesteps = self.draw_timesteps(where, observed[model.anchor])  # (B,)
+        unknown = batch.present[model.anchor] & ~observed[model.anchor]  # (B,) where there is something to denoise
+        timesteps = self.draw_timesteps(where, ~unknown)  # (B,)
 
         z_0 = model.modalities[model.anchor].encode(batch.values[model.anchor])  # (B, C, H, W)
         noise = normal(self.seed, where.step, "noise", where.positions, z_0.shape[1:])
@@ -97,10 +98,9 @@ class MTObjective(nn.Module):
             if name in (scheduler.config.weights or {})
         }
         z_t = scheduler.add_noise(z_0, noise, timesteps, encodings)
-        z_t = z_t * ~observed[model.anchor][:, None, None, None]  # nothing to denoise: the mean of z_T, as in sampling
+        z_t = z_t * ~observed[model.anchor][:, None, None, None]  # the mean of z_T, as in sampling
         output = model(z_t, timesteps, model.observation(batch.values, aggregated, observed, like=z_t))
 
-        unknown = batch.present[model.anchor] & ~observed[model.anchor]
         target = scheduler.training_target(z_0, noise, timesteps)
         error = losses.denoising_error(output.prediction, target, self.snr_weight(timesteps)) * unknown  # (B,)
         terminal = losses.terminal_kl(
@@ -142,16 +142,16 @@ class MTObjective(nn.Module):
         aggregated[self.model.anchor] = torch.zeros_like(anchor_observed)
         return aggregated, observed
 
-    def draw_timesteps(self, where: Where, anchor_observed: Tensor) -> Tensor:
+    def draw_timesteps(self, where: Where, settled: Tensor) -> Tensor:
         """(B,) in 0 … T − 1: one uniform number, spread evenly over the global batch (Kingma et al., 2021).
 
-        Where the anchor is observed nothing is denoised; t = T is what sampling asks then.
+        Where the anchor is settled, observed or missing, nothing is denoised, and t = T, as sampling asks then.
         """
         total = len(self.scheduler)
         offset = uniform(self.seed, where.step, "times", where.positions[:1] * 0)
         u = (offset + where.positions.double() / where.global_batch) % 1.0
         timesteps = (u * total).long().clamp(max=total - 1)
-        return torch.where(anchor_observed, total - 1, timesteps)
+        return torch.where(settled, total - 1, timesteps)
 
     def snr_weight(self, timesteps: Tensor) -> Tensor | None:
         """(B,) weight of the denoising error, or None."""
