@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ from PIL import Image
 from mmdiff.config import SampleConfig
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.schedulers import MTDiffusionScheduler
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLUMNS = 10
 
@@ -52,8 +56,8 @@ def save_grid(pipeline: MTDiffusionPipeline, path: Path, sample: SampleConfig, s
 
 def weight_schedules(scheduler: MTDiffusionScheduler, path: Path) -> Path:
     """√ā_t, and W_t and w_t of every modality."""
-    plt = _pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), constrained_layout=True)
+    figure = _figure(9.0, 3.2)
+    left, right = figure.subplots(1, 2)
     t = np.arange(1, len(scheduler) + 1)
     left.plot(t, scheduler.alphas_cumprod.sqrt(), "k--", label="√ā_t (anchor)")
     for name in sorted(scheduler.config.weights or {}):
@@ -65,23 +69,21 @@ def weight_schedules(scheduler: MTDiffusionScheduler, path: Path) -> Path:
         if axis.get_legend_handles_labels()[1]:
             axis.legend()
     figure.savefig(path, dpi=110)
-    plt.close(figure)
     return path
 
 
 def curves(metrics: Path, path: Path) -> Path:
     """The terms of metrics.jsonl over steps."""
-    plt = _pyplot()
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     names = [n for n in lines[0] if n == "loss" or n.startswith("l")]
     names = [n for n in names if n != "learning_rate"]
-    figure, axis = plt.subplots(figsize=(6, 3.2), constrained_layout=True)
+    figure = _figure(6.0, 3.2)
+    axis = figure.subplots()
     for name in names:
         axis.plot([line["step"] for line in lines], [line[name] for line in lines], label=name)
     axis.set(xlabel="step", yscale="log", title="terms of the loss")
     axis.legend()
     figure.savefig(path, dpi=110)
-    plt.close(figure)
     return path
 
 
@@ -106,10 +108,8 @@ def forward_process(
     return tile(tiles, columns, zoom=max(1, 48 // tiles[0].height))
 
 
-def _pyplot():  # matplotlib is slow to import and picks a window system unless told otherwise
-    import matplotlib
+def _figure(width: float, height: float) -> Figure:
+    """A figure without pyplot, whose choice of a window system belongs to the person."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg", force=False)
-    import matplotlib.pyplot as plt
-
-    return plt
+    return Figure(figsize=(width, height), layout="constrained")

@@ -17,10 +17,16 @@ from mmdiff.errors import InputError
 
 
 def set_threads(threads: int) -> None:
-    """CPU threads: as asked, else OMP_NUM_THREADS, else as many as the CPU affinity allows each local process."""
+    """CPU threads: as asked, else OMP_NUM_THREADS, else as many as the CPU affinity allows each local process.
+
+    The 1 that `accelerate launch` and torchrun put into OMP_NUM_THREADS is nobody's choice and does not count.
+    """
+    chosen = int(os.environ.get("OMP_NUM_THREADS", 0))
+    if chosen == 1 and {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & set(os.environ):
+        chosen = 0
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, share))
+    torch.set_num_threads(threads or chosen or max(1, share))
 
 
 class StopSignal:
