@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mmdiff.conditioning import feed_for
 from mmdiff.config import Config
-from mmdiff.data import Table
+from mmdiff.data import Batch, Table
 from mmdiff.evaluation import metrics
 from mmdiff.modalities import Label, Modality
 from mmdiff.pipeline import MTDiffusionPipeline, MTDiffusionPipelineOutput
@@ -74,15 +74,16 @@ class LabelEvaluator:
     Args:
         name, modality: the label.
         anchor: name of the image.
-        train, held_out: real rows.
+        train, held_out: real rows; those that lack the image or the label take no part.
     """
 
-    def __init__(self, name: str, modality: Label, anchor: str, train: dict, held_out: dict) -> None:
+    def __init__(self, name: str, modality: Label, anchor: str, train: Batch, held_out: Batch) -> None:
         self.name, self.anchor, self.num_classes = name, anchor, modality.num_classes
-        self.train, self.held_out = train[anchor].numpy(), held_out[anchor].numpy()
-        self.held_out_labels = held_out[name]
-        self.judge = metrics.Judge(self.train, train[name].numpy())
-        self.judge_accuracy = float((self.judge(self.held_out) == self.held_out_labels.numpy()).mean())
+        images, labels = _complete(train, anchor, name)
+        self.held_out, self.held_out_labels = _complete(held_out, anchor, name)
+        self.judge = metrics.Judge(images.numpy(), labels.numpy())
+        self.real = metrics.RealImages(images.numpy(), self.held_out.numpy())
+        self.judge_accuracy = float((self.judge(self.held_out.numpy()) == self.held_out_labels.numpy()).mean())
 
     def facts(self) -> dict[str, Any]:
         """For the manifest."""
@@ -96,22 +97,21 @@ class LabelEvaluator:
             yield Row("joint", {"aggregate": aggregate}, self._image_scores(samples, samples[self.name]))
             samples = sampler(count, seed, aggregate=aggregate, observed={self.name: given})
             yield Row(f"{self.name} → {self.anchor}", {"aggregate": aggregate}, self._image_scores(samples, given))
-        images = torch.from_numpy(self.held_out)
-        read = sampler(len(images), seed, observed={self.anchor: images})[self.name]
+        read = sampler(len(self.held_out), seed, observed={self.anchor: self.held_out})[self.name]
         correct = (read == self.held_out_labels).numpy()
         yield Row(f"{self.anchor} → {self.name}", {}, _share("accuracy", correct))
 
     def _image_scores(self, samples: dict[str, Tensor], labels: Tensor) -> dict[str, Any]:
         images = samples[self.anchor].float().numpy()
         judged = self.judge(images)
-        distance, floor = metrics.pca_frechet(images, self.train)
+        distance, floor = self.real.frechet_distance(images)
         scores = _share("agreement", judged == labels.numpy())
         if f"{self.name}/last" in samples:
             scores["agreement of last draw"] = float((judged == samples[f"{self.name}/last"].numpy()).mean())
         return scores | {
             "Fréchet distance": distance,
             "floor": floor,
-            "memorised": metrics.memorised_share(images, self.train, self.held_out),
+            "memorised": self.real.memorised_share(images),
             "memorised, expected": metrics.MEMORISED_EXPECTED,
             "class shares": metrics.class_shares(judged, self.num_classes),
             "std over samples": float(images.std(axis=0).mean()),
@@ -139,7 +139,7 @@ def evaluate(
         feed: see the pipeline; default `sample.feed`.
     """
     pipeline.set_progress_bar_config(disable=True)
-    real, held_out = train.all().values, validation.all().values
+    real, held_out = train.all(), validation.all()
     evaluators = [
         EVALUATORS[type(pipeline.model.modalities[name])](
             name, pipeline.model.modalities[name], pipeline.model.anchor, real, held_out
@@ -206,6 +206,12 @@ def save(evaluation: Evaluation, path: Path) -> None:
         numbers = (path.with_stem(f"{path.stem}-{k}") for k in itertools.count(1))
         path.rename(next(candidate for candidate in numbers if not candidate.exists()))
     path.write_text(json.dumps(evaluation.to_json(), indent=1, ensure_ascii=False) + "\n")
+
+
+def _complete(rows: Batch, *names: str) -> tuple[Tensor, ...]:
+    """The values of the rows in which none of the named modalities is missing."""
+    present = torch.stack([rows.present[name] for name in names]).all(dim=0)
+    return tuple(rows.values[name][present] for name in names)
 
 
 def _share(name: str, correct: np.ndarray) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy.stats import bootstrap
 from sklearn.decomposition import PCA
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
@@ -25,11 +26,10 @@ class Judge:
 
 
 def interval(correct: np.ndarray, seed: int = 0, draws: int = 2000) -> tuple[float, float]:
-    """95 % bootstrap interval of a mean over samples (n,)."""
-    rng = np.random.default_rng(seed)
-    means = rng.choice(np.asarray(correct, dtype=np.float64), size=(draws, len(correct))).mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+    """95 % bootstrap interval (percentiles) of a mean over samples (n,)."""
+    values = np.asarray(correct, dtype=np.float64)
+    found = bootstrap((values,), np.mean, n_resamples=draws, method="percentile", rng=seed).confidence_interval
+    return float(found.low), float(found.high)
 
 
 def frechet_distance(one: np.ndarray, other: np.ndarray) -> float:
@@ -42,36 +42,47 @@ def frechet_distance(one: np.ndarray, other: np.ndarray) -> float:
     return float(((mean - other_mean) ** 2).sum() + spread)
 
 
-def pca_frechet(
-    samples: np.ndarray, train: np.ndarray, components: int = 32, splits: int = 5, seed: int = 0
-) -> tuple[float, float]:
-    """(distance, floor) on principal components fitted on the training rows.
+class RealImages:
+    """Real images that samples are set against: what is fitted to them is fitted once.
 
-    In each split n = min(half of train, samples) of the samples are set against n random training rows; the floor is
-    n other training rows against the same. Means over the splits.
+    Args:
+        train, held_out: (n, …) each.
+        components: principal components, fitted on the training rows.
     """
-    rng = np.random.default_rng(seed)
-    train, samples = _flat(train), _flat(samples)
-    pca = PCA(n_components=min(components, *train.shape), svd_solver="full").fit(train)
-    real, fake = pca.transform(train), pca.transform(samples)
-    size = min(len(train) // 2, len(samples))
-    distances, floors = [], []
-    for _ in range(splits):
-        order = rng.permutation(len(real))
-        reference, rest = real[order[:size]], real[order[size : 2 * size]]
-        distances.append(frechet_distance(fake[rng.permutation(len(fake))[:size]], reference))
-        floors.append(frechet_distance(rest, reference))
-    return float(np.mean(distances)), float(np.mean(floors))
+
+    def __init__(self, train: np.ndarray, held_out: np.ndarray, components: int = 32) -> None:
+        train = _flat(train)
+        self._pca = PCA(n_components=min(components, *train.shape), svd_solver="full").fit(train)
+        self._features = self._pca.transform(train)
+        self._nearest = NearestNeighbors(n_neighbors=1).fit(train)
+        self._typical = np.median(self._distances(held_out))
+
+    def frechet_distance(self, samples: np.ndarray, splits: int = 5, seed: int = 0) -> tuple[float, float]:
+        """(distance, floor) on the principal components.
+
+        In each split n = min(half of train, samples) of the samples are set against n random training rows; the floor
+        is n other training rows against the same. Means over the splits.
+        """
+        rng = np.random.default_rng(seed)
+        real, fake = self._features, self._pca.transform(_flat(samples))
+        size = min(len(real) // 2, len(fake))
+        distances, floors = [], []
+        for _ in range(splits):
+            order = rng.permutation(len(real))
+            reference, rest = real[order[:size]], real[order[size : 2 * size]]
+            distances.append(frechet_distance(fake[rng.permutation(len(fake))[:size]], reference))
+            floors.append(frechet_distance(rest, reference))
+        return float(np.mean(distances)), float(np.mean(floors))
+
+    def memorised_share(self, samples: np.ndarray) -> float:
+        """Share of samples nearer to a training row than held-out rows typically (by their median) are."""
+        return float((self._distances(samples) < self._typical).mean())
+
+    def _distances(self, images: np.ndarray) -> np.ndarray:
+        return self._nearest.kneighbors(_flat(images))[0]
 
 
 MEMORISED_EXPECTED = 0.5  # half of fresh real rows lie below the median of fresh real rows
-
-
-def memorised_share(samples: np.ndarray, train: np.ndarray, held_out: np.ndarray) -> float:
-    """Share of samples nearer to a training row than held-out rows typically (by their median) are."""
-    nearest = NearestNeighbors(n_neighbors=1).fit(_flat(train))
-    typical = np.median(nearest.kneighbors(_flat(held_out))[0])
-    return float((nearest.kneighbors(_flat(samples))[0] < typical).mean())
 
 
 def class_shares(labels: np.ndarray, num_classes: int) -> list[float]:

@@ -12,6 +12,7 @@ import torch
 
 from mmdiff.build import Experiment, build
 from mmdiff.config import load_config
+from mmdiff.data import Batch
 from mmdiff.evaluation import evaluators
 from mmdiff.evaluation.metrics import Judge
 from mmdiff.pipeline import MTDiffusionPipeline
@@ -72,6 +73,25 @@ def test_the_scores_are_those_of_the_samples(setup: Setup) -> None:
     assert row.setting["seed"] == 0
     assert row.scores["agreement"] == pytest.approx((judge(images.numpy()) == given.numpy()).mean())
     assert row.scores["std over samples"] == pytest.approx(float(images.numpy().std(axis=0).mean()), rel=1e-5)
+
+
+def test_rows_with_a_missing_value_take_no_part(setup: Setup) -> None:
+    """What stands in for a missing value is no truth: neither for the judge nor for the read-out."""
+    rows = setup.experiment.validation.all()
+    lacking = torch.arange(len(rows.values["label"])) % 3 == 0
+    damaged = {
+        "image": torch.where(lacking[:, None, None, None], torch.zeros(()), rows.values["image"]),
+        "label": torch.where(lacking, 0, rows.values["label"]),
+    }
+    some = Batch(damaged, {"image": ~lacking, "label": torch.ones_like(lacking)})
+    kept = Batch(
+        {name: value[~lacking] for name, value in rows.values.items()}, dict.fromkeys(damaged, ~lacking[~lacking])
+    )
+    modality = setup.pipeline.model.modalities["label"]
+    one, other = (evaluators.LabelEvaluator("label", modality, "image", b, b) for b in (some, kept))
+    assert torch.equal(one.held_out_labels, other.held_out_labels) and len(one.held_out) == int((~lacking).sum())
+    assert one.judge_accuracy == other.judge_accuracy
+    assert np.array_equal(one.judge(rows.values["image"].numpy()), other.judge(rows.values["image"].numpy()))
 
 
 def test_the_judge_is_good_on_held_out_digits(setup: Setup) -> None:

@@ -11,11 +11,10 @@ from scipy.linalg import sqrtm
 from mmdiff.evaluation.metrics import (
     MEMORISED_EXPECTED,
     Judge,
+    RealImages,
     class_shares,
     frechet_distance,
     interval,
-    memorised_share,
-    pca_frechet,
 )
 
 
@@ -66,17 +65,20 @@ def images(count: int, seed: int, scale: float = 1.0) -> np.ndarray:
 
 
 def test_samples_of_the_same_law_are_at_the_floor() -> None:
-    distance, floor = pca_frechet(images(1000, 0), images(1000, 1), components=8)
+    real = RealImages(images(1000, 1), images(100, 2), components=8)
+    distance, floor = real.frechet_distance(images(1000, 0))
     assert floor > 0
     assert 0.5 < distance / floor < 2.0  # two draws of one small positive statistic
-    far, same_floor = pca_frechet(images(1000, 0, scale=2.0), images(1000, 1), components=8)
+    far, same_floor = real.frechet_distance(images(1000, 0, scale=2.0))
     assert same_floor == floor
     assert far > 10 * floor
 
 
 def test_the_floor_falls_with_the_number_of_rows() -> None:
     """A squared distance of two empirical laws falls like 1/n: a quarter at four times the rows."""
-    floors = [pca_frechet(images(n, 0), images(2 * n, 1), components=8)[1] for n in (200, 800)]
+    floors = [
+        RealImages(images(2 * n, 1), images(10, 2), components=8).frechet_distance(images(n, 0))[1] for n in (200, 800)
+    ]
     assert 0.15 < floors[1] / floors[0] < 0.4
 
 
@@ -84,17 +86,19 @@ def test_the_floor_falls_with_the_number_of_rows() -> None:
 def test_few_rows_are_enough(samples: int, train: int) -> None:
     """Fewer rows than the default 32 components."""
     pixels = np.random.default_rng(0).standard_normal((samples + train, 1, 8, 8))
-    assert all(math.isfinite(x) for x in pca_frechet(pixels[:samples], pixels[samples:]))
+    real = RealImages(pixels[samples:], pixels[:samples])
+    assert all(math.isfinite(x) for x in real.frechet_distance(pixels[:samples]))
 
 
 def test_fresh_rows_are_memorised_by_half_and_copies_entirely() -> None:
     train, held_out, fresh = images(500, 0), images(500, 1), images(500, 2)
-    share = memorised_share(fresh, train, held_out)
+    real = RealImages(train, held_out)
+    share = real.memorised_share(fresh)
     # a share of 500 against a median of 500: both vary with variance ¼ / 500
     assert abs(share - MEMORISED_EXPECTED) < 4 * math.sqrt(2 * 0.25 / 500)
-    assert memorised_share(train[:100], train, held_out) == 1.0
-    assert memorised_share(held_out, train, held_out) == 0.5
-    assert memorised_share(images(500, 2, scale=10.0), train, held_out) == 0.0
+    assert real.memorised_share(train[:100]) == 1.0
+    assert real.memorised_share(held_out) == 0.5
+    assert real.memorised_share(images(500, 2, scale=10.0)) == 0.0
 
 
 def test_the_judge_is_right_on_separable_classes() -> None:
