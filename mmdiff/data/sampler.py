@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -31,6 +32,13 @@ class Order:
         return self._permutation[place]
 
 
+class Visit(NamedTuple):
+    """A row and the number of the sample that it becomes in a run: what its random hole is a function of."""
+
+    row: int
+    sample: int
+
+
 class MicroBatches:
     """Batch sampler of one process: the rows of every micro-batch from ``first_step`` on.
 
@@ -55,10 +63,11 @@ class MicroBatches:
         start = (part * self.world + self.rank) * size
         return range(start, start + size)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Visit]]:
         for step in self.steps:
             for part in range(self.parts):
-                yield [self.order.row(step * self.global_batch + position) for position in self.positions(part)]
+                samples = (step * self.global_batch + position for position in self.positions(part))
+                yield [Visit(self.order.row(sample), sample) for sample in samples]
 
     def __len__(self) -> int:
         return len(self.steps) * self.parts

@@ -5,17 +5,47 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import datasets
 import torch
 from torch import Tensor
 
-from mmdiff.data import digits
+from mmdiff.data import digits, shapes
+from mmdiff.data.masking import known_masks
+from mmdiff.data.sampler import Visit
 from mmdiff.errors import InputError
+from mmdiff.randomness import uniform
 
 ROW = "__row__"
-EMBEDDED: dict[str, Callable[[], datasets.DatasetDict]] = {"digits": digits.load}
+EMBEDDED: dict[str, Callable[..., Mapping[str, Rows]]] = {"digits": digits.load, "shapes": shapes.load}
+
+
+class Rows(Protocol):
+    """The part of a Hugging Face data set that is used."""
+
+    column_names: list[str]
+    features: Any
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    def select(self, indices: list[int]) -> Rows: ...
+
+    def select_columns(self, names: list[str]) -> Rows: ...
+
+
+class Holes(NamedTuple):
+    """How a masked image is made from another modality's image.
+
+    ``law`` and ``ratio`` as in `mmdiff.data.masking.known_masks`; ``seed`` of the holes.
+    """
+
+    source: str
+    law: str
+    ratio: tuple[float, float]
+    seed: int
 
 
 class Batch(NamedTuple):
@@ -34,24 +64,30 @@ class Batch(NamedTuple):
 
 
 def open_splits(
-    source: str, split: str = "train", validation_split: str = "validation", holdout: int | None = None
-) -> tuple[datasets.Dataset, datasets.Dataset]:
+    source: str,
+    split: str = "train",
+    validation_split: str = "validation",
+    holdout: int | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> tuple[Rows, Rows]:
     """The training rows and the held-out rows of a source.
 
     Args:
-        source: an embedded set ("digits"), a hub name, a local folder, or a parquet file or glob.
+        source: an embedded set ("digits", "shapes"), a hub name, a local folder, or a parquet file or glob.
         split, validation_split: names of the two splits.
         holdout: k; instead of a validation split hold out the training rows with index % k == k − 1.
+        options: arguments of the embedded set, or of `datasets.load_dataset`.
 
     Raises:
-        InputError: naming data.source, data.split or data.validation_split.
+        InputError: naming data.source, data.options, data.split or data.validation_split.
     """
-    splits = _load(source)
+    splits = _load(source, dict(options or {}))
     if split not in splits:
         raise InputError("data.split", split, f"the source has the splits {', '.join(splits)}")
     if holdout is not None:
         rows = splits[split]
-        rows = rows.add_column(ROW, list(range(len(rows))))  # errors name a row by its number in the source
+        if isinstance(rows, datasets.Dataset):
+            rows = rows.add_column(ROW, list(range(len(rows))))  # errors name a row by its number in the source
         held_out = [i for i in range(len(rows)) if i % holdout == holdout - 1]
         kept = [i for i in range(len(rows)) if i % holdout != holdout - 1]
         return rows.select(kept), rows.select(held_out)
@@ -64,13 +100,16 @@ def open_splits(
     return splits[split], splits[validation_split]
 
 
-def _load(source: str) -> datasets.DatasetDict:
+def _load(source: str, options: dict[str, Any]) -> Mapping[str, Rows]:
     if source in EMBEDDED:
-        return EMBEDDED[source]()
+        try:
+            return EMBEDDED[source](**options)
+        except TypeError as error:
+            raise InputError("data.options", options, f"do not fit {source}: {error}") from None
     try:
         if source.endswith(".parquet"):
-            return datasets.load_dataset("parquet", data_files=source)
-        return datasets.load_dataset(source)
+            return datasets.load_dataset("parquet", data_files=source, **options)
+        return datasets.load_dataset(source, **options)
     except Exception as error:  # the hub client and the builders raise many kinds; the person needs one line
         local = Path(source).expanduser()
         known = (
@@ -83,19 +122,25 @@ class Table(torch.utils.data.Dataset):
     """Rows as batches of values.
 
     Args:
-        rows: a Hugging Face data set.
+        rows: a data set.
         columns: {modality: column}.
         preprocess: {modality: raw value -> tensor}.
         placeholders: {modality: the tensor that stands for a missing value}.
+        holes: {masked image: how it is made}; its value is the source's with holes, and the mask of known pixels.
+        missing: {modality: share of rows whose value is hidden}, the same rows always.
+        seed: of the hidden values.
         cache_mib: keep all values in memory where they fit into this many MiB, so that nothing is decoded twice.
     """
 
     def __init__(
         self,
-        rows: datasets.Dataset,
+        rows: Rows,
         columns: Mapping[str, str],
         preprocess: Mapping[str, Callable[[object], Tensor]],
         placeholders: Mapping[str, Tensor],
+        holes: Mapping[str, Holes] | None = None,
+        missing: Mapping[str, float] | None = None,
+        seed: int = 0,
         cache_mib: float = 512.0,
     ) -> None:
         for name, column in columns.items():
@@ -103,7 +148,8 @@ class Table(torch.utils.data.Dataset):
                 raise InputError(f"data.columns.{name}", column, f"the source has {', '.join(rows.column_names)}")
         self.rows = rows.select_columns(sorted({*columns.values(), ROW} & set(rows.column_names)))
         self.columns, self.preprocess, self.placeholders = dict(columns), dict(preprocess), dict(placeholders)
-        row_bytes = sum(math.prod(p.shape) * p.element_size() for p in placeholders.values())
+        self.holes, self.missing, self.seed = dict(holes or {}), dict(missing or {}), seed
+        row_bytes = sum(math.prod(placeholders[n].shape) * placeholders[n].element_size() for n in columns)
         self._cache: Batch | None = None
         if len(rows) * row_bytes <= cache_mib * 2**20:
             self._cache = self._read(range(len(rows)))
@@ -114,26 +160,45 @@ class Table(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> Batch:
         return self.batch([index])
 
-    def __getitems__(self, indices: Sequence[int]) -> Batch | InputError:
+    def __getitems__(self, visits: Sequence[Visit]) -> Batch | InputError:
         """For a data loader. An unusable row travels as a value: workers turn exceptions into text."""
         try:
-            return self.batch(indices)
+            return self.batch([v.row for v in visits], [v.sample for v in visits])
         except InputError as error:
             return error
 
-    def batch(self, indices: Sequence[int]) -> Batch:
-        """The rows of these indices, stacked."""
+    def batch(self, indices: Sequence[int], samples: Sequence[int] | None = None) -> Batch:
+        """The rows of these indices, stacked.
+
+        Args:
+            indices: of the rows.
+            samples: numbers that random holes are functions of; by default the indices, so that a row keeps its hole.
+        """
+        chosen = torch.as_tensor(indices, dtype=torch.int64)
         if self._cache is None:
-            return self._read(indices)
-        chosen = torch.as_tensor(indices)
-        return Batch(
-            {name: value[chosen] for name, value in self._cache.values.items()},
-            {name: mask[chosen] for name, mask in self._cache.present.items()},
-        )
+            read = self._read(indices)
+        else:
+            read = Batch(*({name: tensor[chosen] for name, tensor in part.items()} for part in self._cache))
+        batch = self._with_holes(read, chosen if samples is None else torch.as_tensor(samples, dtype=torch.int64))
+        hidden = {
+            name: batch.present[name] & (uniform(self.seed, 0, f"missing/{name}", chosen) >= share)
+            for name, share in self.missing.items()
+        }
+        return Batch(batch.values, batch.present | hidden)
 
     def all(self, limit: int | None = None) -> Batch:
         """The first ``limit`` rows, or all of them."""
         return self.batch(range(len(self) if limit is None else min(limit, len(self))))
+
+    def _with_holes(self, batch: Batch, samples: Tensor) -> Batch:
+        """The batch with its masked images: (B, C + 1, H, W), the last channel 1 where known."""
+        values, present = dict(batch.values), dict(batch.present)
+        for name, holes in self.holes.items():
+            image = values[holes.source]
+            known = known_masks(holes.law, holes.ratio, *image.shape[-2:], holes.seed, samples)  # (B, 1, H, W)
+            values[name] = torch.cat([image * known, known], dim=1)
+            present[name] = present[holes.source]
+        return Batch(values, present)
 
     def _read(self, indices: Sequence[int]) -> Batch:
         values: dict[str, list[Tensor]] = {name: [] for name in self.columns}
@@ -141,7 +206,7 @@ class Table(torch.utils.data.Dataset):
         for index in indices:
             row = self.rows[int(index)]
             for name, column in self.columns.items():
-                raw = row[column]
+                raw = row.get(column)
                 present[name].append(raw is not None)
                 values[name].append(
                     self.placeholders[name] if raw is None else self._value(name, raw, row.get(ROW, index))
@@ -157,3 +222,23 @@ class Table(torch.utils.data.Dataset):
         except InputError as error:
             key = f"data.columns.{name}={self.columns[name]}, row {index}: {error.key}"
             raise InputError(key, error.value, error.remedy) from None
+
+
+class StandIn(torch.utils.data.Dataset):
+    """Random values in place of data.
+
+    Args:
+        examples: {modality: (count, generator) -> values}.
+        rows: how many there seem to be.
+    """
+
+    def __init__(self, examples: Mapping[str, Callable[[int, torch.Generator], Tensor]], rows: int = 2**20) -> None:
+        self.examples, self.rows = dict(examples), rows
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitems__(self, visits: Sequence[Visit]) -> Batch:
+        generator = torch.Generator().manual_seed(visits[0].sample)
+        values = {name: draw(len(visits), generator) for name, draw in self.examples.items()}
+        return Batch(values, {name: torch.ones(len(visits), dtype=torch.bool) for name in values})

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from mmdiff.data import Order
-from mmdiff.data.sampler import MicroBatches
+from mmdiff.data.sampler import MicroBatches, Visit
 
 ROWS = 31
 GLOBAL = 12
 
 
-def batches(first: int, last: int, parts: int = 1, rank: int = 0, world: int = 1, seed: int = 0) -> list[list[int]]:
+def batches(first: int, last: int, parts: int = 1, rank: int = 0, world: int = 1, seed: int = 0) -> list[list[Visit]]:
     return list(MicroBatches(Order(ROWS, seed), first, last, GLOBAL, parts, rank, world))
 
 
@@ -36,7 +36,7 @@ def test_processes_and_parts_share_the_global_batch_out(world: int, parts: int) 
     ranks = [batches(0, 5, parts, rank, world) for rank in range(world)]
     for step in range(5):
         shares = [ranks[rank][step * parts + part] for part in range(parts) for rank in range(world)]
-        assert [row for share in shares for row in share] == whole[step]
+        assert [visit for share in shares for visit in share] == whole[step]
     samplers = [MicroBatches(Order(ROWS, 0), 0, 1, GLOBAL, parts, rank, world) for rank in range(world)]
     positions = [p for sampler in samplers for part in range(parts) for p in sampler.positions(part)]
     assert sorted(positions) == list(range(GLOBAL))
@@ -49,6 +49,8 @@ def test_starting_late_is_skipping(start: int) -> None:
 
 
 def test_one_epoch_sees_every_row_once_across_batches() -> None:
-    rows = [row for batch in batches(0, ROWS) for row in batch]  # ROWS batches are GLOBAL epochs
+    visits = [visit for batch in batches(0, ROWS) for visit in batch]  # ROWS batches are GLOBAL epochs
+    rows = [visit.row for visit in visits]
     assert sorted(rows) == sorted(list(range(ROWS)) * GLOBAL)
     assert sorted(rows[:ROWS]) == list(range(ROWS))
+    assert [visit.sample for visit in visits] == list(range(ROWS * GLOBAL))  # no two visits have one number

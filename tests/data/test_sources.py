@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from mmdiff.build import build
 from mmdiff.config import Config, load_config
 from mmdiff.data import Batch, Table, open_splits
+from mmdiff.data.sampler import Visit
 from mmdiff.errors import InputError
 
 Configure = Callable[..., Config]
@@ -135,7 +136,8 @@ def as_read(batch: Batch | InputError) -> Batch | InputError:
 
 
 def loaded(table: Table, batches: list[list[int]], workers: int) -> list[Batch | InputError]:
-    return list(DataLoader(table, batch_sampler=batches, num_workers=workers, collate_fn=as_read))
+    visits = [[Visit(row, row) for row in batch] for batch in batches]
+    return list(DataLoader(table, batch_sampler=visits, num_workers=workers, collate_fn=as_read))
 
 
 def test_caching_and_workers_change_nothing(configure: Configure, source: Callable[..., str]) -> None:

@@ -1,0 +1,141 @@
+"""Holes for masked training: which pixels of an image are known, as a pure function of (seed, position).
+
+A law is a field of arrival times: pixels are hidden in its order until the asked share is reached. What arrives at one
+moment is the unit of the law, and the share that comes out exceeds the asked one by less than one unit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mmdiff.errors import InputError
+from mmdiff.randomness import normal, uniform
+
+_CELLS = 8  # a checkerboard is 8 × 8
+_STROKES, _SEGMENTS = 3, 6  # of a free-form hole
+_BRUSH = 0.1  # typical thickness of a stroke, as a part of the side
+
+
+def known_masks(
+    law: str, ratio: float | Sequence[float], height: int, width: int, seed: int, positions: Tensor
+) -> Tensor:
+    """Masks of what is known: (B, 1, height, width) float32, 1 = known, 0 = hole, on the device of ``positions``.
+
+    The same (seed, position) has the same hole whatever else is in the batch.
+
+    Args:
+        law: a key of `LAWS`; the units are a square (squares), a row or a column (box, half), a cell of the 8 × 8 grid
+            (checkerboard), a pixel (free-form).
+        ratio: share of hidden pixels, inside (0, 1); a pair (low, high) draws it uniformly for every sample.
+        height, width: pixels.
+        seed: of the run.
+        positions: (B,) int64, for example row numbers or places in the global batch.
+
+    Raises:
+        InputError: for an unknown law, or a ratio outside (0, 1).
+    """
+    if law not in LAWS:
+        raise InputError("law", law, f"choose one of {', '.join(LAWS)}")
+    low, high = _range(ratio)
+    share = low + (high - low) * uniform(seed, 0, "holes/ratio", positions)  # (B,)
+    arrival = LAWS[law](seed, positions, height, width, share).flatten(1)  # (B, H W)
+    count = (share * (height * width)).round().long().clamp(1, height * width)
+    last = arrival.sort(dim=1).values.gather(1, count[:, None] - 1)  # (B, 1), when the share is reached
+    return (arrival > last).float().reshape(-1, 1, height, width)
+
+
+def _range(ratio: float | Sequence[float]) -> tuple[float, float]:
+    ends = tuple(ratio) if isinstance(ratio, Sequence) else (ratio, ratio)
+    if len(ends) != 2 or not 0 < ends[0] <= ends[1] < 1:
+        raise InputError("ratio", ratio, "the share of hidden pixels is a number inside (0, 1), or a pair low <= high")
+    return ends
+
+
+def _squares(seed: int, positions: Tensor, height: int, width: int, share: Tensor) -> Tensor:
+    """Squares of an eighth of the shorter side, one after the other, anywhere; the border cuts them."""
+    side = max(1, min(height, width) // 8)
+    # every place has its moment, and a pixel is hidden by the first square that covers it: a minimum over a window
+    moments = uniform(seed, 0, "holes/squares", positions, (1, height + side - 1, width + side - 1))
+    rows = functional.max_pool2d(-moments, (side, 1), stride=1)  # (B, 1, H, W + side − 1)
+    return -functional.max_pool2d(rows, (1, side), stride=1)  # (B, 1, H, W)
+
+
+def _box(seed: int, positions: Tensor, height: int, width: int, share: Tensor) -> Tensor:
+    """One rectangle of aspect 1:2 to 2:1, where that fits, that grows from a point."""
+    aspect, y, x = uniform(seed, 0, "holes/box", positions, (3,)).unbind(1)
+    tall = (share * 2 ** (2 * aspect - 1)).sqrt().clamp(max=1).maximum(share)  # height as a part of the image's
+    wide = share / tall
+    centre_y, centre_x = tall / 2 + y * (1 - tall), wide / 2 + x * (1 - wide)  # the whole box is inside
+    dy = (_centres(height, positions) - centre_y[:, None]).abs() / tall[:, None]  # (B, H)
+    dx = (_centres(width, positions) - centre_x[:, None]).abs() / wide[:, None]  # (B, W)
+    return torch.maximum(dy[:, :, None], dx[:, None, :])
+
+
+def _half(seed: int, positions: Tensor, height: int, width: int, share: Tensor) -> Tensor:
+    """All rows or columns from one of the four sides on."""
+    side = (4 * uniform(seed, 0, "holes/half", positions)).long()[:, None, None]  # (B, 1, 1)
+    y, x = _centres(height, positions)[:, None], _centres(width, positions)[None, :]
+    depth = torch.where(side < 2, y, x)  # (B, H, W)
+    return torch.where(side % 2 == 0, depth, -depth)
+
+
+def _checkerboard(seed: int, positions: Tensor, height: int, width: int, share: Tensor) -> Tensor:
+    """Cells of one colour in random order, then the cells of the other; a ratio of ½ is the regular checkerboard."""
+    phase = (2 * uniform(seed, 0, "holes/phase", positions)).long()[:, None, None]  # which colour comes first
+    order = uniform(seed, 0, "holes/checkerboard", positions, (_CELLS, _CELLS))
+    index = torch.arange(_CELLS, device=positions.device)
+    order = order + (index[:, None] + index + phase) % 2
+    rows = torch.arange(height, device=positions.device) * _CELLS // height
+    columns = torch.arange(width, device=positions.device) * _CELLS // width
+    return order[:, rows][:, :, columns]  # (B, 8, 8) -> (B, H, W)
+
+
+def _free_form(seed: int, positions: Tensor, height: int, width: int, share: Tensor) -> Tensor:
+    """Strokes of brushes of different thickness, each a random walk; they get thicker until the share is reached."""
+    batch = len(positions)
+    start = uniform(seed, 0, "holes/start", positions, (_STROKES, 2))
+    brush = 0.5 + uniform(seed, 0, "holes/brush", positions, (_STROKES,))
+    turns = normal(seed, 0, "holes/turns", positions, (_STROKES, _SEGMENTS)) * 0.8
+    heading = 2 * math.pi * uniform(seed, 0, "holes/heading", positions, (_STROKES, 1)) + turns.cumsum(2)
+    # longer strokes for a larger share, so that a brush stays a brush: neither dotted lines nor blots
+    length = (share / (_BRUSH * _STROKES * _SEGMENTS))[:, None, None]
+    steps = torch.stack([heading.sin(), heading.cos()], dim=3) * length[..., None]  # (B, strokes, segments, 2)
+    points = torch.cat([start[:, :, None], start[:, :, None] + steps.cumsum(2)], dim=2)
+    points = 1 - (points.remainder(2) - 1).abs()  # the sides reflect
+    y, x = _centres(height, positions)[:, None], _centres(width, positions)[None, :]
+    nearest = torch.full((batch, height, width), math.inf, device=positions.device)
+    for stroke in range(_STROKES):
+        for segment in range(_SEGMENTS):
+            square = _squared_distance(y, x, points[:, stroke, segment], points[:, stroke, segment + 1])
+            nearest = torch.minimum(nearest, square / brush[:, stroke, None, None] ** 2)
+    return nearest
+
+
+def _squared_distance(y: Tensor, x: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """From the pixels y (H, 1), x (1, W) to segments between start (B, 2) and end (B, 2): (B, H, W)."""
+    along = end - start
+    along_y, along_x = along[:, 0, None, None], along[:, 1, None, None]
+    dy, dx = y - start[:, 0, None, None], x - start[:, 1, None, None]  # (B, H, 1), (B, 1, W)
+    square = (along_y**2 + along_x**2).clamp(min=1e-12)
+    part = (dy * (along_y / square) + dx * (along_x / square)).clamp(0, 1)  # (B, H, W)
+    return (dy - part * along_y) ** 2 + (dx - part * along_x) ** 2
+
+
+def _centres(size: int, positions: Tensor) -> Tensor:
+    """Centres of pixels in (0, 1): (size,)."""
+    return (torch.arange(size, device=positions.device) + 0.5) / size
+
+
+Law = Callable[[int, Tensor, int, int, Tensor], Tensor]
+LAWS: dict[str, Law] = {
+    "squares": _squares,
+    "box": _box,
+    "half": _half,
+    "checkerboard": _checkerboard,
+    "free-form": _free_form,
+}
