@@ -20,12 +20,20 @@ class Observation(NamedTuple):
 
 
 class BackboneOutput(NamedTuple):
-    """``prediction`` (B, C, H, W) by the scheduler's `prediction_type`; ``features`` (B, F, H, W) and ``pooled``
-    (B, P) feed the decoder heads."""
+    """``prediction`` (B, C, H, W) by the scheduler's `prediction_type`; ``features`` (B, F, H / s, W / s) and
+    ``pooled`` (B, P) feed the decoder heads."""
 
     prediction: Tensor
     features: Tensor
     pooled: Tensor
+
+
+class Widths(NamedTuple):
+    """What a backbone gives to the heads: F channels of ``features`` at stride s, P numbers of ``pooled``."""
+
+    features: int
+    pooled: int
+    stride: int
 
 
 class Backbone(nn.Module, ABC):
@@ -42,8 +50,8 @@ class Backbone(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def widths(cls, **settings: Any) -> tuple[int, int]:
-        """(F, P): channels of ``features`` and width of ``pooled`` under these settings."""
+    def widths(cls, **settings: Any) -> Widths:
+        """The sizes of ``features`` and ``pooled`` under these settings."""
 
     @abstractmethod
     def forward(self, sample: Tensor, timestep: Tensor, observation: Observation) -> BackboneOutput:

@@ -9,7 +9,7 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from mmdiff.backbones.base import Backbone, BackboneOutput, Observation
+from mmdiff.backbones.base import Backbone, BackboneOutput, Observation, Widths
 from mmdiff.errors import InputError
 
 DEFAULT_CHANNELS = (64, 128, 256)
@@ -28,6 +28,8 @@ class UNet(Backbone):
             positions.
         norm_num_groups: groups of the group norms; every level's channels are a multiple of it.
         dropout: in the ResNet blocks.
+        time_scale_shift: "default" adds the time embedding, "scale_shift" also multiplies (ADM).
+        gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
     """
 
     def __init__(
@@ -42,6 +44,8 @@ class UNet(Backbone):
         attention_head_dim: int = 32,
         norm_num_groups: int = 8,
         dropout: float = 0.0,
+        time_scale_shift: str = "default",
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__(space, observation_channels, num_flags)
         channels, height, width = space
@@ -60,14 +64,17 @@ class UNet(Backbone):
             attention_head_dim=attention_head_dim,
             norm_num_groups=norm_num_groups,
             dropout=dropout,
+            resnet_time_scale_shift=time_scale_shift,
         )
+        if gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
         self.flags = nn.Linear(num_flags, 4 * block_out_channels[0], bias=False)
         nn.init.zeros_(self.unet.conv_out.weight)  # start from the prediction 0, whose loss is the target's variance
         nn.init.zeros_(self.unet.conv_out.bias)
 
     @classmethod
-    def widths(cls, block_out_channels: Any = DEFAULT_CHANNELS, patch_size: int = 1, **_: Any) -> tuple[int, int]:
-        return block_out_channels[0] // patch_size**2, block_out_channels[-1] + block_out_channels[0]
+    def widths(cls, block_out_channels: Any = DEFAULT_CHANNELS, patch_size: int = 1, **_: Any) -> Widths:
+        return Widths(block_out_channels[0], block_out_channels[-1] + block_out_channels[0], patch_size)
 
     def forward(self, sample: Tensor, timestep: Tensor, observation: Observation) -> BackboneOutput:
         unet = self.unet
@@ -87,7 +94,7 @@ class UNet(Backbone):
         features = unet.conv_act(unet.conv_norm_out(h))  # (B, c0, H / p, W / p)
         pooled = torch.cat([bottleneck, features.mean(dim=(2, 3))], dim=1)  # (B, c_last + c0)
         prediction = pixel_shuffle(unet.conv_out(features), self.patch_size)  # (B, C, H, W)
-        return BackboneOutput(prediction, pixel_shuffle(features, self.patch_size), pooled)
+        return BackboneOutput(prediction, features, pooled)
 
 
 def _check(space: tuple, channels: Any, attention: list[bool], groups: int, head_dim: int, patch: int) -> None:

@@ -1,12 +1,70 @@
 """One data type, one file: how it enters diffusion space, how it is read out, and what its likelihood is.
 
-To add a modality: write its file, add a line here, add a parameter to the contract test.
+To add a modality: write its file, add a line here, add a parameter to the contract test. One of your own needs neither:
+name it in the config by import path, `kind: my_pkg.depth:Depth`.
 """
 
+import importlib
+from typing import Any
+
+from mmdiff.errors import InputError
 from mmdiff.modalities.base import Modality, Shape
+from mmdiff.modalities.dense import Dense
+from mmdiff.modalities.embedding import Embedding
 from mmdiff.modalities.image import Image
 from mmdiff.modalities.label import Label
+from mmdiff.modalities.mask import Mask
+from mmdiff.modalities.masked_image import MaskedImage
 
-MODALITIES: dict[str, type[Modality]] = {"image": Image, "label": Label}
+MODALITIES: dict[str, type[Modality]] = {
+    "dense": Dense,
+    "embedding": Embedding,
+    "image": Image,
+    "label": Label,
+    "mask": Mask,
+    "masked_image": MaskedImage,
+}
 
-__all__ = ["MODALITIES", "Image", "Label", "Modality", "Shape"]
+__all__ = [
+    "MODALITIES",
+    "Dense",
+    "Embedding",
+    "Image",
+    "Label",
+    "Mask",
+    "MaskedImage",
+    "Modality",
+    "Shape",
+    "find_modality",
+    "is_custom",
+]
+
+
+def find_modality(kind: str, key: str) -> type[Modality]:
+    """The class that a config names: one of `MODALITIES`, or an import path "package.module:Class".
+
+    Args:
+        kind: the name.
+        key: where it stands, for the message.
+
+    Raises:
+        InputError: when there is no such class, or it is no `Modality`; nothing of it is called.
+    """
+    if kind in MODALITIES:
+        return MODALITIES[kind]
+    if not is_custom(kind):
+        known = ", ".join(sorted(MODALITIES))
+        raise InputError(key, kind, f"choose one of {known}, or write an import path: my_pkg.depth:Depth")
+    module, _, name = kind.partition(":")
+    try:
+        found = vars(importlib.import_module(module)).get(name)
+    except ImportError as error:
+        raise InputError(key, kind, f"cannot be imported: {error}") from None
+    if not (isinstance(found, type) and issubclass(found, Modality)):
+        raise InputError(key, kind, "is no subclass of mmdiff.modalities.Modality; nothing of it was called")
+    return found
+
+
+def is_custom(kind: Any) -> bool:
+    """Whether a kind is an import path."""
+    return isinstance(kind, str) and ":" in kind

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from mmdiff.errors import InputError
 
@@ -15,8 +15,9 @@ class Shape(NamedTuple):
     """What a modality must know of its surroundings."""
 
     space: tuple[int, int, int]  # (C, H, W) of the diffusion space
-    features: int  # channels of the backbone's feature map
-    pooled: int  # width of the backbone's pooled vector
+    features: int  # channels F of the backbone's feature map
+    pooled: int  # width P of the backbone's pooled vector
+    stride: int = 1  # s: the feature map is (B, F, H / s, W / s)
 
 
 class Modality(nn.Module, ABC):
@@ -29,21 +30,49 @@ class Modality(nn.Module, ABC):
         shape: the diffusion space and the widths of the backbone's outputs.
     """
 
+    #: Whether the modality may enter the mean of the forward process. One that lives in the anchor's own subspace may
+    #: not: it is observed or absent (README, Theory, section 4).
+    aggregable: ClassVar[bool] = True
+    #: Whether the head predicts the anchor and not the modality's own value: its L2 term then counts where the modality
+    #: is observed too.
+    predicts_anchor: ClassVar[bool] = False
+
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape = shape
 
     @staticmethod
-    def space(**settings: Any) -> tuple[int, int, int] | None:
+    def diffusion_space(**settings: Any) -> tuple[int, int, int] | None:
         """The diffusion space (C, H, W) that this modality opens as an anchor, or None where it cannot be one."""
+        return None
+
+    @staticmethod
+    def bounded(**settings: Any) -> bool:
+        """Whether the encodings of an anchor lie in [−1, 1], so that sampling may clip the predicted z_0."""
+        return False
+
+    @property
+    def frozen(self) -> nn.Module | None:
+        """A network that the modality uses and never trains (an autoencoder); pipelines save it as a part of theirs."""
         return None
 
     # ------------------------------------------------------------------------------------------------ data <-> value
 
     @classmethod
+    def settings_from_files(cls, **settings: Any) -> dict[str, Any]:
+        """Constructor arguments that files named in the settings determine."""
+        return {}
+
+    @classmethod
     @abstractmethod
-    def settings_from_data(cls, feature: Any, values: Iterable[Any]) -> dict[str, Any]:
-        """Constructor arguments that a data column determines: its `datasets` feature and its values, read lazily."""
+    def settings_from_data(cls, feature: Any, values: Iterable[Any], **settings: Any) -> dict[str, Any]:
+        """Constructor arguments that a data column determines, beside those already set.
+
+        Args:
+            feature: the column's `datasets` feature.
+            values: its values, read lazily.
+            settings: what the config sets.
+        """
 
     @abstractmethod
     def preprocess(self, raw: Any) -> Tensor:
@@ -78,6 +107,10 @@ class Modality(nn.Module, ABC):
     def placeholder(self) -> Tensor:
         """A valid value without meaning, for rows where it is missing."""
 
+    @abstractmethod
+    def examples(self, count: int, generator: Generator) -> Tensor:
+        """Random valid values (count, *value_shape) with the statistics that E expects of the data."""
+
     def check(self, value: Tensor) -> None:
         """Refuse a batch of values (B, *value_shape) of another shape or dtype."""
         wanted = self.placeholder()
@@ -107,11 +140,25 @@ class Modality(nn.Module, ABC):
 
     @abstractmethod
     def decode(self, features: Tensor, pooled: Tensor) -> Tensor:
-        """D_i: parameters of p_θ(x_i | z_t) from features (B, F, H, W) and pooled (B, P); one tensor, batch first."""
+        """D_i: the parameters of p_θ(x_i | z_t), one tensor, batch first, from features (B, F, H / s, W / s) and pooled
+        (B, P)."""
+
+    def target(self, value: Tensor, anchor: Tensor) -> Tensor:
+        """What `nll` is asked about, from the modality's value and the anchor's: the value itself, or for a head that
+        predicts the anchor whatever makes that a value of the modality."""
+        return value
 
     @abstractmethod
     def nll(self, params: Tensor, value: Tensor) -> Tensor:
         """−log p_θ(x_i | z_t) in nats, averaged over the modality's own dimensions: (B,)."""
+
+    def anchor_mode(self, params: Tensor) -> Tensor:
+        """The likeliest value of the anchor, by a head that predicts it."""
+        raise NotImplementedError
+
+    def restore(self, anchor: Tensor, value: Tensor) -> Tensor:
+        """The anchor's value with what an observed value fixes of it, bit-exactly: known pixels pasted back."""
+        return anchor
 
     @property
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Images in pixel space: the usual anchor, E = identity up to a scale; as an auxiliary, a Gaussian head."""
+"""Images: the usual anchor, in pixel space or in a frozen autoencoder's latent space; as an auxiliary, a Gaussian."""
 
 from __future__ import annotations
 
@@ -8,11 +8,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image as PILImage
-from torch import Tensor, nn
+from torch import Generator, Tensor
 
 from mmdiff.errors import InputError
 from mmdiff.modalities.base import Modality, Shape
+from mmdiff.modalities.heads import (
+    GaussianHead,
+    Size,
+    cells,
+    gaussian_nll,
+    gaussian_sample,
+    grown,
+    height_width,
+    to_space,
+)
 
 _MODES = {1: "L", 3: "RGB"}
 _GREY = ("1", "L", "I;16")
@@ -20,7 +31,7 @@ _COLOUR = ("RGB", "RGBA", "RGBX", "RGBa", "P", "PA", "LA", "La", "CMYK", "YCbCr"
 
 
 class Image(Modality):
-    """An image; its value is (channels, size, size) float32 in [−1, 1].
+    """An image; its value is (channels, height, width) float32 in [−1, 1].
 
     Args:
         shape: the surroundings, see `Modality`.
@@ -28,6 +39,9 @@ class Image(Modality):
         size: (height, width) in pixels, or one number for both. Taken from the data where the config leaves it out.
         resize: bring images of another size to `size` (centre crop to its shape, then bicubic) instead of refusing.
         scale: E(x) = scale · x; 1 for an anchor, 1/rms of the data for an aggregated image.
+        space: of an anchor: "pixel", or "latent", where E is the autoencoder's (frozen, never saved with the model).
+        autoencoder: of a latent anchor: hub name or folder of a diffusers `AutoencoderKL`.
+        latent_channels, latent_factor: of the autoencoder; read from it where the config leaves them out.
         head: whether a Gaussian head is built; the anchor needs none, the backbone's prediction is its own.
     """
 
@@ -35,32 +49,74 @@ class Image(Modality):
         self,
         shape: Shape,
         channels: int,
-        size: int | tuple[int, int] | list[int],
+        size: Size,
         resize: bool = False,
         scale: float = 1.0,
+        space: str = "pixel",
+        autoencoder: str | None = None,
+        latent_channels: int | None = None,
+        latent_factor: int | None = None,
         head: bool = True,
     ) -> None:
         super().__init__(shape)
-        height, width = (size, size) if isinstance(size, int) else size
         if channels not in _MODES:
             raise InputError("channels", channels, "an image has 1 (grey) or 3 (RGB) channels")
-        if (channels, height, width) != tuple(shape.space):
-            raise InputError(
-                "size", (channels, height, width), f"differs from the diffusion space {tuple(shape.space)}"
-            )
-        self.channels, self.height, self.width = channels, height, width
-        self.resize, self.scale = resize, scale
-        self.head = nn.Conv2d(shape.features, channels, 3, padding=1) if head else None
-        self.log_std = nn.Linear(shape.pooled, 1) if head else None
+        if space == "latent" and head:
+            raise InputError("space", space, "only the anchor is diffused in a latent space; leave it out here")
+        self.channels, (self.height, self.width) = channels, height_width(size)
+        self.resize, self.scale, self.latent, self.autoencoder = resize, scale, space == "latent", autoencoder
+        self.head = GaussianHead(shape, channels, (self.height, self.width)) if head else None
+        self._frozen: list[AutoencoderKL] = []  # in a list: no submodule, so neither trained nor saved
+        self._encoded: tuple[Tensor, Tensor] | None = None
 
     @staticmethod
-    def space(channels: int, size: int | tuple[int, int] | list[int], **_: Any) -> tuple[int, int, int]:
-        """The diffusion space that an anchor with these settings opens: (C, H, W)."""
-        height, width = (size, size) if isinstance(size, int) else size
-        return channels, height, width
+    def diffusion_space(
+        channels: int,
+        size: Size,
+        space: str = "pixel",
+        latent_channels: int | None = None,
+        latent_factor: int | None = None,
+        **_: Any,
+    ) -> tuple[int, int, int]:
+        height, width = height_width(size)
+        if space == "pixel":
+            return channels, height, width
+        if space != "latent":
+            raise InputError("space", space, "choose pixel or latent")
+        if latent_channels is None or latent_factor is None:
+            raise InputError("autoencoder", None, "a latent space needs one; name a hub repository or a folder")
+        if height % latent_factor or width % latent_factor:
+            raise InputError("size", (height, width), f"must be a multiple of the autoencoder's factor {latent_factor}")
+        return latent_channels, height // latent_factor, width // latent_factor
+
+    @staticmethod
+    def bounded(space: str = "pixel", scale: float = 1.0, **_: Any) -> bool:
+        return space == "pixel" and scale <= 1.0
+
+    @property
+    def frozen(self) -> AutoencoderKL | None:
+        """The autoencoder of a latent anchor, loaded on first use."""
+        if self.latent and not self._frozen:
+            self.attach(AutoencoderKL.from_pretrained(self.autoencoder))
+        return self._frozen[0] if self._frozen else None
+
+    def attach(self, autoencoder: AutoencoderKL) -> None:
+        """Use this autoencoder instead of loading the one that was named."""
+        self._frozen[:] = [autoencoder.requires_grad_(False).eval()]
 
     @classmethod
-    def settings_from_data(cls, feature: Any, values: Iterable[Any]) -> dict[str, Any]:
+    def settings_from_files(cls, space: str = "pixel", autoencoder: str | None = None, **_: Any) -> dict[str, Any]:
+        if space != "latent" or autoencoder is None:
+            return {}
+        try:
+            config = AutoencoderKL.load_config(autoencoder)
+        except (OSError, ValueError) as error:
+            raise InputError("autoencoder", autoencoder, f"cannot be read: {error}") from None
+        factor = 2 ** (len(config["block_out_channels"]) - 1)
+        return {"latent_channels": config["latent_channels"], "latent_factor": factor}
+
+    @classmethod
+    def settings_from_data(cls, feature: Any, values: Iterable[Any], **_: Any) -> dict[str, Any]:
         example = next((value for value in values if value is not None), None)
         if not isinstance(example, PILImage.Image):
             raise InputError("image", type(example).__name__, "is no image column; check data.columns")
@@ -77,7 +133,7 @@ class Image(Modality):
                 raise InputError(
                     "image", f"{raw.width}x{raw.height}", f"expected {self.width}x{self.height}; or set resize: true"
                 )
-            raw = _crop_to(raw, self.width, self.height)
+            raw = crop_to(raw, self.width, self.height)
         if raw.mode == "I;16":  # PIL's own conversion cuts off instead of scaling
             pixels = np.asarray(raw, dtype=np.float32) / 257
         else:
@@ -104,23 +160,43 @@ class Image(Modality):
     def placeholder(self) -> Tensor:
         return torch.zeros(self.value_shape)
 
+    def examples(self, count: int, generator: Generator) -> Tensor:
+        rows, columns, factor = cells((self.height, self.width), self.shape.space)
+        signs = torch.randint(2, (count, 1, rows, columns), generator=generator) * 2.0 - 1.0
+        return grown(signs.expand(-1, self.channels, -1, -1), factor) / max(self.scale, 1.0)
+
     def encode(self, value: Tensor) -> Tensor:
-        return value * self.scale
+        if self.latent:
+            return self._latents(value) * self.scale
+        return to_space(value * self.scale, self.shape.space)
 
     def unencode(self, encoding: Tensor) -> Tensor:
         """The value whose encoding this is: for an anchor, z_0 -> x_0."""
-        return encoding / self.scale
+        if not self.latent:
+            return encoding / self.scale
+        config = self.frozen.config
+        latents = encoding / (self.scale * config.scaling_factor) + (config.shift_factor or 0.0)
+        return self.frozen.to(encoding.device).decode(latents.to(self.frozen.dtype)).sample.to(encoding.dtype)
+
+    @torch.no_grad()
+    def _latents(self, value: Tensor) -> Tensor:
+        """(B, channels, height, width) -> (B, C, H, W): the mode of the autoencoder's posterior, brought to unit scale.
+
+        One batch is remembered: a training step asks for it as z_0 and as an observation.
+        """
+        if self._encoded is None or self._encoded[0] is not value:
+            config = self.frozen.config
+            posterior = self.frozen.to(value.device).encode(value.to(self.frozen.dtype)).latent_dist
+            latents = (posterior.mode() - (config.shift_factor or 0.0)) * config.scaling_factor
+            self._encoded = value, latents.to(value.dtype)
+        return self._encoded[1]
 
     def decode(self, features: Tensor, pooled: Tensor) -> Tensor:
-        """(B, channels + 1, H, W): the mean, and log σ in the last channel, one number per image."""
-        log_std = self.log_std(pooled).clamp(-5.0, 2.0)[:, :, None, None]  # (B, 1, 1, 1)
-        mean = self.head(features)  # (B, channels, H, W)
-        return torch.cat([mean, log_std.expand(-1, -1, self.height, self.width)], dim=1)
+        """(B, channels + 1, height, width): the mean, and log σ in the last channel, one number per image."""
+        return self.head(features, pooled)
 
     def nll(self, params: Tensor, value: Tensor) -> Tensor:
-        mean, log_std = params[:, :-1], params[:, -1:]
-        nll = 0.5 * ((value - mean) / log_std.exp()) ** 2 + log_std + 0.5 * math.log(2 * math.pi)
-        return nll.flatten(1).mean(dim=1)
+        return gaussian_nll(params, value).flatten(1).mean(dim=1)
 
     @property
     def dimensions(self) -> int:
@@ -131,7 +207,7 @@ class Image(Modality):
         return self.value_shape
 
     def sample(self, params: Tensor, noise: Tensor) -> Tensor:
-        return params[:, :-1] + params[:, -1:].exp() * noise
+        return gaussian_sample(params, noise)
 
     def mode(self, params: Tensor) -> Tensor:
         return params[:, :-1]
@@ -146,10 +222,12 @@ def _channels(mode: str) -> int:
     return 1 if mode in _GREY else 3
 
 
-def _crop_to(image: PILImage.Image, width: int, height: int) -> PILImage.Image:
-    """Largest centred crop of the wanted shape, then bicubic."""
+def crop_to(
+    image: PILImage.Image, width: int, height: int, by: PILImage.Resampling = PILImage.Resampling.BICUBIC
+) -> PILImage.Image:
+    """Largest centred crop of the wanted shape, then resampled."""
     factor = min(image.width / width, image.height / height)
     crop_width, crop_height = factor * width, factor * height
     left, top = (image.width - crop_width) / 2, (image.height - crop_height) / 2
     box = (left, top, left + crop_width, top + crop_height)
-    return image.resize((width, height), PILImage.Resampling.BICUBIC, box=box)
+    return image.resize((width, height), by, box=box)

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from datasets import ClassLabel
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from mmdiff.errors import InputError
-from mmdiff.likelihoods import categorical_log_prob
+from mmdiff.likelihoods import categorical_log_prob, categorical_sample
 from mmdiff.modalities.base import Modality, Shape
 
 
@@ -22,9 +22,12 @@ class Label(Modality):
         num_classes: K; ids run from 0 to K − 1. Taken from the data where the config leaves it out.
         table_size: side of the table's own grid, repeated to the size of the diffusion space; convolutions find a
             coarse pattern in z_t, and subtract it, more easily. Default: the full size.
+        names: of the classes, where the data have them.
     """
 
-    def __init__(self, shape: Shape, num_classes: int, table_size: int | None = None) -> None:
+    def __init__(
+        self, shape: Shape, num_classes: int, table_size: int | None = None, names: list[str] | None = None
+    ) -> None:
         super().__init__(shape)
         if num_classes < 2:
             raise InputError("num_classes", num_classes, "a label needs at least two classes")
@@ -33,7 +36,9 @@ class Label(Modality):
             raise InputError(
                 "table_size", table_size, f"needs 1 … {min(height, width)}, the side of the diffusion space"
             )
-        self.num_classes, self.height, self.width = num_classes, height, width
+        if names is not None and len(names) != num_classes:
+            raise InputError("names", names, f"needs {num_classes} entries, one per class")
+        self.num_classes, self.names, self.height, self.width = num_classes, names, height, width
         rows, columns = (table_size or height, table_size or width)
         self.table = nn.Parameter(torch.randn(num_classes, channels, rows, columns))
         self.head = nn.Sequential(
@@ -44,9 +49,13 @@ class Label(Modality):
         )
 
     @classmethod
-    def settings_from_data(cls, feature: Any, values: Iterable[Any]) -> dict[str, Any]:
-        if isinstance(feature, ClassLabel):
-            return {"num_classes": feature.num_classes}
+    def settings_from_data(
+        cls, feature: Any, values: Iterable[Any], num_classes: int | None = None, **_: Any
+    ) -> dict[str, Any]:
+        if isinstance(feature, ClassLabel) and num_classes in (None, feature.num_classes):
+            return {"num_classes": feature.num_classes, "names": feature.names}
+        if num_classes is not None:
+            return {}
         largest = -1
         for value in values:  # a bare integer column does not state its size
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
@@ -64,10 +73,12 @@ class Label(Modality):
         return torch.tensor(raw)
 
     def parse(self, text: str) -> int:
+        if self.names and text in self.names:
+            return self.names.index(text)
         try:
             return int(text)
         except ValueError:
-            raise InputError("label", text, f"write a class id, 0 … {self.num_classes - 1}") from None
+            raise InputError("label", text, f"write a class id, 0 … {self.num_classes - 1}, or a name") from None
 
     def check(self, value: Tensor) -> None:
         super().check(value)
@@ -87,6 +98,9 @@ class Label(Modality):
 
     def placeholder(self) -> Tensor:
         return torch.tensor(0)
+
+    def examples(self, count: int, generator: Generator) -> Tensor:
+        return torch.randint(self.num_classes, (count,), generator=generator)
 
     def _normalised_table(self) -> Tensor:
         """Rows with mean square 1: a learned encoder cannot shrink the noise loss by growing."""
@@ -111,10 +125,7 @@ class Label(Modality):
         return (1,)
 
     def sample(self, params: Tensor, noise: Tensor) -> Tensor:
-        # one normal number through its own distribution function is the uniform of inverse-CDF sampling
-        u = torch.special.ndtr(noise.to(params.dtype))  # (B, 1)
-        below = params.softmax(dim=-1).cumsum(dim=-1) < u  # (B, K)
-        return below.sum(dim=-1).clamp(max=self.num_classes - 1)
+        return categorical_sample(params, noise[:, 0])
 
     def mode(self, params: Tensor) -> Tensor:
         return params.argmax(dim=-1)

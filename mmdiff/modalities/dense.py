@@ -1,0 +1,153 @@
+"""Real-valued maps (depth, normals, flow): standardised, E spreads their channels over the diffusion space's."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image as PILImage
+from torch import Generator, Tensor
+
+from mmdiff.errors import InputError
+from mmdiff.modalities.base import Modality, Shape
+from mmdiff.modalities.heads import (
+    GaussianHead,
+    Size,
+    cells,
+    gaussian_nll,
+    gaussian_sample,
+    grid_channels,
+    grown,
+    height_width,
+    to_grid,
+    to_space,
+)
+
+_ROWS = 2000  # that statistics are read from
+
+
+class Dense(Modality):
+    """A map of real numbers; its value is (channels, height, width) float32 in the data's own units.
+
+    Raw values are arrays or nested lists (h, w), (channels, h, w), or PIL images of mode F, I or I;16.
+
+    Args:
+        shape: the surroundings, see `Modality`.
+        channels, size: taken from the data where the config leaves them out.
+        mean, std: of the data, over all channels and pixels; read from the first rows where the config leaves them out.
+    """
+
+    def __init__(self, shape: Shape, channels: int, size: Size, mean: float = 0.0, std: float = 1.0) -> None:
+        super().__init__(shape)
+        if channels < 1:
+            raise InputError("channels", channels, "needs at least one")
+        if not std > 0:
+            raise InputError("std", std, "must be positive; the column may be constant")
+        self.channels, self.mean, self.std = channels, mean, std
+        self.height, self.width = height_width(size)
+        self.head = GaussianHead(shape, channels, (self.height, self.width))
+
+    @classmethod
+    def settings_from_data(cls, feature: Any, values: Iterable[Any], **_: Any) -> dict[str, Any]:
+        maps = [cls.read(value) for value in itertools.islice((v for v in values if v is not None), _ROWS)]
+        if not maps:
+            raise InputError("dense", None, "the column is empty; check data.columns")
+        numbers = np.concatenate([m.ravel() for m in maps]).astype(np.float64)
+        channels, height, width = maps[0].shape
+        return {
+            "channels": channels,
+            "size": [height, width],
+            "mean": float(numbers.mean()),
+            "std": float(numbers.std()),
+        }
+
+    @staticmethod
+    def read(raw: Any) -> np.ndarray:
+        """A raw value as an array (channels, h, w); a subclass may bring it to other units here."""
+        if isinstance(raw, PILImage.Image) and raw.mode not in ("F", "I", "I;16", "L"):
+            raise InputError("dense", raw.mode, "is no map of numbers; store mode F, I or I;16, or an array")
+        array = np.asarray(raw) if isinstance(raw, PILImage.Image | np.ndarray | list) else np.zeros(())
+        if array.ndim not in (2, 3) or array.dtype.kind not in "iuf":
+            raise InputError("dense", type(raw).__name__, "is no map of numbers (h, w) or (channels, h, w)")
+        return array.astype(np.float32).reshape(-1, *array.shape[-2:])
+
+    def preprocess(self, raw: Any) -> Tensor:
+        array = self.read(raw)
+        if array.shape != self.value_shape:
+            raise InputError("dense", array.shape, f"expected {self.value_shape}")
+        if not np.isfinite(array).all():
+            raise InputError("dense", "a map with NaN or infinity", "leave such rows out (None), or fill the gaps")
+        return torch.from_numpy(array)
+
+    def parse(self, text: str) -> Any:
+        try:
+            if text.endswith(".npy"):
+                return np.load(text, allow_pickle=False)
+            with PILImage.open(text) as file:
+                return file.copy()
+        except (OSError, ValueError) as error:
+            raise InputError("dense", text, f"cannot be read as .npy or as an image: {error}") from None
+
+    def postprocess(self, value: Tensor) -> list[np.ndarray]:
+        return list(value.detach().float().cpu().numpy())
+
+    @property
+    def value_shape(self) -> tuple[int, ...]:
+        return self.channels, self.height, self.width
+
+    def placeholder(self) -> Tensor:
+        return torch.full(self.value_shape, self.mean)
+
+    def examples(self, count: int, generator: Generator) -> Tensor:
+        rows, columns, factor = cells((self.height, self.width), self.shape.space)
+        return self.mean + self.std * grown(
+            torch.randn(count, self.channels, rows, columns, generator=generator), factor
+        )
+
+    def _standardised(self, value: Tensor) -> Tensor:
+        return (value - self.mean) / self.std
+
+    def encode(self, value: Tensor) -> Tensor:
+        return self._to_space(self._standardised(value))
+
+    def _to_space(self, standardised: Tensor) -> Tensor:
+        """Where channels are averaged into fewer, what that costs a sum of independent ones is given back."""
+        gain = math.sqrt(max(1.0, self.channels / self.shape.space[0]))
+        return gain * to_space(standardised, self.shape.space)
+
+    @property
+    def observation_channels(self) -> int:
+        return grid_channels(self.channels, (self.height, self.width), self.shape.space)
+
+    def observe(self, value: Tensor) -> Tensor:
+        return to_grid(self._standardised(value), self.shape.space)
+
+    def decode(self, features: Tensor, pooled: Tensor) -> Tensor:
+        """(B, channels + 1, height, width) of the standardised map: the mean, and log σ in the last channel."""
+        return self.head(features, pooled)
+
+    def nll(self, params: Tensor, value: Tensor) -> Tensor:
+        """Of the value in its own units: log std is added to the standardised map's."""
+        nll = gaussian_nll(params, self._standardised(value)).flatten(1).mean(dim=1)
+        return nll + math.log(self.std)
+
+    @property
+    def dimensions(self) -> int:
+        return math.prod(self.value_shape)
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        return self.value_shape
+
+    def sample(self, params: Tensor, noise: Tensor) -> Tensor:
+        return self.mean + self.std * gaussian_sample(params, noise)
+
+    def mode(self, params: Tensor) -> Tensor:
+        return self.mean + self.std * params[:, :-1]
+
+    def expected_encoding(self, params: Tensor) -> Tensor:
+        return self._to_space(params[:, :-1])

@@ -1,0 +1,200 @@
+"""Vectors (CLIP or any other): E is a linear map of the direction, the head von Mises–Fisher beside a law of the norm."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn.functional import normalize, softplus
+
+from mmdiff.errors import InputError
+from mmdiff.likelihoods import Gaussian, vmf_log_prob, vmf_mean_length, vmf_sample
+from mmdiff.modalities.base import Modality, Shape
+
+_ROWS = 10_000  # that the norm's statistics are read from
+
+
+class Embedding(Modality):
+    """A vector x; its value is (dim,) float32, not normalised.
+
+    Direction x / ‖x‖ and norm ‖x‖ are treated apart: E maps the direction linearly into diffusion space and knows
+    nothing of the norm; the likelihood is von Mises–Fisher on the sphere times a Gaussian of log ‖x‖. Observation
+    channels carry both, by a linear map of their own, constant over the image.
+
+    Args:
+        shape: the surroundings, see `Modality`.
+        dim: D. Taken from the data where the config leaves it out.
+        log_norm_mean, log_norm_std: of log ‖x‖ over the data, read from the first rows where the config leaves them
+            out. A std below 1e-3 counts as a constant norm, which is then not learned.
+        concentration: of the von Mises–Fisher law; None: predicted per sample. A number makes the loss a scaled cosine.
+        map_size: side of E's own grid, repeated to the size of the diffusion space. Default: the full size.
+        observation_width: observation channels.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        dim: int,
+        log_norm_mean: float = 0.0,
+        log_norm_std: float = 0.0,
+        concentration: float | None = None,
+        map_size: int | None = None,
+        observation_width: int = 16,
+    ) -> None:
+        super().__init__(shape)
+        if dim < 2:
+            raise InputError("dim", dim, "a direction needs at least two dimensions")
+        channels, height, width = shape.space
+        rows, columns = map_size or height, map_size or width
+        if map_size is not None and (map_size < 1 or height % map_size or width % map_size):
+            raise InputError("map_size", map_size, f"must divide the diffusion space's {height}x{width}")
+        self.dim, self.grid, self.concentration = dim, (channels, rows, columns), concentration
+        self.log_norm_mean, self.log_norm_std = log_norm_mean, max(log_norm_std, 1e-3)
+        self.constant_norm = log_norm_std < 1e-3
+        self.map = nn.Parameter(torch.empty(channels * rows * columns, dim))
+        nn.init.orthogonal_(self.map)  # as near to an isometry as the sizes allow
+        self.observation = nn.Linear(dim + 1, observation_width)
+        self.head = nn.Sequential(
+            nn.LayerNorm(shape.pooled),
+            nn.Linear(shape.pooled, 2 * shape.pooled),
+            nn.SiLU(),
+            nn.Linear(2 * shape.pooled, dim + 3),
+        )
+
+    @classmethod
+    def settings_from_data(cls, feature: Any, values: Iterable[Any], **_: Any) -> dict[str, Any]:
+        vectors = [_vector(v) for v in itertools.islice((v for v in values if v is not None), _ROWS)]
+        if not vectors:
+            raise InputError("embedding", None, "the column is empty; check data.columns")
+        if len({len(v) for v in vectors}) > 1:
+            raise InputError("embedding", sorted({len(v) for v in vectors}), "vectors of one column need one length")
+        logs = np.log([np.linalg.norm(v) for v in vectors])
+        return {"dim": len(vectors[0]), "log_norm_mean": float(logs.mean()), "log_norm_std": float(logs.std())}
+
+    def preprocess(self, raw: Any) -> Tensor:
+        vector = _vector(raw)
+        if len(vector) != self.dim:
+            raise InputError("embedding", f"{len(vector)} numbers", f"expected {self.dim}")
+        return torch.from_numpy(vector.astype(np.float32))
+
+    def parse(self, text: str) -> Any:
+        """A .npy or .json file, or numbers with commas."""
+        try:
+            if text.endswith(".npy"):
+                return np.load(text, allow_pickle=False)
+            return json.loads(Path(text).read_text()) if text.endswith(".json") else [float(x) for x in text.split(",")]
+        except (OSError, ValueError) as error:
+            raise InputError(
+                "embedding", text, f"cannot be read as .npy, .json or numbers with commas: {error}"
+            ) from None
+
+    def check(self, value: Tensor) -> None:
+        super().check(value)
+        if not (value.isfinite().all() and (value.norm(dim=1) > 0).all()):
+            raise InputError("embedding", "a vector", "must be finite and not zero: it has no direction")
+
+    def postprocess(self, value: Tensor) -> list[np.ndarray]:
+        return list(value.detach().float().cpu().numpy())
+
+    @property
+    def value_shape(self) -> tuple[int, ...]:
+        return (self.dim,)
+
+    def placeholder(self) -> Tensor:
+        return torch.full((self.dim,), math.exp(self.log_norm_mean) / math.sqrt(self.dim))
+
+    def examples(self, count: int, generator: Generator) -> Tensor:
+        directions = normalize(torch.randn(count, self.dim, generator=generator), dim=1)
+        return directions * self._norm(torch.randn(count, 1, generator=generator))
+
+    def _norm(self, standardised: Tensor) -> Tensor:
+        """Standardised log norm -> norm; a constant one stays what it is."""
+        spread = 0.0 if self.constant_norm else self.log_norm_std
+        return (self.log_norm_mean + spread * standardised).exp()
+
+    def _standardised_log_norm(self, value: Tensor) -> Tensor:
+        return (value.norm(dim=1, keepdim=True).log() - self.log_norm_mean) / self.log_norm_std  # (B, 1)
+
+    def _spread(self, mapped: Tensor) -> Tensor:
+        """(B, C · rows · columns) -> (B, C, H, W)."""
+        grid = mapped.reshape(-1, *self.grid)
+        return nn.functional.interpolate(grid, self.shape.space[1:], mode="nearest")
+
+    def encode(self, value: Tensor) -> Tensor:
+        mapped = normalize(value, dim=1) @ self.map.T  # (B, C · rows · columns)
+        return self._spread(mapped / mapped.square().mean(dim=1, keepdim=True).add(1e-12).sqrt())
+
+    @property
+    def observation_channels(self) -> int:
+        return self.observation.out_features
+
+    def observe(self, value: Tensor) -> Tensor:
+        direction = normalize(value, dim=1) * math.sqrt(self.dim)  # unit scale per number
+        norm = torch.zeros_like(value[:, :1]) if self.constant_norm else self._standardised_log_norm(value)
+        channels = self.observation(torch.cat([direction, norm], dim=1))  # (B, observation_width)
+        return channels[:, :, None, None].expand(-1, -1, *self.shape.space[1:])
+
+    def decode(self, features: Tensor, pooled: Tensor) -> Tensor:
+        """(B, D + 3): mean direction (any length), κ through softplus, mean and log σ of the standardised log norm."""
+        return self.head(pooled)
+
+    def _law(self, params: Tensor) -> tuple[Tensor, Tensor, Gaussian]:
+        """(mean direction (B, D), concentration (B,), law of the standardised log norm (B, 1))."""
+        direction = normalize(params[:, : self.dim], dim=1)
+        concentration = self.dim * softplus(params[:, self.dim]).clamp(1e-3, 1e3)
+        if self.concentration is not None:
+            concentration = torch.full_like(concentration, self.concentration)
+        mean, log_std = params[:, self.dim + 1 : self.dim + 2], params[:, self.dim + 2 :].clamp(-5.0, 2.0)
+        return direction, concentration, Gaussian(mean, (2 * log_std).exp())
+
+    def nll(self, params: Tensor, value: Tensor) -> Tensor:
+        """−log density of (direction, log ‖x‖), the sphere's surface and d log ‖x‖ being the measure, divided by D."""
+        direction, concentration, norm = self._law(params)
+        nll = -vmf_log_prob(direction, concentration, normalize(value, dim=1))  # (B,)
+        if not self.constant_norm:
+            nll = nll - norm.log_prob(self._standardised_log_norm(value)) + math.log(self.log_norm_std)
+        return nll / self.dim
+
+    @property
+    def dimensions(self) -> int:
+        return self.dim
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        return (self.dim + 2,)
+
+    def sample(self, params: Tensor, noise: Tensor) -> Tensor:
+        direction, concentration, norm = self._law(params)
+        drawn = vmf_sample(direction, concentration, noise[:, : self.dim + 1])
+        return drawn * self._norm(norm.sample(noise[:, -1:]))
+
+    def mode(self, params: Tensor) -> Tensor:
+        direction, _, norm = self._law(params)
+        return direction * self._norm(norm.mean)
+
+    def expected_encoding(self, params: Tensor) -> Tensor:
+        """W E[x] over √(E‖W x‖² / n): exact where W is an isometry, and nearly so where ‖W x‖ hardly varies."""
+        direction, concentration, _ = self._law(params)
+        mean = vmf_mean_length(self.dim, concentration)[:, None]  # A_d(κ), (B, 1)
+        along = 1 - (self.dim - 1) * mean / concentration[:, None]  # E[w²] of w = μᵀx
+        across = (1 - along) / (self.dim - 1)
+        mapped = direction @ self.map.T  # (B, n)
+        square = mapped.square().sum(dim=1, keepdim=True)
+        total = along * square + across * (self.map.square().sum() - square)  # E‖W x‖²
+        return self._spread(mean * mapped / (total / mapped.shape[1]).sqrt())
+
+
+def _vector(raw: Any) -> np.ndarray:
+    vector = np.asarray(raw) if isinstance(raw, list | tuple | np.ndarray) else np.zeros(())
+    if vector.ndim != 1 or vector.dtype.kind not in "iuf":
+        raise InputError("embedding", type(raw).__name__, "is no vector of numbers; check data.columns")
+    if not np.isfinite(vector).all() or not np.any(vector):
+        raise InputError("embedding", "a vector", "must be finite and not zero: it has no direction")
+    return vector

@@ -1,0 +1,111 @@
+"""What several modalities share: maps between the diffusion space and maps of another size, and a Gaussian head."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool3d, avg_pool2d, pixel_shuffle, pixel_unshuffle
+
+from mmdiff.errors import InputError
+from mmdiff.modalities.base import Shape
+
+Size = int | tuple[int, int] | list[int]
+
+
+def height_width(size: Size) -> tuple[int, int]:
+    """One number for a square, or (height, width)."""
+    if isinstance(size, int):
+        return size, size
+    if len(size) != 2:
+        raise InputError("size", size, "needs one number, or height and width")
+    return size[0], size[1]
+
+
+def to_space(x: Tensor, space: tuple[int, int, int]) -> Tensor:
+    """(B, c, h, w) -> (B, C, H, W): averages over areas and over neighbouring channels; equal shapes pass through."""
+    return x if tuple(x.shape[1:]) == tuple(space) else adaptive_avg_pool3d(x[:, None], space)[:, 0]
+
+
+def to_grid(x: Tensor, space: tuple[int, int, int]) -> Tensor:
+    """(B, c, h, w) -> (B, c · f², H, W): nothing is lost where h = f · H; a smaller map is repeated."""
+    height, width = space[1:]
+    if x.shape[2] >= height:
+        return pixel_unshuffle(x, _factor(x.shape[2:], (height, width)))
+    return nn.functional.interpolate(x, (height, width), mode="nearest")
+
+
+def cells(size: tuple[int, int], space: tuple[int, int, int]) -> tuple[int, int, int]:
+    """(rows, columns, f): the map as cells of f×f pixels, each no larger than a pixel of the diffusion space."""
+    factor = max(1, size[0] // space[1])
+    return size[0] // factor, size[1] // factor, factor
+
+
+def grown(x: Tensor, factor: int) -> Tensor:
+    """(…, h, w) -> (…, f · h, f · w), every entry repeated."""
+    return x.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)
+
+
+def grid_channels(channels: int, size: tuple[int, int], space: tuple[int, int, int]) -> int:
+    """Channels of `to_grid`'s result."""
+    return channels * _factor(size, space[1:]) ** 2 if size[0] >= space[1] else channels
+
+
+def _factor(size: Any, other: Any) -> int:
+    """f with size = f · other on both sides."""
+    factor = size[0] // other[0]
+    if factor < 1 or (factor * other[0], factor * other[1]) != tuple(size):
+        raise InputError("size", tuple(size), f"must be a whole multiple or a divisor of the grid {tuple(other)}")
+    return factor
+
+
+class SpatialHead(nn.Module):
+    """Features (B, F, H / s, W / s) -> a map (B, channels, h, w) by one convolution and a pixel shuffle.
+
+    Args:
+        shape: the surroundings.
+        channels: of the map.
+        size: (h, w), a multiple or a divisor of the features' size.
+    """
+
+    def __init__(self, shape: Shape, channels: int, size: tuple[int, int]) -> None:
+        super().__init__()
+        grid = (shape.space[1] // shape.stride, shape.space[2] // shape.stride)
+        self.up = _factor(size, grid) if size[0] >= grid[0] else 1
+        self.down = 1 if size[0] >= grid[0] else _factor(grid, size)
+        self.conv = nn.Conv2d(shape.features, channels * self.up**2, 3, padding=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        features = avg_pool2d(features, self.down) if self.down > 1 else features  # (B, F, h / up, w / up)
+        return pixel_shuffle(self.conv(features), self.up)  # (B, channels, h, w)
+
+
+class GaussianHead(nn.Module):
+    """N(mean, σ² I) of a map, one σ per sample. Its params are (B, channels + 1, h, w): the mean, and log σ.
+
+    Args:
+        shape, channels, size: see `SpatialHead`.
+    """
+
+    def __init__(self, shape: Shape, channels: int, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.mean = SpatialHead(shape, channels, size)
+        self.log_std = nn.Linear(shape.pooled, 1)
+
+    def forward(self, features: Tensor, pooled: Tensor) -> Tensor:
+        mean = self.mean(features)  # (B, channels, h, w)
+        log_std = self.log_std(pooled).clamp(-5.0, 2.0)[:, :, None, None]  # (B, 1, 1, 1)
+        return torch.cat([mean, log_std.expand(-1, -1, *mean.shape[2:])], dim=1)
+
+
+def gaussian_nll(params: Tensor, value: Tensor) -> Tensor:
+    """−log density per pixel and channel, (B, channels, h, w), nats."""
+    mean, log_std = params[:, :-1], params[:, -1:]
+    return 0.5 * ((value - mean) / log_std.exp()) ** 2 + log_std + 0.5 * math.log(2 * math.pi)
+
+
+def gaussian_sample(params: Tensor, noise: Tensor) -> Tensor:
+    """mean + σ · noise."""
+    return params[:, :-1] + params[:, -1:].exp() * noise

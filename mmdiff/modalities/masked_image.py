@@ -1,0 +1,158 @@
+"""The anchor with holes: E is the identity on known pixels, the head predicts the whole image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image as PILImage
+from torch import Generator, Tensor
+
+from mmdiff.errors import InputError
+from mmdiff.modalities.base import Modality, Shape
+from mmdiff.modalities.heads import (
+    GaussianHead,
+    Size,
+    gaussian_nll,
+    gaussian_sample,
+    grid_channels,
+    height_width,
+    to_grid,
+    to_space,
+)
+from mmdiff.modalities.image import Image, crop_to
+
+_MODES = {1: "LA", 3: "RGBA"}
+
+
+class MaskedImage(Modality):
+    """An image of which some pixels are unknown; its value is (channels + 1, height, width) float32.
+
+    The last channel is 1 where a pixel is known and 0 in the hole; the others are in [−1, 1], and 0 in the hole. The
+    hole travels as a channel, so a black pixel is none. As a raw value it is an image with an alpha channel, opaque
+    where it is known. It lives in the anchor's own units: observed or absent, never aggregated.
+
+    Args:
+        shape: the surroundings, see `Modality`.
+        channels, size, resize: as the anchor's, see `Image`.
+    """
+
+    aggregable: ClassVar[bool] = False
+    predicts_anchor: ClassVar[bool] = True
+
+    def __init__(self, shape: Shape, channels: int, size: Size, resize: bool = False) -> None:
+        super().__init__(shape)
+        if channels not in _MODES:
+            raise InputError("channels", channels, "an image has 1 (grey) or 3 (RGB) channels")
+        self.channels, self.resize = channels, resize
+        self.height, self.width = height_width(size)
+        self.head = GaussianHead(shape, channels, (self.height, self.width))
+
+    @classmethod
+    def settings_from_data(cls, feature: Any, values: Iterable[Any], **_: Any) -> dict[str, Any]:
+        return Image.settings_from_data(feature, values)
+
+    def preprocess(self, raw: Any) -> Tensor:
+        if not isinstance(raw, PILImage.Image):
+            raise InputError("masked_image", type(raw).__name__, "is no image; check data.columns")
+        if raw.mode != _MODES[self.channels]:
+            wanted = _MODES[self.channels]
+            raise InputError("masked_image", raw.mode, f"needs mode {wanted}, the alpha channel opaque where known")
+        if raw.size != (self.width, self.height):
+            if not self.resize:
+                raise InputError(
+                    "masked_image",
+                    f"{raw.width}x{raw.height}",
+                    f"expected {self.width}x{self.height}; or set resize: true",
+                )
+            raw = crop_to(raw, self.width, self.height, PILImage.Resampling.NEAREST)  # holes keep their edges
+        pixels = torch.from_numpy(np.asarray(raw, dtype=np.float32)).permute(2, 0, 1)  # (channels + 1, h, w)
+        known = (pixels[-1:] >= 128).float()
+        return torch.cat([(pixels[:-1] / 127.5 - 1.0) * known, known])
+
+    def parse(self, text: str) -> PILImage.Image:
+        try:
+            with PILImage.open(text) as file:
+                return file.convert(_MODES[self.channels])
+        except OSError as error:
+            raise InputError("masked_image", text, f"cannot be read as an image: {error}") from None
+
+    def check(self, value: Tensor) -> None:
+        super().check(value)
+        known = value[:, -1]
+        if not ((known == 0) | (known == 1)).all():
+            raise InputError("masked_image", "its last channel", "must be 1 where a pixel is known and 0 in the hole")
+
+    def postprocess(self, value: Tensor) -> list[PILImage.Image]:
+        """Images with an alpha channel, transparent in the hole."""
+        pixels = ((value[:, :-1].detach().float().clamp(-1, 1) + 1) * 127.5).round()
+        alpha = value[:, -1:].detach().float() * 255
+        arrays = torch.cat([pixels, alpha], dim=1).byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, h, w, channels + 1)
+        return [PILImage.fromarray(array, mode) for array, mode in zip(arrays, [_MODES[self.channels]] * len(arrays))]
+
+    @property
+    def value_shape(self) -> tuple[int, ...]:
+        return self.channels + 1, self.height, self.width
+
+    def placeholder(self) -> Tensor:
+        return torch.zeros(self.value_shape)
+
+    def examples(self, count: int, generator: Generator) -> Tensor:
+        pixels = torch.randint(2, (count, self.channels, self.height, self.width), generator=generator) * 2.0 - 1.0
+        known = (torch.rand(count, 1, self.height, self.width, generator=generator) < 0.5).float()
+        return torch.cat([pixels * known, known], dim=1)
+
+    def encode(self, value: Tensor) -> Tensor:
+        """The known pixels, 0 in the hole."""
+        return to_space(value[:, :-1] * value[:, -1:], self.shape.space)
+
+    @property
+    def observation_channels(self) -> int:
+        return grid_channels(self.channels + 1, (self.height, self.width), self.shape.space)
+
+    def observe(self, value: Tensor) -> Tensor:
+        """Known pixels and the hole channel (patches as channels, where the diffusion space is coarser)."""
+        return to_grid(torch.cat([value[:, :-1] * value[:, -1:], value[:, -1:]], dim=1), self.shape.space)
+
+    def decode(self, features: Tensor, pooled: Tensor) -> Tensor:
+        """(B, channels + 1, height, width): the mean of the whole image, and log σ in the last channel."""
+        return self.head(features, pooled)
+
+    def target(self, value: Tensor, anchor: Tensor) -> Tensor:
+        """The whole image beside the hole channel."""
+        return torch.cat([anchor, value[:, -1:]], dim=1)
+
+    def nll(self, params: Tensor, value: Tensor) -> Tensor:
+        """Gaussian on the hole, averaged over all pixels: known ones count 0 and are not left out of the mean."""
+        hole = 1.0 - value[:, -1:]  # (B, 1, h, w)
+        return (gaussian_nll(params, value[:, :-1]) * hole).flatten(1).mean(dim=1)
+
+    @property
+    def dimensions(self) -> int:
+        return self.channels * self.height * self.width
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        return self.channels, self.height, self.width
+
+    def sample(self, params: Tensor, noise: Tensor) -> Tensor:
+        return _whole(gaussian_sample(params, noise))
+
+    def mode(self, params: Tensor) -> Tensor:
+        return _whole(params[:, :-1])
+
+    def anchor_mode(self, params: Tensor) -> Tensor:
+        return params[:, :-1]
+
+    def expected_encoding(self, params: Tensor) -> Tensor:
+        return self.encode(self.mode(params))
+
+    def restore(self, anchor: Tensor, value: Tensor) -> Tensor:
+        return torch.where(value[:, -1:] > 0, value[:, :-1].to(anchor.dtype), anchor)
+
+
+def _whole(image: Tensor) -> Tensor:
+    """An image without a hole as a value."""
+    return torch.cat([image, torch.ones_like(image[:, :1])], dim=1)
