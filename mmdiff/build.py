@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from mmdiff.backbones import BACKBONES
-from mmdiff.config import Config
-from mmdiff.data import Table, open_splits
+from mmdiff.backbones import BACKBONES, Backbone
+from mmdiff.config import Config, MaskingConfig, ModalityConfig, WeightConfig
+from mmdiff.data import Holes, Rows, StandIn, Table, open_splits
+from mmdiff.data.embeddings import add_embeddings
+from mmdiff.data.masking import known_masks
 from mmdiff.errors import InputError
-from mmdiff.modalities import MODALITIES
+from mmdiff.modalities import Modality, find_modality
 from mmdiff.model import MTDiffusionModel
 from mmdiff.objective import MTObjective, StateLaw
 from mmdiff.randomness import fold
 from mmdiff.schedulers import MTDiffusionScheduler
 
-_GIVEN = {"self", "shape", "head", "space", "observation_channels", "num_flags"}  # not for a config to set
+_GIVEN = {  # not for a config to set
+    Modality: {"self", "shape", "head"},
+    Backbone: {"self", "space", "observation_channels", "num_flags"},
+}
 
 
 @dataclass
@@ -26,8 +32,8 @@ class Experiment:
     """Everything a run needs; ``config`` is resolved: what the data determine is filled in."""
 
     config: Config
-    train: Table
-    validation: Table
+    train: Table | StandIn
+    validation: Table | StandIn
     model: MTDiffusionModel
     scheduler: MTDiffusionScheduler
     objective: MTObjective
@@ -39,39 +45,130 @@ def build(config: Config) -> Experiment:
     Raises:
         InputError: naming the config key.
     """
-    data = config.data
-    rows, held_out = open_splits(data.source, data.split, data.validation_split, data.holdout)
+    rows, held_out = open_rows(config)
     config = resolve(config, rows)
     scheduler = build_scheduler(config)
     model = build_model(config)
     objective = build_objective(config, model, scheduler)
-    train, validation = (build_table(config, model, part) for part in (rows, held_out))
+    train = build_table(config, model, rows, missing=config.data.missing)
+    validation = build_table(config, model, held_out)
     return Experiment(config, train, validation, model, scheduler, objective)
 
 
-def resolve(config: Config, rows: Any) -> Config:
-    """The config with every modality's settings that the data determine: sizes, channels, numbers of classes."""
+def build_stand_in(config: Config) -> Experiment:
+    """The same on random values in place of data, which are not opened: for a dry run.
+
+    Raises:
+        InputError: naming a setting that only the data would determine.
+    """
+    config = resolve(config, None)
+    model = build_model(config)
+    scheduler = build_scheduler(config)
+    table = StandIn({name: modality.examples for name, modality in model.modalities.items()})
+    return Experiment(config, table, table, model, scheduler, build_objective(config, model, scheduler))
+
+
+def needs_data(config: Config) -> bool:
+    """Whether a setting is left to the data."""
+    for name, entry in config.modalities.items():
+        kind = find_modality(entry.kind, f"modalities.{name}.kind")
+        if missing_settings(kind, _resolved_settings(config, name, kind, None)):
+            return True
+    return False
+
+
+def open_rows(config: Config) -> tuple[Rows, Rows]:
+    """(training rows, held-out rows), with the embeddings that are to be computed."""
+    data = config.data
+    splits = open_splits(data.source, data.split, data.validation_split, data.holdout, data.options)
+    for name, encoder in data.embeddings.items():
+        column = config.column(name)
+        splits = tuple(
+            rows
+            if column in rows.column_names
+            else add_embeddings(rows, column, encoder.column, encoder.model, encoder.pretrained)
+            for rows in splits
+        )
+    return splits
+
+
+def resolve(config: Config, rows: Rows | None) -> Config:
+    """The config with every setting that files and data determine: sizes, channels, numbers of classes.
+
+    Args:
+        config: as it was read.
+        rows: training rows; None where the config is to stand without data.
+
+    Raises:
+        InputError: naming a setting that is unknown, or missing and not determined.
+    """
+    for name in {*config.data.masking, *config.data.embeddings, *config.data.missing} - set(config.modalities):
+        raise InputError("data", name, f"names no modality; choose from {', '.join(sorted(config.modalities))}")
+    for name, law in config.data.masking.items():
+        _check_holes(f"data.masking.{name}", law)
     modalities = {}
     for name, entry in config.modalities.items():
-        if entry.kind not in MODALITIES:
-            raise InputError(f"modalities.{name}.kind", entry.kind, f"choose one of {', '.join(sorted(MODALITIES))}")
-        column = config.column(name)
-        if column not in rows.column_names:
-            remedy = f"the source has no such column, but {', '.join(rows.column_names)}; set data.columns.{name}=…"
-            raise InputError(f"data.columns.{name}", column, remedy)
-        modality = MODALITIES[entry.kind]
-        values = (row[column] for row in rows.select_columns([column]))  # decodes only what is asked for
-        try:
-            found = modality.settings_from_data(rows.features[column], values)
-        except InputError as error:
-            raise InputError(f"data.columns.{name}={column}: {error.key}", error.value, error.remedy) from None
-        settings = {**found, **entry.settings()}
-        _check_settings(f"modalities.{name}", modality, settings)
-        modalities[name] = entry.model_copy(update=settings)
-    _check_settings("backbone", _backbone(config), config.backbone.settings())
+        kind = find_modality(entry.kind, f"modalities.{name}.kind")
+        settings = _resolved_settings(config, name, kind, rows)
+        check_settings(f"modalities.{name}", kind, settings)
+        modalities[name] = entry.model_copy(update={**settings, "weight": _weight(name, entry, kind)})
+    check_settings("backbone", _backbone(config), config.backbone.settings())
     resolved = config.model_dump()
     resolved["modalities"] = {name: entry.model_dump() for name, entry in modalities.items()}
+    resolved["scheduler"]["clip_sample"] = _clip_sample(config, modalities)
     return Config.model_validate(resolved)
+
+
+def _resolved_settings(config: Config, name: str, kind: type[Modality], rows: Rows | None) -> dict[str, Any]:
+    """What the config sets, over what files and the data determine."""
+    settings = config.modalities[name].settings()
+    try:
+        settings = {**kind.settings_from_files(**settings), **settings}
+    except InputError as error:
+        raise InputError(f"modalities.{name}.{error.key}", error.value, error.remedy) from None
+    if rows is None:
+        return settings
+    column = config.column(config.anchor if name in config.data.masking else name)
+    if column not in rows.column_names:
+        remedy = f"the source has no such column, but {', '.join(rows.column_names)}; set data.columns.{name}=…"
+        raise InputError(f"data.columns.{name}", column, remedy)
+    values = (row[column] for row in _each(rows.select_columns([column])))  # decodes only what is asked for
+    try:
+        return {**kind.settings_from_data(rows.features[column], values, **settings), **settings}
+    except InputError as error:
+        raise InputError(f"data.columns.{name}={column}: {error.key}", error.value, error.remedy) from None
+
+
+def _check_holes(key: str, law: MaskingConfig) -> None:
+    try:
+        known_masks(law.law, law.ratio, 32, 32, 0, torch.zeros(1, dtype=torch.int64))
+    except InputError as error:
+        raise InputError(f"{key}.{error.key}", error.value, error.remedy) from None
+
+
+def _each(rows: Rows) -> Iterator[dict[str, Any]]:
+    return (rows[index] for index in range(len(rows)))
+
+
+def _weight(name: str, entry: ModalityConfig, kind: type[Modality]) -> WeightConfig:
+    """The weight schedule; one that is never aggregated has none."""
+    if kind.aggregable:
+        return entry.weight or WeightConfig()
+    if entry.weight is not None and entry.weight.schedule != "none":
+        raise InputError(
+            f"modalities.{name}.weight.schedule",
+            entry.weight.schedule,
+            f"{kind.__name__} lives in the anchor's own subspace and is never aggregated; leave weight out",
+        )
+    return WeightConfig(schedule="none")
+
+
+def _clip_sample(config: Config, modalities: dict[str, ModalityConfig]) -> bool:
+    anchor = modalities[config.anchor]
+    bounded = find_modality(anchor.kind, "").bounded(**anchor.settings())
+    if config.scheduler.clip_sample and not bounded:
+        raise InputError("scheduler.clip_sample", True, "the anchor's encodings have no bounds; leave it out")
+    return bounded if config.scheduler.clip_sample is None else config.scheduler.clip_sample
 
 
 def build_model(config: Config) -> MTDiffusionModel:
@@ -87,7 +184,11 @@ def build_model(config: Config) -> MTDiffusionModel:
 
 def build_scheduler(config: Config) -> MTDiffusionScheduler:
     """The scheduler, with a weight schedule for every auxiliary modality."""
-    weights = {name: config.modalities[name].weight.model_dump() for name in config.auxiliary()}
+    weights = {
+        name: config.modalities[name].weight.model_dump()
+        for name in config.auxiliary()
+        if find_modality(config.modalities[name].kind, "").aggregable
+    }
     try:
         return MTDiffusionScheduler(**config.scheduler.model_dump(), weights=weights)
     except InputError as error:
@@ -109,6 +210,7 @@ def build_objective(config: Config, model: MTDiffusionModel, scheduler: MTDiffus
         state_laws={name: state_law(config, name) for name in config.modalities},
         loss_weights={name: config.modalities[name].loss_weight for name in config.auxiliary()},
         terminal_weight=config.loss.terminal,
+        anchor_hidden=config.states.anchor_hidden,
         min_snr_gamma=config.loss.min_snr_gamma,
         learn_scale=tuple(name for name in learned if config.modalities[name].weight.learn_scale),
         seed=config.train.seed,
@@ -128,13 +230,26 @@ def state_law(config: Config, name: str) -> StateLaw:
     return StateLaw(aggregated * _has_weight(config, name), observed)
 
 
-def build_table(config: Config, model: MTDiffusionModel, rows: Any) -> Table:
-    """Rows as batches of the model's values."""
+def build_table(
+    config: Config, model: MTDiffusionModel, rows: Rows, missing: Mapping[str, float] | None = None
+) -> Table:
+    """Rows as batches of the model's values.
+
+    Args:
+        config: resolved.
+        model: whose modalities read the values.
+        rows: of the source.
+        missing: {modality: share of rows whose value is hidden}.
+    """
+    masking = config.data.masking
     return Table(
         rows,
-        columns={name: config.column(name) for name in model.names},
+        columns={name: config.column(name) for name in model.names if name not in masking},
         preprocess={name: model.modalities[name].preprocess for name in model.names},
         placeholders={name: model.modalities[name].placeholder() for name in model.names},
+        holes={name: Holes(model.anchor, law.law, law.ratio, config.train.seed) for name, law in masking.items()},
+        missing=missing,
+        seed=config.train.seed,
         cache_mib=config.data.cache_mib,
     )
 
@@ -150,13 +265,29 @@ def _backbone(config: Config) -> type:
     return BACKBONES[config.backbone.kind]
 
 
-def _check_settings(key: str, cls: type, settings: dict[str, Any]) -> None:
-    """Settings must be constructor arguments of the class."""
-    parameters = {n: p for n, p in inspect.signature(cls.__init__).parameters.items() if n not in _GIVEN}
-    for name in settings:
-        if name not in parameters:
-            known = ", ".join(sorted(parameters))
-            raise InputError(f"{key}.{name}", settings[name], f"unknown key; {cls.__name__} takes {known}")
-    for name, parameter in parameters.items():
-        if parameter.default is inspect.Parameter.empty and name not in settings:
-            raise InputError(f"{key}.{name}", None, "is missing and the data do not determine it; add it to the config")
+def check_settings(key: str, cls: type, settings: dict[str, Any]) -> None:
+    """Settings must be constructor arguments of the class, and complete."""
+    parameters = _parameters(cls)
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        for name in settings:
+            if name not in parameters:
+                known = ", ".join(sorted(parameters))
+                raise InputError(f"{key}.{name}", settings[name], f"unknown key; {cls.__name__} takes {known}")
+    for name in missing_settings(cls, settings):
+        raise InputError(f"{key}.{name}", None, "is missing and the data do not determine it; add it to the config")
+
+
+def missing_settings(cls: type, settings: dict[str, Any]) -> list[str]:
+    """Constructor arguments without a default that are not set."""
+    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return [
+        name
+        for name, parameter in _parameters(cls).items()
+        if parameter.default is parameter.empty and parameter.kind not in variable and name not in settings
+    ]
+
+
+def _parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """The constructor arguments that are for a config to set."""
+    given = next(names for base, names in _GIVEN.items() if issubclass(cls, base))
+    return {n: p for n, p in inspect.signature(cls.__init__).parameters.items() if n not in given}

@@ -22,22 +22,36 @@ app.add_typer(benchmark, name="benchmark")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example train.steps=600")]
 ConfigPath = Annotated[Path, typer.Argument(help="an experiment's YAML file")]
+Trust = Annotated[
+    bool, typer.Option("--trust-custom-modalities", help="import the modalities that the run names by import path")
+]
 RunPath = Annotated[Path, typer.Argument(help="a run folder")]
 
 
 @app.command()
-def train(config: ConfigPath, overrides: Overrides = None) -> None:
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="two steps on stand-in data, and their cost")] = False,
+) -> None:
     """Train an experiment; also under `accelerate launch -m mmdiff train …` and torchrun."""
     from mmdiff.config import load_config
 
     loaded = load_config(config, overrides)
+    if dry_run:
+        from mmdiff.training.dry_run import dry_run as run_dry
+
+        report = run_dry(loaded)
+        if _is_main():
+            typer.echo(report)
+        return
     from mmdiff.training import train as run_training
 
     folder = run_training(loaded)
     if _is_main() and (folder / "pipeline").is_dir():
         typer.echo(f"pipeline: {folder / 'pipeline'}\nsamples: {folder / 'samples' / f'step-{loaded.train.steps}.png'}")
         if loaded.evaluate.at_end:
-            _evaluate(folder, [], (), None, None)
+            _evaluate(folder, [], (), None, None, trust=True)
 
 
 @app.command()
@@ -51,14 +65,16 @@ def sample(
     feed: Annotated[str | None, typer.Option(help="unknown modalities: draw, mean or mode")] = None,
     seed: Annotated[int, typer.Option(help="of the generator")] = 0,
     out: Annotated[Path, typer.Option(help="the grid, a PNG that must not exist")] = Path("grid.png"),
+    trust: Trust = False,
 ) -> None:
     """Sample from a run and write a grid."""
     from mmdiff.errors import InputError
 
     if out.exists():
         raise InputError("--out", str(out), "exists; choose another file")
-    pipeline = _load(run, solver)
+    pipeline = _load(run, solver, trust)
     import torch
+    from PIL import Image
 
     from mmdiff.plots import tile
 
@@ -80,12 +96,37 @@ def sample(
         feed=feed or settings.feed,
         generator=generator,
     )
-    images = output.samples[pipeline.model.anchor]
     out.parent.mkdir(parents=True, exist_ok=True)
-    tile(images, columns=max(1, round(num**0.5)), zoom=max(1, 48 // images[0].height)).save(out)
-    for name in pipeline.model.auxiliary:
-        typer.echo(f"{name}: {' '.join(str(value) for value in output.samples[name])}")
-    typer.echo(f"wrote {out}")
+    for name, values in output.samples.items():
+        if isinstance(values[0], Image.Image):
+            path = out if name == pipeline.model.anchor else out.with_stem(f"{out.stem}-{name}")
+            tile(values, columns=max(1, round(num**0.5)), zoom=max(1, 48 // values[0].height)).save(path)
+            typer.echo(f"wrote {path}")
+        else:
+            typer.echo(f"{name}: {' '.join(str(value) for value in values)}")
+
+
+@app.command("check-modality")
+def check_modality(
+    kind: Annotated[str, typer.Argument(help="a modality of your own by import path, my_pkg.depth:Depth, or a kind")],
+    settings: Annotated[list[str] | None, typer.Argument(help="its settings as key=value, for example size=32")] = None,
+    space: Annotated[str, typer.Option(help="the diffusion space, channels,height,width")] = "3,16,16",
+) -> None:
+    """Run the contract of a modality and say in words what fails; exit code 1 where something does."""
+    from omegaconf import OmegaConf
+
+    from mmdiff.build import check_settings
+    from mmdiff.modalities import Shape, contract, find_modality
+
+    modality = find_modality(kind, "modality")
+    chosen = OmegaConf.to_container(OmegaConf.from_dotlist(settings or []))
+    check_settings("settings", modality, chosen)
+    shape = Shape(_integers("--space", space), features=8, pooled=12, stride=2)
+    findings = contract.check_modality(lambda shape: modality(shape, **chosen), shape)
+    for law, fault in findings:
+        typer.echo(f"{'ok  ' if fault is None else 'FAIL'}  {law}" + (f": {fault}" if fault else ""))
+    if any(fault for _, fault in findings):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -95,9 +136,10 @@ def evaluate(
     steps: Annotated[str | None, typer.Option(help="numbers of solver steps to compare: 10,20,200")] = None,
     solver: Annotated[str | None, typer.Option(help="another solver than the run's")] = None,
     feed: Annotated[str | None, typer.Option(help="unknown modalities: draw, mean or mode")] = None,
+    trust: Trust = False,
 ) -> None:
     """Score every modality and direction of a run; writes evaluation.json and prints the table."""
-    _evaluate(run, overrides or [], _integers("--steps", steps), solver, feed)
+    _evaluate(run, overrides or [], _integers("--steps", steps), solver, feed, trust)
 
 
 @app.command()
@@ -110,15 +152,17 @@ def show(
     from mmdiff.config import load_config
 
     loaded = load_config(config, overrides)
-    from mmdiff.build import build
+    from mmdiff.build import build_model, build_scheduler, needs_data, open_rows, resolve
     from mmdiff.report import describe
 
-    experiment = build(loaded)
-    typer.echo(describe(experiment))
+    splits = open_rows(loaded) if needs_data(loaded) else None
+    resolved = resolve(loaded, splits[0] if splits else None)
+    scheduler = build_scheduler(resolved)
+    typer.echo(describe(resolved, build_model(resolved), scheduler, splits))
     if plot is not None:
         from mmdiff.plots import weight_schedules
 
-        typer.echo(f"wrote {weight_schedules(experiment.scheduler, plot)}")
+        typer.echo(f"wrote {weight_schedules(scheduler, plot)}")
 
 
 @benchmark.command()
@@ -140,13 +184,14 @@ def speed(
 def main() -> None:
     """The entry point: one line and exit code 2 for bad input, 1 for training that cannot go on."""
     _set_wait_policy()
+    sys.path.insert(0, "")  # modalities of one's own are found in the working directory, as `python -m` does
     from mmdiff.errors import InputError
 
     # typer brings a click of its own in some versions: take the class from typer, whichever it is
     usage_error = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except InputError as error:
         _fail(str(error), 2, everywhere=error.everywhere)
     except usage_error as error:
@@ -157,6 +202,8 @@ def main() -> None:
         if type(error).__name__ != "TrainingError":
             raise
         _fail(str(error), 1)
+    else:
+        sys.exit(code or 0)
 
 
 def _set_wait_policy() -> None:
@@ -185,21 +232,26 @@ def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _evaluate(run: Path, overrides: list[str], steps: tuple[int, ...], solver: str | None, feed: str | None) -> None:
+def _evaluate(
+    run: Path, overrides: list[str], steps: tuple[int, ...], solver: str | None, feed: str | None, trust: bool
+) -> None:
     from mmdiff.config import load_config
 
     config: Config = load_config(run / "config.yaml", overrides)
-    pipeline = _load(run, solver)
-    from mmdiff.build import build
+    pipeline = _load(run, solver, trust)
+    from mmdiff.build import build_table, open_rows
     from mmdiff.evaluation import evaluators
+    from mmdiff.plots import side_by_side
 
-    experiment = build(config)
-    result = evaluators.evaluate(pipeline, experiment.config, experiment.train, experiment.validation, steps, feed)
+    train, validation = (build_table(config, pipeline.model, rows) for rows in open_rows(config))
+    result = evaluators.evaluate(pipeline, config, train, validation, steps, feed, trust)
     evaluators.save(result, run / "evaluation.json")
     typer.echo(evaluators.table(result))
+    for name, rows in result.pictures.items():
+        typer.echo(f"wrote {side_by_side(rows, run / 'samples' / f'evaluation-{name}.png')}")
 
 
-def _load(run: Path, solver: str | None) -> MTDiffusionPipeline:
+def _load(run: Path, solver: str | None, trust: bool) -> MTDiffusionPipeline:
     """The pipeline of a run folder, or a pipeline folder itself."""
     from mmdiff.errors import InputError
 
@@ -217,7 +269,7 @@ def _load(run: Path, solver: str | None) -> MTDiffusionPipeline:
     set_threads(0)
     logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said below, in one line
     try:
-        pipeline = MTDiffusionPipeline.from_pretrained(folder)
+        pipeline = MTDiffusionPipeline.from_pretrained(folder, trust_custom_modalities=trust)
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pydantic
 from omegaconf import OmegaConf
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from mmdiff.errors import InputError
 
+Share = Annotated[float, Field(ge=0, le=1)]
 _NUMBERS = (int, float, int | None, float | None)
 
 
@@ -42,11 +44,35 @@ class _Open(_Base):
         return dict(self.model_extra or {})
 
 
+class MaskingConfig(_Strict):
+    """Random holes in the anchor: a fresh one whenever a row is visited in training, one per row in evaluation."""
+
+    law: str = "squares"  # squares, box, half, checkerboard, free-form
+    ratio: tuple[float, float] = (0.1, 0.75)  # range of the share of hidden pixels, or one number
+
+    @field_validator("ratio", mode="before")
+    @classmethod
+    def _one_number(cls, value: Any) -> Any:
+        return (value, value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+class EmbeddingConfig(_Strict):
+    """Image embeddings by a frozen CLIP tower, computed once and cached."""
+
+    model: str = "ViT-B-32"  # of open_clip
+    pretrained: str | None = "laion2b_s34b_b79k"  # a tag of open_clip or a local checkpoint
+    column: str = "image"  # what is embedded
+
+
 class DataConfig(_Strict):
     """Where rows come from."""
 
-    source: str  # an embedded set (digits), a hub name, a folder, or a parquet file or glob
+    source: str  # an embedded set (digits, shapes), a hub name, a folder, or a parquet file or glob
+    options: dict[str, Any] = {}  # arguments of the source: of an embedded set, or of `datasets.load_dataset`
     columns: dict[str, str] = {}  # {modality: column}; default: the column of the modality's own name
+    masking: dict[str, MaskingConfig] = {}  # {modality: holes}: made from the anchor, not read from a column
+    embeddings: dict[str, EmbeddingConfig] = {}  # {modality: encoder}: computed where the source lacks the column
+    missing: dict[str, Share] = {}  # {modality: share of training rows whose value is hidden}
     split: str = "train"  # training rows
     validation_split: str = "validation"  # rows for evaluation
     holdout: int | None = Field(None, ge=2)  # k: hold out rows with index % k == k − 1 of `split` instead
@@ -72,8 +98,8 @@ class ModalityStates(_Strict):
 class ModalityConfig(_Open):
     """One data type; further keys belong to its class."""
 
-    kind: str
-    weight: WeightConfig = WeightConfig()
+    kind: str  # a built-in modality, or an import path: my_pkg.depth:Depth
+    weight: WeightConfig | None = None  # default: WeightConfig(), or none where the modality is never aggregated
     loss_weight: float = Field(0.1, ge=0)  # λ_i of the L2 term
     states: ModalityStates = ModalityStates()
 
@@ -95,7 +121,7 @@ class SchedulerConfig(_Strict):
     rescale_betas_zero_snr: bool = False
     prediction_type: str = "v_prediction"
     timestep_spacing: str = "trailing"
-    clip_sample: bool = True
+    clip_sample: bool | None = None  # default: where the anchor's encodings are bounded (pixels, not latents)
     clip_sample_range: float = Field(1.0, gt=0)
     solver: str = "DPMSolverMultistepScheduler"
     solver_config: dict[str, Any] | None = None
@@ -110,6 +136,7 @@ class StatesConfig(_Strict):
     aggregated: float = Field(0.5, ge=0, le=1)  # probability of the flag, for auxiliary modalities
     observed: float = Field(0.3, ge=0, le=1)  # probability of the flag, for auxiliary modalities
     anchor_observed: float = Field(0.15, ge=0, le=1)  # the anchor is given, the rest is read from it
+    anchor_hidden: float = Field(0.0, ge=0, le=1)  # nothing is denoised, the heads read from what else is observed
 
 
 class LossConfig(_Strict):
@@ -155,12 +182,35 @@ class SampleConfig(_Strict):
     batch_size: int = Field(256, ge=1)
 
 
+class LpipsConfig(_Strict):
+    """The perceptual distance."""
+
+    net: Literal["alex", "vgg", "squeeze"] = "alex"
+    backbone: str | None = None  # a local state dict of the backbone, instead of torchvision's own weights
+    heads: str | None = None  # a local state dict of the heads, instead of those in the package
+
+
+class ZeroShotConfig(_Strict):
+    """CLIP zero-shot classification by open_clip."""
+
+    model: str = "ViT-B-32"
+    pretrained: str | None = "laion2b_s34b_b79k"
+    names: list[str] | None = None  # of the classes; default: those of the data
+    template: str = "a photo of a {}."
+
+
 class EvaluateConfig(_Strict):
     """What `mmdiff evaluate` measures."""
 
     num_samples: int = Field(749, ge=2)
     seeds: list[int] = [0]
     at_end: bool = True  # whether training ends with an evaluation
+    max_rows: int = Field(20_000, ge=2)  # real rows that judges and features are fitted on, and that are read off
+    judges: dict[str, str] = {}  # {modality: run folder of a model that reads it off images, trained apart}
+    features: str = "auto"  # of FID and KID: pixels, inception, a SqueezeNet file; auto: inception if it is here
+    lpips: LpipsConfig = LpipsConfig()
+    zero_shot: ZeroShotConfig | None = None  # a CLIP baseline for labels
+    masks: dict[str, MaskingConfig] = {}  # {name: holes} to score masked images on; default: that of data.masking
 
 
 class Config(_Strict):
@@ -289,10 +339,10 @@ def _fields_at(path: tuple) -> list[str]:
     """Names of the fields of the model at a path of keys."""
     model: Any = Config
     for part in path:
-        if part == "modalities":
-            model = dict[str, ModalityConfig]
-        elif model == dict[str, ModalityConfig]:
-            model = ModalityConfig
+        if get_origin(model) is dict:
+            model = get_args(model)[1]
         else:
             model = model.model_fields[part].annotation
+        if get_origin(model) is UnionType:  # an optional section
+            model = next(one for one in get_args(model) if one is not type(None))
     return sorted(model.model_fields)

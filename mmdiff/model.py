@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,11 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from mmdiff.backbones import BACKBONES, Observation
+from mmdiff.backbones import BACKBONES, Backbone, Observation
 from mmdiff.errors import InputError
-from mmdiff.modalities import MODALITIES, Modality, Shape
+from mmdiff.modalities import Modality, Shape, find_modality, is_custom
+
+_HUB_ARGUMENTS = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
 @dataclass
@@ -29,7 +32,7 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
     """Encoders, one backbone and decoder heads.
 
     Args:
-        modality_config: {name: {"kind": one of MODALITIES, …constructor arguments}}.
+        modality_config: {name: {"kind": one of MODALITIES or an import path, …constructor arguments}}.
         backbone_config: {"kind": one of BACKBONES, …constructor arguments}.
         anchor: the modality x_0 that is diffused; its encoder fixes the diffusion space.
     """
@@ -41,12 +44,10 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
         super().__init__()
         if anchor not in modality_config:
             raise InputError("anchor", anchor, f"is no modality; choose one of {', '.join(sorted(modality_config))}")
-        backbone, backbone_settings = _kind(BACKBONES, "backbone", backbone_config)
-        kinds = {
-            name: _kind(MODALITIES, f"modalities.{name}", modality_config[name]) for name in sorted(modality_config)
-        }
+        backbone, backbone_settings = _backbone(backbone_config)
+        kinds = {name: _modality(name, modality_config[name]) for name in sorted(modality_config)}
         anchor_class, anchor_settings = kinds[anchor]
-        space = anchor_class.space(**anchor_settings)
+        space = anchor_class.diffusion_space(**anchor_settings)
         if space is None:
             raise InputError("anchor", anchor, "cannot be diffused itself; choose an image modality")
         shape = Shape(space, *backbone.widths(**backbone_settings))
@@ -61,6 +62,29 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
         observed = sum(modality.observation_channels for modality in self.modalities.values())
         self.backbone = backbone(space, observed, 2 * len(self.names), **backbone_settings)
         self.space = space
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, trust_custom_modalities: bool = False, **kwargs: Any
+    ) -> MTDiffusionModel:
+        """Load what `save_pretrained` wrote.
+
+        Args:
+            pretrained_model_name_or_path: a folder or a hub repository.
+            trust_custom_modalities: import the modalities that its config names by import path.
+            kwargs: of diffusers' `ModelMixin.from_pretrained`.
+
+        Raises:
+            InputError: when the config names custom modalities and they are not trusted; nothing is imported.
+        """
+        if not trust_custom_modalities:
+            hub = {key: value for key, value in kwargs.items() if key in _HUB_ARGUMENTS}
+            for name, entry in cls.load_config(pretrained_model_name_or_path, **hub)["modality_config"].items():
+                if is_custom(entry.get("kind")):
+                    remedy = "is code of its author's; pass trust_custom_modalities=True to import it"
+                    raise InputError(f"modalities.{name}.kind", entry["kind"], remedy)
+        # low_cpu_mem_usage builds on the meta device, where the fixed starts of palettes and maps have no values
+        return super().from_pretrained(pretrained_model_name_or_path, **{"low_cpu_mem_usage": False, **kwargs})
 
     def encode(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """{name: E_i(x_i)}, (B, C, H, W) each."""
@@ -99,11 +123,19 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
         return MTDiffusionModelOutput(prediction=output.prediction, params=params)
 
 
-def _kind(table: Mapping[str, type], key: str, config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The class that a config entry names, and its own settings."""
-    if config.get("kind") not in table:
-        raise InputError(f"{key}.kind", config.get("kind"), f"choose one of {', '.join(sorted(table))}")
-    return table[config["kind"]], {name: value for name, value in config.items() if name != "kind"}
+def _backbone(config: Mapping[str, Any]) -> tuple[type[Backbone], dict[str, Any]]:
+    """The class that a config names, and its own settings."""
+    if config.get("kind") not in BACKBONES:
+        raise InputError("backbone.kind", config.get("kind"), f"choose one of {', '.join(sorted(BACKBONES))}")
+    return BACKBONES[config["kind"]], _settings(config)
+
+
+def _modality(name: str, config: Mapping[str, Any]) -> tuple[type[Modality], dict[str, Any]]:
+    return find_modality(config.get("kind"), f"modalities.{name}.kind"), _settings(config)
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name != "kind"}
 
 
 def _checked_name(name: str) -> str:

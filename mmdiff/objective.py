@@ -50,6 +50,8 @@ class MTObjective(nn.Module):
         state_laws: {modality: StateLaw}, the anchor included (its ``aggregated`` counts as 0).
         loss_weights: {auxiliary modality: λ_i}.
         terminal_weight: coefficient of L0.
+        anchor_hidden: probability that the anchor is hidden (unless it is observed): nothing is denoised, and the
+            heads learn to read from what else is observed in one evaluation.
         min_snr_gamma: cap of the SNR weight of L1, or None for the plain error.
         learn_scale: auxiliary modalities with a learned schedule whose scale is learned too.
         seed: of the run.
@@ -62,6 +64,7 @@ class MTObjective(nn.Module):
         state_laws: Mapping[str, StateLaw],
         loss_weights: Mapping[str, float],
         terminal_weight: float = 1.0,
+        anchor_hidden: float = 0.0,
         min_snr_gamma: float | None = None,
         learn_scale: tuple[str, ...] = (),
         seed: int = 0,
@@ -70,6 +73,8 @@ class MTObjective(nn.Module):
         self.model, self.scheduler = model, scheduler
         self.state_laws, self.loss_weights = dict(state_laws), dict(loss_weights)
         self.terminal_weight, self.min_snr_gamma, self.seed = terminal_weight, min_snr_gamma, seed
+        self.anchor_hidden = anchor_hidden
+        self.weighted = tuple(sorted(scheduler.config.weights or {}))
         learned = [n for n, w in (scheduler.config.weights or {}).items() if w.get("schedule") == "learned"]
         self.schedule_shapes = nn.ParameterDict({name: initial_parameters() for name in learned})
         self.schedule_scales = nn.ParameterDict(
@@ -85,31 +90,31 @@ class MTObjective(nn.Module):
         model, scheduler = self.model, self.scheduler
         batch = self.without_missing(batch)
         scheduler.set_learned_weights(self.learned_weights())
-        aggregated, observed = self.draw_states(batch, where)
-        unknown = batch.present[model.anchor] & ~observed[model.anchor]  # (B,) where there is something to denoise
-        timesteps = self.draw_timesteps(where, ~unknown)  # (B,)
+        aggregated, observed, denoised = self.draw_states(batch, where)
+        timesteps = self.draw_timesteps(where, denoised)  # (B,)
 
-        z_0 = model.modalities[model.anchor].encode(batch.values[model.anchor])  # (B, C, H, W)
+        anchor = batch.values[model.anchor]
+        z_0 = model.modalities[model.anchor].encode(anchor)  # (B, C, H, W)
         noise = normal(self.seed, where.step, "noise", where.positions, z_0.shape[1:])
-        auxiliary = {name: batch.values[name] for name in model.auxiliary}
+        weighted = {name: batch.values[name] for name in self.weighted}
         encodings = {
-            name: encoding * aggregated[name][:, None, None, None]
-            for name, encoding in model.encode(auxiliary).items()
-            if name in (scheduler.config.weights or {})
+            name: encoding * aggregated[name][:, None, None, None] for name, encoding in model.encode(weighted).items()
         }
         z_t = scheduler.add_noise(z_0, noise, timesteps, encodings)
-        z_t = z_t * ~observed[model.anchor][:, None, None, None]  # the mean of z_T, as in sampling
+        z_t = z_t * denoised[:, None, None, None]  # elsewhere the mean of z_T, as in sampling
         output = model(z_t, timesteps, model.observation(batch.values, aggregated, observed, like=z_t))
 
         target = scheduler.training_target(z_0, noise, timesteps)
-        error = losses.denoising_error(output.prediction, target, self.snr_weight(timesteps)) * unknown  # (B,)
+        error = losses.denoising_error(output.prediction, target, self.snr_weight(timesteps)) * denoised  # (B,)
         terminal = losses.terminal_kl(
             scheduler.marginal(z_0, timesteps.new_full((len(z_0),), len(scheduler) - 1), encodings)
         )
         terms = {"l0": terminal / z_0[0].numel(), "l1": error * (timesteps > 0), "l3": error * (timesteps == 0)}
         for name in model.auxiliary:
-            nll = model.modalities[name].nll(output.params[name].float(), batch.values[name])
-            terms[f"l2/{name}"] = nll * (batch.present[name] & ~observed[name])
+            modality = model.modalities[name]
+            nll = modality.nll(output.params[name].float(), modality.target(batch.values[name], anchor))
+            source = model.anchor if modality.predicts_anchor else name
+            terms[f"l2/{name}"] = nll * (batch.present[name] & batch.present[source] & ~observed[source])
         return self.total(terms)
 
     def without_missing(self, batch: Batch) -> Batch:
@@ -129,29 +134,35 @@ class MTObjective(nn.Module):
             loss = loss + weight * means[f"l2/{name}"]
         return ObjectiveOutput(loss, {"loss": loss.detach(), **{name: mean.detach() for name, mean in means.items()}})
 
-    def draw_states(self, batch: Batch, where: Where) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """({name: aggregated}, {name: observed}), (B,) bool each; a missing value is absent."""
+    def draw_states(self, batch: Batch, where: Where) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """({name: aggregated}, {name: observed}, denoised), (B,) bool each; a missing value is absent.
+
+        Nothing is denoised where the anchor is observed, missing or hidden: the heads are read at t = T, nothing is
+        aggregated, and L1 and L3 count 0.
+        """
         aggregated, observed = {}, {}
         for name in self.model.names:
             law = self.state_laws[name]
             u = uniform(self.seed, where.step, f"states/{name}", where.positions, (2,))  # (B, 2)
             aggregated[name] = (u[:, 0] < law.aggregated) & batch.present[name]
             observed[name] = (u[:, 1] < law.observed) & batch.present[name]
-        anchor_observed = observed[self.model.anchor]  # then z_t carries nothing
-        aggregated = {name: mask & ~anchor_observed for name, mask in aggregated.items()}
-        aggregated[self.model.anchor] = torch.zeros_like(anchor_observed)
-        return aggregated, observed
+        anchor = self.model.anchor
+        hidden = uniform(self.seed, where.step, "hidden", where.positions) < self.anchor_hidden
+        denoised = batch.present[anchor] & ~observed[anchor] & ~hidden
+        aggregated = {name: mask & denoised for name, mask in aggregated.items()}
+        aggregated[anchor] = torch.zeros_like(denoised)
+        return aggregated, observed, denoised
 
-    def draw_timesteps(self, where: Where, settled: Tensor) -> Tensor:
+    def draw_timesteps(self, where: Where, denoised: Tensor) -> Tensor:
         """(B,) in 0 … T − 1: one uniform number, spread evenly over the global batch (Kingma et al., 2021).
 
-        Where the anchor is settled, observed or missing, nothing is denoised, and t = T, as sampling asks then.
+        Where nothing is denoised t = T, as sampling asks then.
         """
         total = len(self.scheduler)
         offset = uniform(self.seed, where.step, "times", where.positions[:1] * 0)
         u = (offset + where.positions.double() / where.global_batch) % 1.0
         timesteps = (u * total).long().clamp(max=total - 1)
-        return torch.where(settled, total - 1, timesteps)
+        return torch.where(denoised, timesteps, total - 1)
 
     def snr_weight(self, timesteps: Tensor) -> Tensor | None:
         """(B,) weight of the denoising error, or None."""

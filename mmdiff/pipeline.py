@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -38,24 +38,35 @@ class MTDiffusionPipeline(DiffusionPipeline):
         model: the networks.
         scheduler: the reverse process; for another solver take
             `MTDiffusionScheduler.from_config(scheduler.config, solver=…)`.
+        autoencoder: of a latent anchor; by default the one that the model's anchor names.
     """
 
     model_cpu_offload_seq = "model"
+    _optional_components = ["autoencoder"]
 
-    def __init__(self, model: MTDiffusionModel, scheduler: MTDiffusionScheduler) -> None:
+    def __init__(
+        self, model: MTDiffusionModel, scheduler: MTDiffusionScheduler, autoencoder: AutoencoderKL | None = None
+    ) -> None:
         super().__init__()
-        self.register_modules(model=model, scheduler=scheduler)
+        anchor = model.modalities[model.anchor]
+        if autoencoder is not None:
+            anchor.attach(autoencoder)
+        self.register_modules(model=model, scheduler=scheduler, autoencoder=anchor.frozen)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> MTDiffusionPipeline:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, trust_custom_modalities: bool = False, **kwargs: Any
+    ) -> MTDiffusionPipeline:
         """Load a folder or a hub repository that `save_pretrained` or `push_to_hub` wrote.
 
         Args:
             pretrained_model_name_or_path: the folder or the repository.
+            trust_custom_modalities: import the modalities that the model's config names by import path.
             kwargs: for the components' own `from_pretrained`: torch_dtype, revision, token, cache_dir …
 
         Raises:
-            InputError: when the folder holds another pipeline; nothing of it is imported or run.
+            InputError: when the folder holds another pipeline, or names custom modalities that are not trusted; nothing
+                of it is imported or run.
         """
         hub = {
             k: v
@@ -73,10 +84,18 @@ class MTDiffusionPipeline(DiffusionPipeline):
                     f"model_index.json: {name}", index.get(name), f"is no mmdiff pipeline; expected {component}"
                 )
         model = MTDiffusionModel.from_pretrained(
-            pretrained_model_name_or_path, subfolder="model", low_cpu_mem_usage=False, **kwargs
+            pretrained_model_name_or_path,
+            subfolder="model",
+            trust_custom_modalities=trust_custom_modalities,
+            **kwargs,
         )
         scheduler = MTDiffusionScheduler.from_pretrained(pretrained_model_name_or_path, subfolder="scheduler", **hub)
-        return cls(model=model.eval(), scheduler=scheduler)
+        autoencoder = None
+        if index.get("autoencoder", [None])[0] is not None:
+            autoencoder = AutoencoderKL.from_pretrained(
+                pretrained_model_name_or_path, subfolder="autoencoder", **kwargs
+            )
+        return cls(model=model.eval(), scheduler=scheduler, autoencoder=autoencoder)
 
     @torch.no_grad()
     def __call__(
@@ -98,9 +117,10 @@ class MTDiffusionPipeline(DiffusionPipeline):
         Args:
             batch_size: how many samples; by default as many as are observed, or 1.
             observed: {modality: one raw value (int, PIL image …), a list of them, or a tensor of values}; single
-                values are broadcast. Observed values are returned bit-exactly. With the anchor observed, one network
-                evaluation reads the rest.
-            num_inference_steps: solver steps.
+                values are broadcast. Observed values are returned bit-exactly, and so are the anchor's pixels that they
+                fix. With the anchor observed, one network evaluation reads the rest.
+            num_inference_steps: solver steps. 0: nothing is denoised; what is unobserved is read from the heads in one
+                evaluation at t = T, the anchor from the head of an observed modality that predicts it (masked image).
             guidance_scale: classifier-free guidance, one number or {observed modality: number}; 1 is off.
             aggregate: which modalities take part in c_t: True (default: all with weights), False, or names.
             feed: how unknown aggregated modalities are fed back: "draw", "mean" or "mode"; by default "draw" for
@@ -128,8 +148,14 @@ class MTDiffusionPipeline(DiffusionPipeline):
         draws: dict[str, Tensor] = {}
         samples = dict(values)
         if self.model.anchor not in values:
-            z_0, draws = self._denoise(values, count, num_inference_steps, scales, names, feed, generator)
-            samples[self.model.anchor] = self.model.modalities[self.model.anchor].unencode(z_0)
+            if num_inference_steps == 0:
+                samples |= self._read_hidden_anchor(values)
+            else:
+                z_0, draws = self._denoise(values, count, num_inference_steps, scales, names, feed, generator)
+                samples[self.model.anchor] = self.model.modalities[self.model.anchor].unencode(z_0)
+            for name, value in values.items():
+                anchor = self.model.modalities[name].restore(samples[self.model.anchor], value)
+                samples[self.model.anchor] = anchor
         if len(samples) < len(self.model.names):
             read = final_read or self.model.anchor in values
             samples |= self._read(samples) if read else draws
@@ -173,17 +199,27 @@ class MTDiffusionPipeline(DiffusionPipeline):
         return z_t, drawn
 
     def _read(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Modes of all unobserved modalities given the anchor and whatever else is observed: one evaluation at t = T.
+        """Modes of all unobserved auxiliary modalities given whatever is observed."""
+        modalities = self.model.modalities
+        return {n: modalities[n].mode(params) for n, params in self._heads(values).items() if n not in values}
 
-        Nothing is denoised, so z_T is its mean 0 and every target is absent.
-        """
-        model = self.model
-        anchor = values[model.anchor]
-        z = torch.zeros(len(anchor), *model.space, device=model.device, dtype=model.dtype)
-        observed = {name: torch.ones(len(anchor), dtype=torch.bool, device=model.device) for name in values}
-        timesteps = torch.full((len(anchor),), len(self.scheduler) - 1, device=model.device)
-        output = model(z, timesteps, model.observation(values, {}, observed, like=z))
-        return {n: model.modalities[n].mode(params) for n, params in output.params.items() if n not in values}
+    def _read_hidden_anchor(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same, and the anchor from the head of an observed modality that predicts it."""
+        modalities = self.model.modalities
+        able = [name for name in values if modalities[name].predicts_anchor]
+        if not able:
+            raise InputError("num_inference_steps", 0, "needs an observed modality whose head predicts the anchor")
+        heads = self._heads(values)
+        read = {name: modalities[name].mode(params) for name, params in heads.items() if name not in values}
+        return {**read, self.model.anchor: modalities[able[0]].anchor_mode(heads[able[0]])}
+
+    def _heads(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """{auxiliary: params} in one evaluation at t = T: nothing is denoised, z_T is its mean 0, all else absent."""
+        model, count = self.model, len(next(iter(values.values())))
+        z = torch.zeros(count, *model.space, device=model.device, dtype=model.dtype)
+        observed = {name: torch.ones(count, dtype=torch.bool, device=model.device) for name in values}
+        timesteps = torch.full((count,), len(self.scheduler) - 1, device=model.device)
+        return model(z, timesteps, model.observation(values, {}, observed, like=z)).params
 
     def _draw(self, name: str, params: Tensor, generator: Generators) -> Tensor:
         modality: Modality = self.model.modalities[name]

@@ -20,18 +20,26 @@ if TYPE_CHECKING:
 COLUMNS = 10
 
 
+def side_by_side(rows: list[list[Image.Image]], path: Path) -> Path:
+    """One row per sample, one column per way to see it; images of any mode and of one size per column."""
+    coloured = [image.convert("RGB") for row in rows for image in row]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tile(coloured, len(rows[0]), zoom=max(1, 96 // coloured[0].height)).save(path)
+    return path
+
+
 def tile(images: list[Image.Image], columns: int, gap: int = 2, zoom: int = 1) -> Image.Image:
     """Images of one size in rows of ``columns``, with a gap so that they do not run into each other."""
     width, height = images[0].width * zoom, images[0].height * zoom
     rows = -(-len(images) // columns)
-    canvas = Image.new(
-        images[0].mode,
-        (columns * (width + gap) + gap, rows * (height + gap) + gap),
-        128 if images[0].mode == "L" else (128,) * 3,
-    )
+    grey = images[0].mode == "L"
+    size = (columns * (width + gap) + gap, rows * (height + gap) + gap)
+    canvas = Image.new("L" if grey else "RGB", size, 128 if grey else (128,) * 3)
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
         tile_ = image.resize((width, height), Image.Resampling.NEAREST)
+        if tile_.mode in ("LA", "RGBA"):  # what is transparent shows the ground
+            tile_ = Image.alpha_composite(Image.new("RGBA", tile_.size, (128,) * 3 + (255,)), tile_.convert("RGBA"))
         canvas.paste(tile_, (gap + column * (width + gap), gap + row * (height + gap)))
     return canvas
 
@@ -81,7 +89,7 @@ def curves(metrics: Path, path: Path) -> Path:
     axis = figure.subplots()
     for name in names:
         axis.plot([line["step"] for line in lines], [line[name] for line in lines], label=name)
-    axis.set(xlabel="step", yscale="log", title="terms of the loss")
+    axis.set(xlabel="step", yscale="symlog", title="terms of the loss")
     axis.legend()
     figure.savefig(path, dpi=110)
     return path

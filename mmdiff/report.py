@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from omegaconf import OmegaConf
 
-from mmdiff.build import Experiment
+from mmdiff.config import Config
+from mmdiff.data import Rows
+from mmdiff.model import MTDiffusionModel
 from mmdiff.schedulers import MTDiffusionScheduler
 
 _BARS = "▁▂▃▄▅▆▇█"
 
 
-def describe(experiment: Experiment) -> str:
-    """The resolved config, parameter counts, weight schedules and rows."""
-    model = experiment.model
-    lines = [OmegaConf.to_yaml(OmegaConf.create(experiment.config.model_dump(mode="json"))).rstrip(), ""]
-    lines.append(f"rows: {len(experiment.train)} for training, {len(experiment.validation)} held out")
+def describe(
+    config: Config, model: MTDiffusionModel, scheduler: MTDiffusionScheduler, splits: tuple[Rows, Rows] | None
+) -> str:
+    """The resolved config, parameter counts, weight schedules and, where the data were opened, their rows."""
+    lines = [OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))).rstrip(), ""]
+    if splits is not None:
+        lines.append(f"rows: {len(splits[0])} for training, {len(splits[1])} held out")
     lines.append(f"diffusion space: {tuple(model.space)}")
     counts = {"backbone": model.backbone, **dict(model.modalities.items())}
     for name, module in counts.items():
         lines.append(f"parameters, {name:<12} {sum(p.numel() for p in module.parameters()):>12,}")
     lines.append(f"parameters, {'all':<12} {sum(p.numel() for p in model.parameters()):>12,}")
-    return "\n".join([*lines, "", *weights(experiment.scheduler)])
+    return "\n".join([*lines, "", *weights(scheduler)])
 
 
 def weights(scheduler: MTDiffusionScheduler, columns: int = 48) -> list[str]:

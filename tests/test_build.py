@@ -37,7 +37,10 @@ def test_the_data_fill_in_what_the_config_leaves_out(configure: Configure, mode:
     assert config.modalities["image"].settings() == {"channels": channels, "size": [8, 12]}
     assert config.modalities["label"].settings() == {"num_classes": 3}  # a bare integer column: its largest id + 1
     named = rows(labels=datasets.ClassLabel(num_classes=5))
-    assert resolve(configure(), named).modalities["label"].settings() == {"num_classes": 5}
+    assert resolve(configure(), named).modalities["label"].settings() == {
+        "num_classes": 5,
+        "names": list("01234"),
+    }
 
 
 def test_resolving_twice_changes_nothing(configure: Configure) -> None:
@@ -63,10 +66,10 @@ def test_a_wrong_explicit_size_is_refused_with_row_and_column(configure: Configu
 @pytest.mark.parametrize(
     ("override", "start"),
     [
-        ("modalities.label.kind=labels", "modalities.label.kind = 'labels': choose one of image, label"),
+        ("modalities.label.kind=labels", "modalities.label.kind = 'labels': choose one of dense, embedding, image, "),
         ("backbone.kind=vnet", "backbone.kind = 'vnet': choose one of unet"),
         ("backbone.layers=3", "backbone.layers = 3: unknown key; UNet takes "),
-        ("modalities.label.classes=3", "modalities.label.classes = 3: unknown key; Label takes num_classes"),
+        ("modalities.label.classes=3", "modalities.label.classes = 3: unknown key; Label takes names, num_classes, table_size"),
         ("modalities.image.shape=3", "modalities.image.shape = 3: unknown key"),
         ("modalities.image.head=true", "modalities.image.head = True: unknown key"),
         ("data.columns.label=digit", "data.columns.label = 'digit': the source has no such column, but image, label"),
@@ -86,10 +89,10 @@ def test_a_backbone_that_does_not_fit_the_size_is_refused(configure: Configure) 
 def test_weights_with_which_sampling_would_start_wrong_are_refused(configure: Configure) -> None:
     linear = ["scheduler.beta_schedule=linear", "scheduler.num_train_timesteps=1000"]
     config = configure(*linear, "modalities.label.weight={schedule: constant, scale: 1.5}")
-    message = complaint(lambda: build_scheduler(config))
+    message = complaint(lambda: build_scheduler(resolve(config, rows())))
     assert message.startswith("modalities.label.weight = {") and "W_T = " in message
     allowed = configure(*linear, "scheduler.allow_nonzero_terminal=true")
-    assert build_scheduler(allowed).cumulative_weights("label").max().item() == pytest.approx(1.5)
+    assert build_scheduler(resolve(allowed, rows())).cumulative_weights("label").max().item() == pytest.approx(1.5)
 
 
 @pytest.mark.parametrize(
@@ -101,11 +104,13 @@ def test_weights_with_which_sampling_would_start_wrong_are_refused(configure: Co
     ],
 )
 def test_scheduler_mistakes_are_named_as_in_the_config(configure: Configure, override: str, start: str) -> None:
-    assert complaint(lambda: build_scheduler(configure(override))).startswith(start)
+    config = resolve(configure(override), rows())
+    assert complaint(lambda: build_scheduler(config)).startswith(start)
 
 
 def laws(config: Config) -> dict[str, StateLaw]:
-    return {name: state_law(config, name) for name in ("image", "label")}
+    resolved = resolve(config, rows())
+    return {name: state_law(resolved, name) for name in ("image", "label")}
 
 
 def test_state_laws(configure: Configure) -> None:

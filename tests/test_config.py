@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, get_origin
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 import pytest
 from omegaconf import OmegaConf
@@ -29,6 +30,8 @@ def leaves(model: type[BaseModel], *path: str) -> Iterator[tuple[str, Any]]:
     """(dotted key, annotation) of every key of the config."""
     for name, field in model.model_fields.items():
         kind = field.annotation
+        if isinstance(kind, UnionType):  # an optional section is a section
+            kind = next((one for one in get_args(kind) if isinstance(one, type) and issubclass(one, BaseModel)), kind)
         if kind == dict[str, ModalityConfig]:
             yield from leaves(ModalityConfig, *path, name, "label")
         elif isinstance(kind, type) and issubclass(kind, BaseModel):

@@ -140,8 +140,8 @@ def test_names_that_a_module_cannot_hold_are_refused(name: str) -> None:
     [
         (MODALITIES, "picture", "anchor = 'picture': is no modality; choose one of colour, image, label"),
         (MODALITIES, "label", "anchor = 'label': "),
-        ({**MODALITIES, "label": {"kind": "lable"}}, "image", "modalities.label.kind = 'lable': choose one of image"),
-        ({**MODALITIES, "label": {}}, "image", "modalities.label.kind = None: choose one of image"),
+        ({**MODALITIES, "label": {"kind": "lable"}}, "image", "modalities.label.kind = 'lable': choose one of dense, "),
+        ({**MODALITIES, "label": {}}, "image", "modalities.label.kind = None: choose one of dense, "),
     ],
 )
 def test_impossible_configs_are_refused(modalities: dict[str, dict[str, Any]], anchor: str, text: str) -> None:

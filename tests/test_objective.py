@@ -87,7 +87,7 @@ def gradients(objective: MTObjective, *parts: tuple[Batch, Where]) -> tuple[list
 def test_with_everything_absent_it_is_the_loss_of_ddpm(prediction_type: str, step: int) -> None:
     objective = build(weight={"schedule": "none"}, prediction_type=prediction_type)
     rows_, at = batch(40), where(40, step)  # two for every timestep, 0 included
-    timesteps = objective.draw_timesteps(at, torch.zeros(40, dtype=torch.bool))
+    timesteps = objective.draw_timesteps(at, torch.ones(40, dtype=torch.bool))
     noise = normal(0, step, "noise", at.positions, (1, 8, 8))
     ddpm = DDPMScheduler(T, beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type)
     z_0 = rows_.values["image"]
@@ -157,21 +157,23 @@ def test_repetition_is_exact_and_steps_differ() -> None:
 
 def test_states_follow_their_law_and_all_occur() -> None:
     objective, count = build(MIXED), 4000
-    aggregated, observed = objective.draw_states(batch(count), where(count))
+    aggregated, observed, denoised = objective.draw_states(batch(count), where(count))
     a, o = aggregated["label"], observed["label"]
     shares = torch.stack([~a & ~o, a & ~o, ~a & o, a & o]).double().mean(dim=1)
     expected = torch.tensor([0.5 * 0.7, 0.5 * 0.7, 0.5 * 0.3, 0.5 * 0.3], dtype=torch.float64)  # independent flags
     assert ((shares - expected).abs() <= 4 * (expected * (1 - expected) / count).sqrt()).all()
     assert not aggregated["image"].any() and not observed["image"].any()
+    assert denoised.all()
 
 
 @pytest.mark.parametrize(
     ("law", "expected"), [(ABSENT, (0, 0)), (AGGREGATED, (1, 0)), (OBSERVED, (0, 1)), (StateLaw(1, 1), (1, 1))]
 )
 def test_certain_states_are_certain(law: StateLaw, expected: tuple[int, int]) -> None:
-    aggregated, observed = build(law).draw_states(batch(100), where(100))
+    aggregated, observed, denoised = build(law).draw_states(batch(100), where(100))
     assert (aggregated["label"] == bool(expected[0])).all()
     assert (observed["label"] == bool(expected[1])).all()
+    assert denoised.all()
 
 
 @pytest.mark.parametrize("label", [ABSENT, StateLaw(1.0, 1.0), MIXED])
@@ -191,7 +193,7 @@ def test_a_missing_label_drops_its_term_and_its_encoding() -> None:
     """L2 is divided by the full batch: rows present in both batches contribute the same."""
     objective, at = build(AGGREGATED), where()
     full, without = batch(), batch(missing={"label": [2, 5]})
-    aggregated, observed = objective.draw_states(without, at)
+    aggregated, _, _ = objective.draw_states(without, at)
     assert aggregated["label"].tolist() == [k not in (2, 5) for k in range(8)]
     ones = [objective(*rows(full, at, torch.tensor([k]))).terms["l2/label"] for k in range(8)]
     expected = sum(term for k, term in enumerate(ones) if k not in (2, 5)) / 8
@@ -209,9 +211,10 @@ def test_an_observed_label_costs_nothing_and_is_seen() -> None:
 
 def test_an_observed_anchor_costs_nothing_and_is_read_at_the_last_timestep() -> None:
     objective, whole, at = build(AGGREGATED, OBSERVED), batch(), where()
-    aggregated, observed = objective.draw_states(whole, at)
+    aggregated, _, denoised = objective.draw_states(whole, at)
     assert not aggregated["label"].any()  # z_t carries nothing
-    assert objective.draw_timesteps(at, observed["image"]).tolist() == [T - 1] * 8
+    assert not denoised.any()
+    assert objective.draw_timesteps(at, denoised).tolist() == [T - 1] * 8
     terms = objective(whole, at).terms
     assert float(terms["l1"]) == float(terms["l3"]) == 0
     z = torch.zeros(8, 1, 8, 8)
@@ -229,14 +232,14 @@ def test_times_are_spread_evenly_over_the_global_batch(count: int) -> None:
     """Every stratum of T / B timesteps holds one row, whatever the offset."""
     objective = build()
     for step in range(10):
-        timesteps = objective.draw_timesteps(where(count, step), torch.zeros(count, dtype=torch.bool))
+        timesteps = objective.draw_timesteps(where(count, step), torch.ones(count, dtype=torch.bool))
         assert (timesteps // (T // count)).sort().values.tolist() == list(range(count))
 
 
 def test_times_of_one_row_are_uniform_over_the_run() -> None:
     objective, steps = build(), 2000
-    nowhere = torch.zeros(1, dtype=torch.bool)
-    drawn = torch.cat([objective.draw_timesteps(Where(step, torch.tensor([3]), 8), nowhere) for step in range(steps)])
+    denoised = torch.ones(1, dtype=torch.bool)
+    drawn = torch.cat([objective.draw_timesteps(Where(step, torch.tensor([3]), 8), denoised) for step in range(steps)])
     shares = torch.bincount(drawn, minlength=T) / steps
     assert len(shares) == T
     # each share is binomial with p = 1/T; 4.5 standard errors for 20 of them
@@ -266,7 +269,7 @@ def test_learned_weights_receive_gradients(learn_scale: tuple[str, ...]) -> None
 def test_min_snr_weighs_every_row() -> None:
     """With all predictions v, the weight is min(SNR, γ) / (SNR + 1); by rows, one timestep each."""
     plain, weighted, whole, at = build(), build(min_snr_gamma=0.5), batch(), where()
-    timesteps = plain.draw_timesteps(at, torch.zeros(8, dtype=torch.bool))
+    timesteps = plain.draw_timesteps(at, torch.ones(8, dtype=torch.bool))
     for k in range(8):
         snr = (lambda a: a / (1 - a))(float(plain.scheduler.alphas_cumprod[timesteps[k]]))
         one, other = (o(*rows(whole, at, torch.tensor([k]))).terms for o in (plain, weighted))

@@ -63,11 +63,12 @@ def test_every_kind_is_tested() -> None:
 
 @every_case
 def test_shapes_are_those_that_widths_promise(case: Case) -> None:
-    features, pooled = BACKBONES[case.kind].widths(**case.settings)
+    widths, (_, height, width) = BACKBONES[case.kind].widths(**case.settings), case.space
     output = build(case)(*inputs(case))
     assert output.prediction.shape == (3, *case.space)
-    assert output.features.shape == (3, features, *case.space[1:])
-    assert output.pooled.shape == (3, pooled)
+    assert height % widths.stride == width % widths.stride == 0
+    assert output.features.shape == (3, widths.features, height // widths.stride, width // widths.stride)
+    assert output.pooled.shape == (3, widths.pooled)
     assert all(tensor.isfinite().all() for tensor in output)
 
 

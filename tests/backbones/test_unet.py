@@ -68,9 +68,9 @@ def test_patches_are_diffusers_forward_on_unshuffled_pixels() -> None:
         assert torch.equal(actual[:, i::2, j::2], expected[:, k])
 
 
-@pytest.mark.parametrize(("patch_size", "expected"), [(1, (8, 24)), (2, (2, 24))])
-def test_widths_follow_the_levels(patch_size: int, expected: tuple[int, int]) -> None:
-    """Features have the finest level's 8 channels, spread over p² pixels; pooled is 16 + 8 wide."""
+@pytest.mark.parametrize(("patch_size", "expected"), [(1, (8, 24, 1)), (2, (8, 24, 2))])
+def test_widths_follow_the_levels(patch_size: int, expected: tuple[int, int, int]) -> None:
+    """Features have the finest level's 8 channels, one position per patch; pooled is 16 + 8 wide."""
     assert UNet.widths(**TINY, patch_size=patch_size) == expected
 
 

@@ -51,8 +51,10 @@ def test_grey_is_refused_where_colour_is_expected(mode: str) -> None:
     ("settings", "text"),
     [
         ({"channels": 2, "size": 8}, "channels = 2: an image has 1"),
-        ({"channels": 1, "size": 9}, "size = (1, 9, 9): differs from the diffusion space (1, 8, 8)"),
-        ({"channels": 3, "size": 8}, "size = (3, 8, 8): differs"),
+        ({"channels": 1, "size": 9}, "size = (9, 9): must be a whole multiple or a divisor of the grid (8, 8)"),
+        ({"channels": 1, "size": [8, 16]}, "size = (8, 16): must be a whole multiple or a divisor"),
+        ({"channels": 1, "size": [8, 8, 1]}, "size = [8, 8, 1]: needs one number, or height and width"),
+        ({"channels": 1, "size": 8, "space": "latent"}, "space = 'latent': only the anchor is diffused in a latent"),
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any], text: str) -> None:
@@ -78,7 +80,7 @@ def test_heights_and_widths_are_not_confused(height: int, width: int) -> None:
     assert modality.postprocess(modality.preprocess(raw)[None]) == [raw]
     with pytest.raises(InputError, match=f"expected {width}x{height}"):
         modality.preprocess(picture(height, width))
-    assert Image.space(channels=1, size=[height, width], scale=1.0) == (1, height, width)
+    assert Image.diffusion_space(channels=1, size=[height, width], scale=1.0) == (1, height, width)
 
 
 def test_pixels_span_minus_one_to_one() -> None:

@@ -36,7 +36,16 @@ def test_unusable_values_are_refused_in_one_line(raw: Any, remedy: str) -> None:
 def test_text_that_is_no_class_id_is_refused(text: str) -> None:
     with pytest.raises(InputError) as caught:
         Label(SHAPE, 5).parse(text)
-    assert str(caught.value) == f"label = {text!r}: write a class id, 0 … 4"
+    assert str(caught.value) == f"label = {text!r}: write a class id, 0 … 4, or a name"
+
+
+def test_a_class_can_be_written_by_its_name() -> None:
+    label = Label(SHAPE, 3, names=["cat", "7", "dog"])
+    assert [label.parse(text) for text in ("cat", "dog", "1", "7")] == [0, 2, 1, 1]  # a name comes first
+    with pytest.raises(InputError, match="label = 'cow': write a class id, 0 … 2, or a name"):
+        label.parse("cow")
+    with pytest.raises(InputError, match=r"names = \['cat'\]: needs 3 entries"):
+        Label(SHAPE, 3, names=["cat"])
 
 
 @pytest.mark.parametrize("value", [[5], [0, -1]])
@@ -65,7 +74,9 @@ def test_columns_without_integers_are_refused(values: list[Any]) -> None:
 
 def test_a_class_label_states_its_size_and_integers_show_it() -> None:
     """A named column counts classes that no row has; a bare one ends at its largest id."""
-    assert Label.settings_from_data(datasets.ClassLabel(num_classes=7), [0]) == {"num_classes": 7}
+    named = datasets.ClassLabel(names=list("abcdefg"))
+    assert Label.settings_from_data(named, [0]) == {"num_classes": 7, "names": list("abcdefg")}
+    assert Label.settings_from_data(named, [0], num_classes=9) == {}  # names of another set of classes
     assert Label.settings_from_data(datasets.Value("int64"), iter([None, 3, 1])) == {"num_classes": 4}
 
 

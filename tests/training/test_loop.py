@@ -50,7 +50,7 @@ def test_the_run_folder(finished_run: Path) -> None:
 def test_the_config_in_the_folder_is_resolved(finished_run: Path) -> None:
     config = load_config(finished_run / "config.yaml")
     assert config.modalities["image"].settings() == {"channels": 1, "size": [16, 16]}
-    assert config.modalities["label"].settings() == {"num_classes": 10}
+    assert config.modalities["label"].settings() == {"num_classes": 10, "names": list("0123456789")}
 
 
 def test_the_grid_has_a_row_per_class(finished_run: Path) -> None:

@@ -40,7 +40,7 @@ def test_two_processes_compute_what_one_computes(one_process: Path, stopped_runs
     assert (state["processes"], state["threads"]) == (2, 1)
     assert_close(stopped_runs.two_whole, one_process)
     shares = [list(MicroBatches(Order(1498, 0), 0, 6, 12, 2, rank, 2)) for rank in (0, 1)]  # the run's own numbers
-    one, other = ({row for batch in share for row in batch} for share in shares)
+    one, other = ({visit.row for batch in share for visit in batch} for share in shares)
     assert len(one) == len(other) == 36 and not one & other
 
 

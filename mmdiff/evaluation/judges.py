@@ -1,0 +1,76 @@
+"""What reads a modality off images, independently of the model under test; a judge's own accuracy is always measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmdiff.config import Config
+from mmdiff.data import RULES, Batch
+from mmdiff.errors import InputError
+from mmdiff.evaluation.metrics import Judge as NearestNeighbours
+from mmdiff.model import MTDiffusionModel
+from mmdiff.modalities import Label
+from mmdiff.pipeline import MTDiffusionPipeline
+
+_BATCH = 256
+
+
+class Judge(NamedTuple):
+    """``name`` for the manifest; ``read``: images (n, C, H, W) in [−1, 1] -> values of the modality."""
+
+    name: str
+    read: Callable[[Tensor], Tensor]
+
+
+def find_judge(config: Config, model: MTDiffusionModel, name: str, train: Batch, trust: bool) -> Judge | None:
+    """The judge of a modality: a run that `evaluate.judges` names, the rule of a procedural data set, or for labels
+    3 nearest neighbours; None where there is none.
+
+    Args:
+        config: of the run under test.
+        model: the same.
+        name: of the modality.
+        train: real training rows; those that lack the image or the value take no part.
+        trust: whether custom modalities of the judging run may be imported.
+    """
+    if name in config.evaluate.judges:
+        return _run(name, Path(config.evaluate.judges[name]), trust)
+    rule = RULES.get(config.data.source, {}).get(config.column(name))
+    if rule is not None:
+        return Judge(f"the rule of {config.data.source}", rule)
+    if isinstance(model.modalities[name], Label):
+        images, labels = complete(train, model.anchor, name)
+        neighbours = NearestNeighbours(images.numpy(), labels.numpy())
+        return Judge("3-NN on training pixels", lambda images: torch.from_numpy(neighbours(images.float().numpy())))
+    return None
+
+
+def _run(name: str, folder: Path, trust: bool) -> Judge:
+    """The read-out of another model, which a run folder holds."""
+    key = f"evaluate.judges.{name}"
+    if not (folder / "pipeline" / "model_index.json").is_file():
+        raise InputError(key, str(folder), "is no finished run folder")
+    pipeline = MTDiffusionPipeline.from_pretrained(folder / "pipeline", trust_custom_modalities=trust)
+    pipeline.set_progress_bar_config(disable=True)
+    model = pipeline.model
+    if name not in model.auxiliary:
+        raise InputError(key, str(folder), f"does not know {name}, but {', '.join(model.auxiliary)}")
+
+    def read(images: Tensor) -> Tensor:
+        parts = [
+            pipeline(observed={model.anchor: part}, output_type="pt").samples[name] for part in images.split(_BATCH)
+        ]
+        return torch.cat(parts)
+
+    return Judge(f"the run {folder.name}", read)
+
+
+def complete(rows: Batch, *names: str) -> tuple[Tensor, ...]:
+    """The values of the rows in which none of the named modalities is missing."""
+    present = torch.stack([rows.present[name] for name in names]).all(dim=0)
+    return tuple(rows.values[name][present] for name in names)

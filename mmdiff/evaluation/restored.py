@@ -1,0 +1,84 @@
+"""Restored images against the truth, in the hole and on the whole, for fixed sets of masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmdiff.config import Config, MaskingConfig
+from mmdiff.data import Table
+from mmdiff.data.masking import known_masks
+from mmdiff.errors import InputError
+from mmdiff.evaluation import metrics
+from mmdiff.evaluation.judges import complete
+from mmdiff.evaluation.perceptual import Perceptual
+
+SEED = 0  # of the masks: the same for every model
+Draw = Callable[..., dict[str, Tensor]]
+
+
+class HoleScores:
+    """Scores of restored held-out images.
+
+    Args:
+        config: `evaluate.masks` (default: the modality's own holes), `evaluate.num_samples`, `evaluate.lpips`.
+        held_out: real rows.
+        anchor: name of the image.
+    """
+
+    def __init__(self, config: Config, held_out: Table, anchor: str) -> None:
+        self.config, self.anchor = config, anchor
+        count = min(config.evaluate.num_samples, len(held_out))
+        (self.truth,) = complete(held_out.all(count), anchor)
+        self.perceptual, self.facts = self._perceptual()
+        self.facts |= {"mask seed": SEED, "restored images": len(self.truth)}
+
+    def _perceptual(self) -> tuple[Perceptual | None, dict[str, Any]]:
+        lpips = self.config.evaluate.lpips
+        try:
+            found = Perceptual(lpips.net, lpips.backbone, lpips.heads)
+        except InputError as error:
+            if lpips.backbone or lpips.heads:
+                raise
+            return None, {"LPIPS": f"not measured: {error.remedy}"}  # torchvision's weights are not here
+        return found, found.facts()
+
+    def ways(self, name: str, draw: Draw) -> Iterator[tuple[dict[str, Any], Tensor, Tensor, Tensor]]:
+        """(setting, masked value, known pixels, restored images) of every set of masks and every way to restore.
+
+        Args:
+            name: of the masked image.
+            draw: (count, observed=…, …) -> samples.
+        """
+        states, masking = self.config.states, self.config.data.masking
+        for title, law in (self.config.evaluate.masks or {name: masking.get(name, MaskingConfig())}).items():
+            known = known_masks(law.law, law.ratio, *self.truth.shape[2:], SEED, torch.arange(len(self.truth)))
+            value = torch.cat([self.truth * known, known], dim=1)
+            ways = {"mean fill": _mean_fill(self.truth, known)}
+            if states.anchor_hidden > 0:
+                ways["head"] = draw(len(value), observed={name: value}, num_inference_steps=0)[self.anchor]
+            if states.anchor_hidden < 1:
+                ways["samples"] = draw(len(value), observed={name: value})[self.anchor]
+            for by, images in ways.items():
+                restored = torch.where(known > 0, self.truth, images.float().clamp(-1, 1))
+                yield {"masks": title, "law": law.law, "ratio": list(law.ratio), "by": by}, value, known, restored
+
+    def scores(self, restored: Tensor, known: Tensor) -> dict[str, Any]:
+        """LPIPS, PSNR and SSIM in the hole and on the whole; the hidden share says how much of the whole is the truth."""
+        hole, found = 1 - known, {"n": len(restored), "hidden share": float(1 - known.mean())}
+        if self.perceptual is not None:
+            found |= metrics.scored("LPIPS, hole", self.perceptual.hole(restored, self.truth, hole))
+            found |= metrics.scored("LPIPS, whole", self.perceptual.whole(restored, self.truth))
+        for title, where in (("hole", hole), ("whole", None)):
+            found |= metrics.scored(f"PSNR, {title}", metrics.psnr(restored, self.truth, where))
+            found |= metrics.scored(f"SSIM, {title}", metrics.ssim(restored, self.truth, where))
+        return found
+
+
+def _mean_fill(truth: Tensor, known: Tensor) -> Tensor:
+    """The floor: holes filled with the mean of what is known, per image and channel."""
+    mean = (truth * known).sum(dim=(2, 3), keepdim=True) / known.sum(dim=(2, 3), keepdim=True).clamp(min=1)
+    return mean.expand_as(truth)
