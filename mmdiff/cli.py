@@ -171,14 +171,15 @@ def speed(
     overrides: Overrides = None,
     rounds: Annotated[int, typer.Option(help="interleaved rounds", min=1)] = 5,
     steps: Annotated[int, typer.Option(help="steps per round", min=1)] = 10,
+    against: Annotated[str, typer.Option(help="bare or anchor")] = "bare",
 ) -> None:
-    """What mmdiff adds over a bare PyTorch loop with the same backbone, optimizer and EMA."""
+    """A training step of mmdiff against a bare PyTorch loop, or against the same experiment with its anchor alone."""
     from mmdiff.config import load_config
 
     loaded = load_config(config, overrides)
     from mmdiff.evaluation.speed import compare
 
-    typer.echo(compare(loaded, rounds, steps))
+    typer.echo(compare(loaded, rounds, steps, against))
 
 
 def main() -> None:
@@ -203,7 +204,8 @@ def main() -> None:
             raise
         _fail(str(error), 1)
     else:
-        sys.exit(code or 0)
+        if code:
+            sys.exit(code)
 
 
 def _set_wait_policy() -> None:

@@ -339,10 +339,7 @@ def _fields_at(path: tuple) -> list[str]:
     """Names of the fields of the model at a path of keys."""
     model: Any = Config
     for part in path:
-        if get_origin(model) is dict:
-            model = get_args(model)[1]
-        else:
-            model = model.model_fields[part].annotation
+        model = get_args(model)[1] if get_origin(model) is dict else model.model_fields[part].annotation
         if get_origin(model) is UnionType:  # an optional section
             model = next(one for one in get_args(model) if one is not type(None))
     return sorted(model.model_fields)

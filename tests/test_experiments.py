@@ -1,18 +1,25 @@
-"""Every shipped experiment can be read, and trains at toy size where its data are embedded."""
+"""Every shipped experiment is read, steps on stand-in data at toy size, and trains where its data are at hand."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mmdiff.config import load_config, parse_config
+from mmdiff.build import build_model, needs_data, resolve
+from mmdiff.config import Config, load_config, parse_config
 from mmdiff.data.sources import EMBEDDED
 from mmdiff.training import train
+from mmdiff.training.dry_run import dry_run
 
-EXPERIMENTS = sorted((Path(__file__).parents[1] / "experiments").glob("*.yaml"))
+ROOT = Path(__file__).parents[1]
+EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
+DATA = ROOT.parent / "shared" / "data"
 TOY = {
     "block_out_channels": [8, 16],
+    "attention": None,
     "layers_per_block": 1,
     "norm_num_groups": 4,
     "attention_head_dim": 8,
@@ -21,24 +28,93 @@ TOY = {
 each_experiment = pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 
 
+def toy(path: Path, tmp_path: Path) -> Config:
+    """The experiment with a tiny network and two steps."""
+    tree = load_config(path).model_dump()
+    tree["backbone"] |= TOY
+    tree["train"] |= {"steps": 2, "batch_size": 4 * tree["train"]["accumulate"], "threads": 1, "mixed_precision": "no"}
+    tree |= {"output": str(tmp_path / "run"), "track": "none", "sample": {**tree["sample"], "steps": 1}}
+    tree["evaluate"]["at_end"] = False
+    tree["data"] |= {"workers": 0}
+    return parse_config(tree)
+
+
+def without_data(config: Config) -> Config:
+    """What only embedded data would determine, stated."""
+    tree = config.model_dump()
+    stated: dict[str, dict[str, Any]] = {
+        "image": {"channels": 3, "size": 32},
+        "masked_image": {"channels": 3, "size": 32},
+        "mask": {"num_classes": 7, "size": 32},
+        "label": {"num_classes": 10},
+        "embedding": {"dim": 32},
+    }
+    for entry in tree["modalities"].values():
+        entry.update({**stated[entry["kind"]], **entry})
+    return parse_config(tree)
+
+
 def test_there_are_experiments() -> None:
-    assert "digits" in {path.stem for path in EXPERIMENTS}
+    assert {path.stem for path in EXPERIMENTS} >= {
+        *("digits", "shapes_all", "camvid_mask", "cifar10_label", "cifar10_masked", "clip_embedding"),
+        *("imagenet64_label", "imagenet64_masked", "cityscapes_mask", "imagenet64_clip"),
+    }
 
 
 @each_experiment
-def test_it_is_read_and_named_after_its_file(path: Path) -> None:
+def test_it_is_a_record_named_after_its_file(path: Path) -> None:
     assert load_config(path).name == path.stem
+    header = path.read_text().split("\nname:")[0]
+    assert all(line.startswith("#") for line in header.splitlines())
+    for entry in ("command", "data", "hardware", "expected", "measured"):
+        assert re.search(rf"^# {entry} ", header, flags=re.MULTILINE), entry
+    assert f"experiments/{path.name}" in header
 
 
 @each_experiment
-def test_it_trains_at_toy_size(path: Path, tmp_path: Path) -> None:
+def test_it_steps_on_stand_in_data(path: Path, tmp_path: Path) -> None:
+    report = dry_run(without_data(toy(path, tmp_path)))
+    assert "FLOPs per step" in report and "parameters" in report
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("path", [p for p in EXPERIMENTS if "64" in p.stem or "city" in p.stem], ids=lambda p: p.stem)
+def test_paper_scale_is_resolved_without_data(path: Path) -> None:
     config = load_config(path)
+    assert not needs_data(config)
+    assert resolve(config, None).modalities["image"].settings()["channels"] == 3
+
+
+@pytest.mark.slow
+def test_paper_scale_is_the_size_of_adm() -> None:
+    """ADM's U-Net for ImageNet 64×64 has 296 million parameters."""
+    config = resolve(load_config(ROOT / "experiments" / "imagenet64_label.yaml"), None)
+    model = build_model(config)
+    assert sum(p.numel() for p in model.backbone.parameters()) / 1e6 == pytest.approx(296, rel=0.1)
+
+
+@each_experiment
+def test_it_trains_on_embedded_data(path: Path, tmp_path: Path) -> None:
+    config = toy(path, tmp_path)
     if config.data.source not in EMBEDDED:
         pytest.skip(f"its data are not embedded: {config.data.source}")
     tree = config.model_dump()
-    if config.backbone.kind == "unet":
-        tree["backbone"] |= TOY
-    tree["train"] |= {"steps": 2, "batch_size": 4 * config.train.accumulate, "threads": 1}
-    tree |= {"output": str(tmp_path / "run"), "track": "none", "sample": {**tree["sample"], "steps": 1}}
-    folder = train(parse_config(tree))
-    assert (folder / "pipeline" / "model_index.json").is_file()
+    if config.data.source == "shapes":
+        tree["data"]["options"] |= {"rows": 32, "validation_rows": 8}
+    assert (train(parse_config(tree)) / "pipeline" / "model_index.json").is_file()
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("name", "folder", "changes"),
+    [
+        ("camvid_mask", "camvid", {}),
+        ("cifar10_label", "cifar10", {"columns": {}, "validation_split": "validation"}),
+        ("cifar10_masked", "cifar10", {"columns": {}, "validation_split": "validation"}),
+        ("clip_embedding", "clip_pairs", {"columns": {}, "holdout": 5, "embeddings": {}}),
+    ],
+)
+def test_it_trains_on_the_same_columns(name: str, folder: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    tree = toy(ROOT / "experiments" / f"{name}.yaml", tmp_path).model_dump()
+    tree["data"] |= {"source": str(DATA / folder), "cache_mib": 0, **changes}
+    assert (train(parse_config(tree)) / "pipeline" / "model_index.json").is_file()

@@ -13,6 +13,7 @@ from mmdiff.backbones.base import Backbone, BackboneOutput, Observation, Widths
 from mmdiff.errors import InputError
 
 DEFAULT_CHANNELS = (64, 128, 256)
+GRID_CHANNELS = 16
 
 
 class UNet(Backbone):
@@ -28,6 +29,8 @@ class UNet(Backbone):
             positions.
         norm_num_groups: groups of the group norms; every level's channels are a multiple of it.
         dropout: in the ResNet blocks.
+        pooled_grid: g; ``pooled`` also holds 16 channels of the bottleneck on a g×g grid, so that heads can read where
+            something is: an aggregated vector is a pattern in space. 0: only means over space.
         time_scale_shift: "default" adds the time embedding, "scale_shift" also multiplies (ADM).
         gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
     """
@@ -44,6 +47,7 @@ class UNet(Backbone):
         attention_head_dim: int = 32,
         norm_num_groups: int = 8,
         dropout: float = 0.0,
+        pooled_grid: int = 0,
         time_scale_shift: str = "default",
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -68,13 +72,20 @@ class UNet(Backbone):
         )
         if gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
+        self.grid = None
+        if pooled_grid:
+            squeeze = nn.Conv2d(block_out_channels[-1], GRID_CHANNELS, 1)
+            self.grid = nn.Sequential(squeeze, nn.AdaptiveAvgPool2d(pooled_grid), nn.Flatten())
         self.flags = nn.Linear(num_flags, 4 * block_out_channels[0], bias=False)
         nn.init.zeros_(self.unet.conv_out.weight)  # start from the prediction 0, whose loss is the target's variance
         nn.init.zeros_(self.unet.conv_out.bias)
 
     @classmethod
-    def widths(cls, block_out_channels: Any = DEFAULT_CHANNELS, patch_size: int = 1, **_: Any) -> Widths:
-        return Widths(block_out_channels[0], block_out_channels[-1] + block_out_channels[0], patch_size)
+    def widths(
+        cls, block_out_channels: Any = DEFAULT_CHANNELS, patch_size: int = 1, pooled_grid: int = 0, **_: Any
+    ) -> Widths:
+        pooled = block_out_channels[-1] + block_out_channels[0] + GRID_CHANNELS * pooled_grid**2
+        return Widths(block_out_channels[0], pooled, patch_size)
 
     def forward(self, sample: Tensor, timestep: Tensor, observation: Observation) -> BackboneOutput:
         unet = self.unet
@@ -87,12 +98,14 @@ class UNet(Backbone):
             h, outputs = block(hidden_states=h, temb=emb)
             skips += outputs
         h = unet.mid_block(h, emb)  # (B, c_last, coarsest H, W)
-        bottleneck = h.mean(dim=(2, 3))  # (B, c_last)
+        pooled = [h.mean(dim=(2, 3))]  # (B, c_last)
+        if self.grid is not None:
+            pooled.append(self.grid(h))  # (B, 16 g²)
         for block in unet.up_blocks:
             taken = len(block.resnets)
             h, skips = block(h, skips[-taken:], emb), skips[:-taken]
         features = unet.conv_act(unet.conv_norm_out(h))  # (B, c0, H / p, W / p)
-        pooled = torch.cat([bottleneck, features.mean(dim=(2, 3))], dim=1)  # (B, c_last + c0)
+        pooled = torch.cat([*pooled, features.mean(dim=(2, 3))], dim=1)  # (B, P)
         prediction = pixel_shuffle(unet.conv_out(features), self.patch_size)  # (B, C, H, W)
         return BackboneOutput(prediction, features, pooled)
 

@@ -197,7 +197,9 @@ class Scene:
         yield Row(direction, self.anchor, dict(setting), {"n": len(images)} | self._image_scores(images))
         for name, judge in self.judges.items():
             modality, judged = self.model.modalities[name], judge.read(images)
-            scores = {"n": len(images)} | scorer(modality)(modality, judged, given.get(name, drawn[name]))
+            found = scorer(modality)(modality, judged, given.get(name, drawn[name]))
+            # no truth is at hand: the judge and the model agree or not
+            scores = {"n": len(images)} | {key.replace("accuracy", "agreement"): x for key, x in found.items()}
             if f"{name}/last" in drawn and name not in given:
                 last = scorer(modality)(modality, judged, drawn[f"{name}/last"])
                 scores["of last draw"] = next(iter(last.values()))
@@ -267,7 +269,9 @@ def table(evaluation: Evaluation) -> str:
     for (direction, of, *setting), rows in groups.items():
         lines.append(f"\n{direction}: {of}  ({', '.join([*setting, f'{len(rows)} seed' + 's' * (len(rows) > 1)])})")
         for name in rows[0].scores:
-            lines.append(f"  {name:<28}{_cell([row.scores[name] for row in rows])}")
+            if not name.endswith(", 95 %"):
+                between = _interval([row.scores.get(f"{name}, 95 %") for row in rows])
+                lines.append(f"  {name:<24}{_cell([row.scores[name] for row in rows])}{between}")
     return "\n".join(lines)
 
 
@@ -288,6 +292,14 @@ def _on_grey(picture: PILImage.Image) -> PILImage.Image:
 def _numbers(scores: dict[str, Any]) -> dict[str, float]:
     """Without intervals and lists, to four digits."""
     return {name: round(value, 4) for name, value in scores.items() if isinstance(value, float)}
+
+
+def _interval(values: list[Any]) -> str:
+    """Mean ends of the seeds' intervals."""
+    if values[0] is None:
+        return ""
+    low, high = np.mean(values, axis=0)
+    return f"  [{low:.3f}, {high:.3f}]"
 
 
 def _cell(values: list[Any]) -> str:

@@ -36,7 +36,8 @@ class Pixels:
 
     def __init__(self, train: Tensor | np.ndarray, components: int = 32) -> None:
         rows = flat(train)
-        self._pca = PCA(n_components=min(components, *rows.shape), svd_solver="full").fit(rows)
+        solver = "full" if rows.shape[1] <= 1024 else "randomized"  # exact costs minutes for thousands of pixels
+        self._pca = PCA(n_components=min(components, *rows.shape), svd_solver=solver, random_state=0).fit(rows)
         self.name = f"pixels, PCA {self._pca.n_components_}"
 
     def __call__(self, images: Tensor | np.ndarray) -> np.ndarray:

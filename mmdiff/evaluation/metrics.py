@@ -14,7 +14,7 @@ from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from torch import Tensor
 
 from mmdiff.errors import InputError
-from mmdiff.evaluation.features import Pixels, flat, frechet_distance, split_rows
+from mmdiff.evaluation.features import flat
 
 PSNR_OF_EQUAL = 100.0  # dB, instead of infinity: a mean over images stays finite
 _BATCH = 64
@@ -71,37 +71,23 @@ def scored(name: str, per_sample: ArrayLike) -> dict[str, Any]:
     return _with_interval(name, values.mean(), interval(values))
 
 
-class RealImages:
-    """Real images that samples are set against: what is fitted to them is fitted once.
+class Memory:
+    """How near samples come to training rows, against how near held-out rows come (Euclidean, in pixels).
 
     Args:
-        train, held_out: (n, …) each.
-        components: principal components, fitted on the training rows.
+        train, held_out: real images (n, …) each.
     """
 
-    def __init__(self, train: np.ndarray, held_out: np.ndarray, components: int = 32) -> None:
-        self._pixels = Pixels(train, components)
-        self._features = self._pixels(train)
-        self._nearest = NearestNeighbors(n_neighbors=1).fit(flat(train))
+    def __init__(self, train: np.ndarray, held_out: np.ndarray) -> None:
+        self._nearest = NearestNeighbors(n_neighbors=1).fit(_floats(train))
         self._typical = np.median(self._distances(held_out))
 
-    def frechet_distance(self, samples: np.ndarray, splits: int = 5, seed: int = 0) -> tuple[float, float]:
-        """(distance, floor) on the principal components.
-
-        In each split n = min(half of train, samples) of the samples are set against n random training rows; the floor
-        is n other training rows against the same. Means over the splits.
-        """
-        parts = list(split_rows(self._pixels(samples), self._features, splits, seed))
-        distances = [frechet_distance(drawn, reference) for drawn, reference, _ in parts]
-        floors = [frechet_distance(rest, reference) for _, reference, rest in parts]
-        return float(np.mean(distances)), float(np.mean(floors))
-
-    def memorised_share(self, samples: np.ndarray) -> float:
+    def share(self, samples: np.ndarray) -> float:
         """Share of samples nearer to a training row than held-out rows typically (by their median) are."""
         return float((self._distances(samples) < self._typical).mean())
 
     def _distances(self, images: np.ndarray) -> np.ndarray:
-        return self._nearest.kneighbors(flat(images))[0]
+        return self._nearest.kneighbors(_floats(images))[0]
 
 
 MEMORISED_EXPECTED = 0.5  # half of fresh real rows lie below the median of fresh real rows
@@ -261,6 +247,11 @@ def _mean_over(values: Tensor, where: Tensor | None) -> Tensor:
     if not counted.all():
         raise InputError("where", 0, "an image without pixels that count has no score; leave it out")
     return (values.mean(dim=1, keepdim=True) * pixels).sum(dim=(1, 2, 3)) / counted
+
+
+def _floats(images: np.ndarray) -> np.ndarray:
+    """float32 halves the memory of many rows; distances need no more."""
+    return flat(images).astype(np.float32)
 
 
 def _with_interval(name: str, value: float, found: tuple[float, float]) -> dict[str, Any]:

@@ -14,27 +14,41 @@ import torch
 from mmdiff.backbones import Observation
 from mmdiff.build import Experiment, build
 from mmdiff.config import Config
+from mmdiff.errors import InputError
 from mmdiff.training.loop import Trainer
 from mmdiff.training.process import make_accelerator, set_threads
 
 
-def compare(config: Config, rounds: int = 5, steps: int = 10) -> str:
+def compare(config: Config, rounds: int = 5, steps: int = 10, against: str = "bare") -> str:
     """Interleaved A/B on copies of one experiment: milliseconds of CPU time per step and their ratio.
 
-    A is `Trainer.step` (data, states, encoders, heads, four terms, Accelerate, clipping, EMA); B is `bare_steps`.
+    A is `Trainer.step` (data, states, encoders, heads, four terms, Accelerate, clipping, EMA).
+
+    Args:
+        config: of the experiment.
+        rounds, steps: rounds of that many steps of A and of B.
+        against: B is "bare", a hand-written loop of an ordinary diffusion with the same backbone, or "anchor", the
+            same experiment without its other modalities.
     """
+    if against not in ("bare", "anchor"):
+        raise InputError("--against", against, "choose bare or anchor")
     set_threads(config.train.threads)
     config = config.model_copy(update={"train": config.train.model_copy(update={"steps": (rounds + 2) * steps})})
-    framework, bare = _framework(build(config), config), _bare(build(config), config)
-    times: dict[str, list[float]] = {"mmdiff": [], "bare": []}
+    framework = _framework(build(config), config)
+    if against == "anchor":
+        alone = _anchor_alone(config)
+        bare = _framework(build(alone), alone)
+    else:
+        bare = _bare(build(config), config)
+    times: dict[str, list[float]] = {"mmdiff": [], against: []}
     for index in range(rounds + 1):
         # the order alternates, so that a drift of the machine's speed falls on both
-        runs = [("mmdiff", framework), ("bare", bare)]
+        runs = [("mmdiff", framework), (against, bare)]
         for name, run in runs if index % 2 == 0 else reversed(runs):
             seconds = _cpu_seconds(run, steps)
             if index > 0:  # the first round warms up
                 times[name].append(1000 * seconds / steps)
-    ratios = [a / b for a, b in zip(times["mmdiff"], times["bare"], strict=True)]
+    ratios = [a / b for a, b in zip(times["mmdiff"], times[against], strict=True)]
     medians = {name: statistics.median(values) for name, values in times.items()}
     return "\n".join(
         [
@@ -44,6 +58,15 @@ def compare(config: Config, rounds: int = 5, steps: int = 10) -> str:
             *(f"{name:<8}{medians[name]:9.1f} ms CPU per step (median of {rounds})" for name in times),
             f"ratio   {statistics.median(ratios):9.3f}  (rounds {min(ratios):.3f} … {max(ratios):.3f})",
         ]
+    )
+
+
+def _anchor_alone(config: Config) -> Config:
+    data = config.data.model_copy(update={"masking": {}, "embeddings": {}, "missing": {}, "columns": {}})
+    columns = {name: column for name, column in config.data.columns.items() if name == config.anchor}
+    modalities = {config.anchor: config.modalities[config.anchor]}
+    return config.model_copy(
+        update={"data": data.model_copy(update={"columns": columns}), "modalities": modalities}
     )
 
 

@@ -56,6 +56,8 @@ def find_modality(kind: str, key: str) -> type[Modality]:
         known = ", ".join(sorted(MODALITIES))
         raise InputError(key, kind, f"choose one of {known}, or write an import path: my_pkg.depth:Depth")
     module, _, name = kind.partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), name)):
+        raise InputError(key, kind, "is no import path; write one as in my_pkg.depth:Depth")
     try:
         found = vars(importlib.import_module(module)).get(name)
     except ImportError as error:

@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from PIL import Image as PILImage
 from torch import Generator, Tensor
+from torch.nn.functional import adaptive_avg_pool1d
 
 from mmdiff.errors import InputError
 from mmdiff.modalities.base import Modality, Shape
 from mmdiff.modalities.heads import (
     GaussianHead,
     Size,
+    as_array,
     cells,
     gaussian_nll,
     gaussian_sample,
@@ -53,7 +55,7 @@ class Dense(Modality):
 
     @classmethod
     def settings_from_data(cls, feature: Any, values: Iterable[Any], **_: Any) -> dict[str, Any]:
-        maps = [cls.read(value) for value in itertools.islice((v for v in values if v is not None), _ROWS)]
+        maps = [_finite(cls.read(value)) for value in itertools.islice((v for v in values if v is not None), _ROWS)]
         if not maps:
             raise InputError("dense", None, "the column is empty; check data.columns")
         numbers = np.concatenate([m.ravel() for m in maps]).astype(np.float64)
@@ -70,7 +72,7 @@ class Dense(Modality):
         """A raw value as an array (channels, h, w); a subclass may bring it to other units here."""
         if isinstance(raw, PILImage.Image) and raw.mode not in ("F", "I", "I;16", "L"):
             raise InputError("dense", raw.mode, "is no map of numbers; store mode F, I or I;16, or an array")
-        array = np.asarray(raw) if isinstance(raw, PILImage.Image | np.ndarray | list) else np.zeros(())
+        array = as_array(raw)
         if array.ndim not in (2, 3) or array.dtype.kind not in "iuf":
             raise InputError("dense", type(raw).__name__, "is no map of numbers (h, w) or (channels, h, w)")
         return array.astype(np.float32).reshape(-1, *array.shape[-2:])
@@ -79,9 +81,7 @@ class Dense(Modality):
         array = self.read(raw)
         if array.shape != self.value_shape:
             raise InputError("dense", array.shape, f"expected {self.value_shape}")
-        if not np.isfinite(array).all():
-            raise InputError("dense", "a map with NaN or infinity", "leave such rows out (None), or fill the gaps")
-        return torch.from_numpy(array)
+        return torch.from_numpy(_finite(array))
 
     def parse(self, text: str) -> Any:
         try:
@@ -115,9 +115,9 @@ class Dense(Modality):
         return self._to_space(self._standardised(value))
 
     def _to_space(self, standardised: Tensor) -> Tensor:
-        """Where channels are averaged into fewer, what that costs a sum of independent ones is given back."""
-        gain = math.sqrt(max(1.0, self.channels / self.shape.space[0]))
-        return gain * to_space(standardised, self.shape.space)
+        """Where channels are averaged, what that costs independent ones is given back."""
+        shares = adaptive_avg_pool1d(torch.eye(self.channels), self.shape.space[0])  # (c, C), of channels in averages
+        return to_space(standardised, self.shape.space) / float(shares.square().sum(dim=0).mean().sqrt())
 
     @property
     def observation_channels(self) -> int:
@@ -151,3 +151,9 @@ class Dense(Modality):
 
     def expected_encoding(self, params: Tensor) -> Tensor:
         return self._to_space(params[:, :-1])
+
+
+def _finite(array: np.ndarray) -> np.ndarray:
+    if not np.isfinite(array).all():
+        raise InputError("dense", "a map with NaN or infinity", "leave such rows out (None), or fill the gaps")
+    return array

@@ -1,4 +1,4 @@
-"""Vectors (CLIP or any other): E is a linear map of the direction, the head von Mises–Fisher beside a law of the norm."""
+"""Vectors (CLIP or any other): E maps the direction linearly, the head is von Mises–Fisher beside a law of the norm."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch.nn.functional import normalize, softplus
 from mmdiff.errors import InputError
 from mmdiff.likelihoods import Gaussian, vmf_log_prob, vmf_mean_length, vmf_sample
 from mmdiff.modalities.base import Modality, Shape
+from mmdiff.modalities.heads import as_array
 
 _ROWS = 10_000  # that the norm's statistics are read from
 
@@ -51,6 +52,10 @@ class Embedding(Modality):
         super().__init__(shape)
         if dim < 2:
             raise InputError("dim", dim, "a direction needs at least two dimensions")
+        if concentration is not None and not concentration > 0:
+            raise InputError("concentration", concentration, "must be positive; leave it out to predict it")
+        if observation_width < 1:
+            raise InputError("observation_width", observation_width, "needs at least one channel")
         channels, height, width = shape.space
         rows, columns = map_size or height, map_size or width
         if map_size is not None and (map_size < 1 or height % map_size or width % map_size):
@@ -192,7 +197,7 @@ class Embedding(Modality):
 
 
 def _vector(raw: Any) -> np.ndarray:
-    vector = np.asarray(raw) if isinstance(raw, list | tuple | np.ndarray) else np.zeros(())
+    vector = as_array(raw)
     if vector.ndim != 1 or vector.dtype.kind not in "iuf":
         raise InputError("embedding", type(raw).__name__, "is no vector of numbers; check data.columns")
     if not np.isfinite(vector).all() or not np.any(vector):

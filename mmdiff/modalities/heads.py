@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image as PILImage
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool3d, avg_pool2d, pixel_shuffle, pixel_unshuffle
 
@@ -22,6 +24,14 @@ def height_width(size: Size) -> tuple[int, int]:
     if len(size) != 2:
         raise InputError("size", size, "needs one number, or height and width")
     return size[0], size[1]
+
+
+def as_array(raw: Any) -> np.ndarray:
+    """A list, an array or an image as an array; anything else, a ragged list too, as one of no dimension."""
+    try:
+        return np.asarray(raw) if isinstance(raw, list | tuple | np.ndarray | PILImage.Image) else np.zeros(())
+    except ValueError:
+        return np.zeros(())
 
 
 def to_space(x: Tensor, space: tuple[int, int, int]) -> Tensor:

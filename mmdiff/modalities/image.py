@@ -97,16 +97,22 @@ class Image(Modality):
     def frozen(self) -> AutoencoderKL | None:
         """The autoencoder of a latent anchor, loaded on first use."""
         if self.latent and not self._frozen:
-            self.attach(AutoencoderKL.from_pretrained(self.autoencoder))
+            try:
+                self.attach(AutoencoderKL.from_pretrained(self.autoencoder))
+            except (OSError, ValueError, TypeError) as error:
+                raise InputError("autoencoder", self.autoencoder, f"cannot be read: {error}") from None
         return self._frozen[0] if self._frozen else None
 
     def attach(self, autoencoder: AutoencoderKL) -> None:
         """Use this autoencoder instead of loading the one that was named."""
         self._frozen[:] = [autoencoder.requires_grad_(False).eval()]
+        self._encoded = None
 
     @classmethod
-    def settings_from_files(cls, space: str = "pixel", autoencoder: str | None = None, **_: Any) -> dict[str, Any]:
-        if space != "latent" or autoencoder is None:
+    def settings_from_files(
+        cls, space: str = "pixel", autoencoder: str | None = None, **settings: Any
+    ) -> dict[str, Any]:
+        if space != "latent" or autoencoder is None or {"latent_channels", "latent_factor"} <= set(settings):
             return {}
         try:
             config = AutoencoderKL.load_config(autoencoder)

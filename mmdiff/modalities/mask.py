@@ -18,6 +18,7 @@ from mmdiff.modalities.base import Modality, Shape
 from mmdiff.modalities.heads import (
     Size,
     SpatialHead,
+    as_array,
     cells,
     grid_channels,
     grown,
@@ -215,7 +216,7 @@ def _ids(raw: Any) -> np.ndarray:
         if raw.mode not in ("1", "L", "P", "I", "I;16"):
             raise InputError("mask", raw.mode, "is no image of class ids; store ids as a PNG of mode L or P")
         return np.asarray(raw).astype(np.int64)
-    ids = np.asarray(raw) if isinstance(raw, list | np.ndarray) else np.zeros(())
+    ids = as_array(raw)
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
         raise InputError("mask", type(raw).__name__, "is no map of class ids; check data.columns")
     return ids.astype(np.int64)

@@ -52,7 +52,9 @@ class MaskedImage(Modality):
 
     @classmethod
     def settings_from_data(cls, feature: Any, values: Iterable[Any], **_: Any) -> dict[str, Any]:
-        return Image.settings_from_data(feature, values)
+        example = next((value for value in values if value is not None), None)
+        settings = Image.settings_from_data(feature, [example])
+        return {**settings, "channels": 1} if example.mode == "LA" else settings  # an image would read it as colour
 
     def preprocess(self, raw: Any) -> Tensor:
         if not isinstance(raw, PILImage.Image):

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from mmdiff.build import build
+from mmdiff.build import build, build_stand_in
 from mmdiff.config import Config, load_config
 from mmdiff.data import Batch, Table, open_splits
+from mmdiff.data.masking import known_masks
 from mmdiff.data.sampler import Visit
 from mmdiff.errors import InputError
 
@@ -169,6 +170,127 @@ def test_a_bad_row_stops_training_with_its_line(configure: Configure, source: Ca
     options = ["data.holdout=12", "modalities.label.num_classes=3", "data.cache_mib=0", "train.batch_size=2"]
     config = configure(source(label_3=7), *options)
     assert complaint(lambda: train(config)).startswith("data.columns.label=label, row 3: label = 7")
+
+
+# --------------------------------------------------------------------------------------------------------------- holes
+
+MASKED = ["modalities.masked={kind: masked_image}", "data.masking.masked={law: squares, ratio: [0.2, 0.6]}"]
+
+
+def visits(*pairs: tuple[int, int]) -> list[Visit]:
+    return [Visit(row, sample) for row, sample in pairs]
+
+
+def hidden(batch: Batch) -> torch.Tensor:
+    return batch.values["masked"][:, -1] == 0  # (B, H, W)
+
+
+def test_every_visit_of_a_row_has_another_hole_in_training(configure: Configure) -> None:
+    table = build(configure(*MASKED)).train
+    batch = table.__getitems__(visits((3, 3), (3, 1501), (3, 2999), (7, 3)))
+    image, masked = batch.values["image"], batch.values["masked"]
+    assert torch.equal(image[0], image[1]) and not torch.equal(image[0], image[3])
+    assert not torch.equal(hidden(batch)[0], hidden(batch)[1]) and not torch.equal(hidden(batch)[1], hidden(batch)[2])
+    assert torch.equal(hidden(batch)[0], hidden(batch)[3])  # a function of the sample's number alone
+    known = known_masks("squares", (0.2, 0.6), 16, 16, seed=0, positions=torch.tensor([3, 1501, 2999, 3]))
+    assert torch.equal(masked[:, -1:], known)
+    assert torch.equal(masked[:, :-1], image * known)
+
+
+def test_a_row_keeps_its_hole_in_evaluation(configure: Configure) -> None:
+    table, other = (build(configure(*MASKED, f"train.seed={seed}")).validation for seed in (0, 1))
+    whole = table.all()
+    assert equal(table.all(), whole) and equal(table.all(40), table.batch(range(40)))
+    assert not torch.equal(hidden(whole)[0], hidden(whole)[1])
+    assert torch.equal(hidden(table.batch([5, 0, 9])), hidden(whole)[[5, 0, 9]])
+    assert not torch.equal(hidden(other.all()), hidden(whole))
+
+
+@pytest.mark.parametrize("cache_mib", [512, 0])
+def test_the_split_of_a_batch_and_workers_do_not_move_holes_or_hidden_values(
+    configure: Configure, cache_mib: int
+) -> None:
+    options = [*MASKED, "data.missing={label: 0.4, masked: 0.3}", f"data.cache_mib={cache_mib}"]
+    table = build(configure(*options)).train
+    all_visits = visits(*((k * 7 % 31, 100 + k) for k in range(12)))
+    whole = table.__getitems__(all_visits)
+    parts = [all_visits[:5], all_visits[5:6], all_visits[6:]]
+    for workers in (0, 2):
+        found = list(DataLoader(table, batch_sampler=parts, num_workers=workers, collate_fn=as_read))
+        for field in ("values", "present"):
+            for name, tensor in getattr(whole, field).items():
+                assert torch.equal(torch.cat([getattr(part, field)[name] for part in found]), tensor)
+
+
+def test_without_its_image_a_masked_image_is_missing(configure: Configure, source: Callable[..., str]) -> None:
+    batch = build(configure(source(image_3=None), "data.holdout=12", *MASKED)).train.all()
+    assert batch.present["image"].tolist() == batch.present["masked"].tolist() == [k != 3 for k in range(11)]
+    assert batch.present["label"].tolist() == [k not in (2, 6) for k in range(11)]
+
+
+# ------------------------------------------------------------------------------------------------------ hidden values
+
+
+def test_missing_hides_the_stated_share_of_training_rows(configure: Configure) -> None:
+    experiment = build(configure("data.missing={label: 0.3, image: 0.1}"))
+    batch, count = experiment.train.all(), len(experiment.train)
+    for name, share in (("label", 0.3), ("image", 0.1)):
+        error = 4 * (share * (1 - share) / count) ** 0.5
+        assert float((~batch.present[name]).double().mean()) == pytest.approx(share, abs=error)
+    both = float((~batch.present["label"] & ~batch.present["image"]).double().mean())
+    assert both == pytest.approx(0.03, abs=4 * (0.03 * 0.97 / count) ** 0.5)  # one says nothing about the other
+    held_out = experiment.validation.all()
+    assert all(mask.all() for mask in held_out.present.values())
+
+
+def test_the_same_rows_are_missing_always(configure: Configure) -> None:
+    """However often and in whatever order they are visited; another seed hides others."""
+    hiding = "data.missing.label=0.5"
+    one, again, other = (build(configure(hiding, f"train.seed={seed}")).train for seed in (0, 0, 1))
+    present = one.all().present["label"]
+    assert torch.equal(again.all().present["label"], present)
+    assert not torch.equal(other.all().present["label"], present)
+    visited = one.__getitems__(visits((5, 7777), (900, 3), (5, 1)))
+    assert visited.present["label"].tolist() == present[[5, 900, 5]].tolist()
+
+
+@pytest.mark.parametrize(("share", "seen"), [(0.0, True), (1.0, False)])
+def test_all_or_nothing_can_be_missing(configure: Configure, share: float, seen: bool) -> None:
+    present = build(configure(f"data.missing.label={share}")).train.all().present["label"]
+    assert present.all() if seen else not present.any()
+
+
+def test_what_was_missing_stays_missing(configure: Configure, source: Callable[..., str]) -> None:
+    batch = build(configure(source(), "data.holdout=12", "data.missing.label=0.01")).train.all()
+    assert not batch.present["label"][[2, 6]].any()
+
+
+@pytest.mark.parametrize(
+    ("override", "start"),
+    [
+        ("data.missing.depth=0.1", "data = 'depth': names no modality; choose from image, label"),
+        ("data.missing.label=1.5", "data.missing.label = 1.5: "),
+        ("data.masking.depth={law: box}", "data = 'depth': names no modality"),
+        ("data.masking.label={law: stars}", "data.masking.label.law = 'stars': choose one of squares, "),
+        ("data.masking.label={ratio: 0}", "data.masking.label.ratio = (0.0, 0.0): the share of hidden pixels is"),
+        ("data.options={rows: 3}", "data.options = {'rows': 3}: do not fit digits: "),
+    ],
+)
+def test_impossible_holes_and_gaps_are_refused(configure: Configure, override: str, start: str) -> None:
+    assert complaint(lambda: build(configure(override))).startswith(start)
+
+
+def test_a_stand_in_has_the_shapes_of_data_and_no_memory(configure: Configure) -> None:
+    settings = ["modalities.image={kind: image, channels: 1, size: 16}", "modalities.label.num_classes=10", *MASKED]
+    table = build_stand_in(configure(*settings, "modalities.masked={channels: 1, size: 16}")).train
+    one, again, other = (table.__getitems__(visits(*((0, k + n) for k in range(3)))) for n in (5, 5, 6))
+    assert equal(one, again) and not equal(one, other)
+    assert {name: tuple(value.shape) for name, value in one.values.items()} == {
+        "image": (3, 1, 16, 16),
+        "label": (3,),
+        "masked": (3, 2, 16, 16),
+    }
+    assert len(table) >= 2**20 and all(mask.all() for mask in one.present.values())
 
 
 @pytest.mark.data

@@ -28,7 +28,8 @@ from mmdiff.evaluation.features import (
     frechet_distance,
     split_rows,
 )
-from tests.conftest import SHARED
+
+WEIGHTS = Path(__file__).parents[3] / "shared" / "data" / "weights"
 
 
 def with_moments(mean: np.ndarray, covariance: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -145,7 +146,7 @@ def test_kid_has_no_bias(mean: float) -> None:
     for name, value in (("KID", expected), ("KID floor", 0.0)):
         values = np.array([one[name] for one in found])
         assert abs(values.mean() - value) < 4 * values.std() / math.sqrt(len(values))
-        assert (values < 0).any() == (value == 0)  # an unbiased estimate of 0 is negative now and then
+        assert value > 0 or (values < 0).any()  # an unbiased estimate of 0 is negative now and then
 
 
 def test_samples_of_the_real_law_are_at_the_floors() -> None:
@@ -160,6 +161,13 @@ def test_samples_of_the_real_law_are_at_the_floors() -> None:
     for name in ("FID floor", "KID floor", "FID rows"):
         assert found[name] == at_floor[name]
     assert found["FID rows"] == 400
+
+
+def test_the_floor_falls_with_the_number_of_rows() -> None:
+    """A squared distance of two empirical laws falls like 1/n: a quarter at four times the rows."""
+    real, samples = np.random.default_rng(0).standard_normal((2, 1600, 8))
+    floors = [distances(samples[:n], real[: 2 * n])["FID floor"] for n in (200, 800)]
+    assert 0.15 < floors[1] / floors[0] < 0.4
 
 
 def test_distances_depend_on_the_seed_only() -> None:
@@ -259,6 +267,9 @@ def test_inception_reads_the_file_on_disk(offline: Path, monkeypatch: pytest.Mon
     with monkeypatch.context() as unloaded:
         unloaded.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(file))
+    for value in network.state_dict().values():
+        if value.ndim == 4:  # torch's own initial weights let the images fade away on the way
+            nn.init.kaiming_normal_(value, generator=torch.Generator().manual_seed(0))
     torch.save(network.state_dict(), file)
     images = pictures(2, channels=1)
     inception = extractor("auto", images)
@@ -266,12 +277,13 @@ def test_inception_reads_the_file_on_disk(offline: Path, monkeypatch: pytest.Mon
     found = inception(images)
     assert (found.shape, found.dtype) == ((2, 2048), np.float64)
     bytes_ = (255 * (images.repeat(1, 3, 1, 1) + 1) / 2).round().to(torch.uint8)
-    assert np.allclose(found, network(bytes_)[0].numpy(), rtol=1e-4, atol=1e-6)
+    differences = np.abs(found - network(bytes_)[0].numpy())
+    assert differences.max() < 1e-4 * np.abs(found[0] - found[1]).max()
 
 
 @pytest.mark.data
 def test_real_weights_tell_noise_from_pictures() -> None:
-    trunk = Trunk(SHARED / "data" / "weights" / "squeezenet1_1_caffe_imagenetnorm.pth")
+    trunk = Trunk(WEIGHTS / "squeezenet1_1_caffe_imagenetnorm.pth")
     real, same = trunk(pictures(100, seed=0)), trunk(pictures(50, seed=1))
     noise = trunk((pictures(50, seed=1) + 0.3 * torch.randn(50, 3, 16, 16)).clamp(-1, 1))
     near, far = distances(same, real), distances(noise, real)

@@ -1,0 +1,175 @@
+"""The check for a user's own modality: what is broken is caught by the law that is meant, in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mmdiff.modalities import Dense, Label, Modality, Shape
+from mmdiff.modalities.contract import LAWS, Finding, check_modality
+
+SHAPE = Shape((1, 8, 8), 6, 10)
+
+
+class Depth(Dense):
+    """Nothing wrong with it."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape, channels=1, size=8, mean=4.0, std=2.0)
+
+
+class OtherType(Depth):
+    def placeholder(self) -> Tensor:
+        return super().placeholder().long()
+
+
+class WrongShape(Depth):
+    def encode(self, value: Tensor) -> Tensor:
+        return super().encode(value)[..., :4]
+
+
+class Loud(Depth):
+    def _to_space(self, standardised: Tensor) -> Tensor:
+        return 3 * super()._to_space(standardised)
+
+
+class MixedEncoding(Depth):
+    def encode(self, value: Tensor) -> Tensor:
+        return super().encode(value - value.mean(dim=0) + self.mean)
+
+
+class Undeclared(Depth):
+    def observe(self, value: Tensor) -> Tensor:
+        return super().observe(value).repeat(1, 2, 1, 1)
+
+
+class Unreduced(Depth):
+    def nll(self, params: Tensor, value: Tensor) -> Tensor:
+        return super().nll(params, value).mean()
+
+
+class MixedLikelihood(Depth):
+    def nll(self, params: Tensor, value: Tensor) -> Tensor:
+        nll = super().nll(params, value)
+        return nll - nll.mean()
+
+
+class Infinite(Depth):
+    def nll(self, params: Tensor, value: Tensor) -> Tensor:
+        return super().nll(params, value) / 0
+
+
+class Deaf(Depth):
+    def sample(self, params: Tensor, noise: Tensor) -> Tensor:
+        return self.mode(params)
+
+
+class OwnNoise(Depth):
+    def sample(self, params: Tensor, noise: Tensor) -> Tensor:
+        return super().sample(params, torch.randn_like(noise))
+
+
+class MixedDraws(Depth):
+    def sample(self, params: Tensor, noise: Tensor) -> Tensor:
+        return super().sample(params, noise - noise.mean(dim=0))
+
+
+class WrongMode(Depth):
+    def mode(self, params: Tensor) -> Tensor:
+        return super().mode(params) + self.std
+
+
+class EncodingOfTheMode(Label):
+    """Right for a Gaussian, wrong for classes: the mean of encodings is not that of the likeliest class."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape, num_classes=5)
+
+    def expected_encoding(self, params: Tensor) -> Tensor:
+        return self.encode(self.mode(params))
+
+
+class Idle(Depth):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
+        self.spare = nn.Parameter(torch.zeros(3))
+
+
+class Coarse(Depth):
+    def postprocess(self, value: Tensor) -> list[Any]:
+        return super().postprocess(value.round())
+
+
+class Shuffled(Depth):
+    """Its random order of rows is in no state dict: a loaded model would encode otherwise."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
+        self.register_buffer("order", torch.randperm(8), persistent=False)
+
+    def _to_space(self, standardised: Tensor) -> Tensor:
+        return super()._to_space(standardised)[:, :, self.order]
+
+
+class Raising(Depth):
+    def decode(self, features: Tensor, pooled: Tensor) -> Tensor:
+        return {"mean": features}["log_std"]
+
+
+BROKEN = {
+    OtherType: ("values", "examples are torch.float32, the placeholder torch.int64"),
+    WrongShape: ("encoding", "encode(value) gives shape (64, 1, 8, 4), expected (64, 1, 8, 8)"),
+    Loud: ("unit variance", "the mean square of encode(examples) is 9"),
+    MixedEncoding: ("encoding", "encode depends on the other rows of the batch"),
+    Undeclared: ("observation", "observe(value) gives shape (64, 2, 8, 8), expected (64, 1, 8, 8)"),
+    Unreduced: ("likelihood", "nll(params, value) gives shape (), expected (64,)"),
+    MixedLikelihood: ("likelihood", "nll depends on the other rows of the batch"),
+    Infinite: ("likelihood", "nll(params, value) gives NaN or infinity"),
+    Deaf: ("sampling", "sample does not depend on the noise"),
+    OwnNoise: ("sampling", "sample differs between two calls: use only the noise"),
+    MixedDraws: ("sampling", "sample depends on the other rows of the batch"),
+    WrongMode: ("mode", "a draw is likelier than the mode, by "),
+    EncodingOfTheMode: ("expected encoding", "expected_encoding is "),
+    Idle: ("gradients", "no finite gradient reaches the parameter spare"),
+    Coarse: ("round trip", "preprocess(postprocess(value)) differs from the value by up to 0."),
+    Shuffled: ("save and load", "encode differs after loading the state dict into a fresh instance"),
+    Raising: ("likelihood", "raises KeyError: 'log_std' (test_check_modality.py:"),
+}
+
+
+def faults(kind: type[Modality]) -> dict[str, str]:
+    return {law: fault for law, fault in check_modality(kind, SHAPE) if fault is not None}
+
+
+def test_nothing_is_wrong_with_what_they_derive_from() -> None:
+    assert faults(Depth) == {}
+    assert check_modality(lambda shape: Label(shape, num_classes=5), SHAPE) == [Finding(law, None) for law in LAWS]
+
+
+@pytest.mark.parametrize("kind", BROKEN, ids=lambda kind: kind.__name__)
+def test_a_broken_modality_is_caught_by_the_law_that_is_meant(kind: type[Modality]) -> None:
+    law, text = BROKEN[kind]
+    found = faults(kind)
+    assert next(iter(found)) == law  # what comes before it is in order
+    assert found[law].startswith(text)
+    assert "\n" not in found[law]
+
+
+def test_every_law_catches_something() -> None:
+    assert {law for law, _ in BROKEN.values()} == set(LAWS)
+
+
+def test_one_that_cannot_be_built_is_a_finding_and_no_crash() -> None:
+    found = check_modality(lambda shape: Dense(shape, channels=0, size=8), SHAPE)
+    assert [finding.law for finding in found] == list(LAWS)
+    assert all("raises InputError: channels = 0: needs at least one (dense.py:" in str(f.fault) for f in found)
+
+
+def test_the_check_leaves_the_random_state_as_it_was() -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    check_modality(OwnNoise, SHAPE)
+    assert torch.equal(torch.get_rng_state(), before)

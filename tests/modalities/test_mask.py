@@ -1,0 +1,237 @@
+"""Masks: what an ignored pixel means, which files hold ids, how sizes meet, and what is refused in which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PILImage
+from torch import Tensor
+
+from mmdiff.errors import InputError
+from mmdiff.modalities import Mask, Shape
+from mmdiff.modalities.contract import check_modality
+
+SHAPE = Shape((2, 8, 8), 4, 4)
+IDS = np.random.default_rng(0).integers(5, size=(8, 8))
+
+
+def mask(shape: Shape = SHAPE, **settings: Any) -> Mask:
+    torch.manual_seed(0)
+    return Mask(shape, **{"num_classes": 5, "size": 8, **settings})
+
+
+def picture(ids: np.ndarray, mode: str = "L") -> PILImage.Image:
+    image = PILImage.fromarray(ids.astype(np.uint8))
+    if mode == "P":
+        image.putpalette([255 - k // 3 for k in range(768)])  # colours that have nothing to do with the ids
+        assert image.mode == "P"
+    return image
+
+
+def half_ignored(ignore: int = 255) -> Tensor:
+    value = torch.from_numpy(IDS).clone()
+    value[:, 4:] = ignore
+    return value[None]
+
+
+# ------------------------------------------------------------------------------------------------- ignored pixels
+
+
+@pytest.mark.parametrize("ignore", [255, 5])
+def test_ignored_pixels_are_zero_in_the_encoding_and_in_what_is_observed(ignore: int) -> None:
+    modality = mask(ignore=ignore)
+    full, half = torch.from_numpy(IDS)[None], half_ignored(ignore)
+    for map_ in (modality.encode, modality.observe):
+        assert not map_(half)[..., 4:].any()
+        assert torch.equal(map_(half)[..., :4], map_(full)[..., :4])
+    assert torch.equal(modality.observe(full)[0].argmax(dim=0), full[0])
+
+
+def test_ignored_pixels_cost_nothing_and_are_not_left_out_of_the_mean() -> None:
+    modality = mask()
+    params = torch.randn(1, 5, 8, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    nll = modality.nll(params, half_ignored())
+    log_prob = params.log_softmax(dim=1)[0].gather(0, torch.from_numpy(IDS)[None])[0]  # (8, 8)
+    torch.testing.assert_close(nll * modality.dimensions, -log_prob[:, :4].sum()[None])
+    nll.sum().backward()
+    assert not params.grad[..., 4:].any() and params.grad[..., :4].any()
+
+
+def test_ignored_pixels_are_never_predicted() -> None:
+    modality, params = mask(), torch.randn(50, 5, 8, 8, generator=torch.Generator().manual_seed(0))
+    drawn = modality.sample(params, torch.randn(50, 8, 8, generator=torch.Generator().manual_seed(1)))
+    for ids in (drawn, modality.mode(params)):
+        assert int(ids.min()) == 0 and int(ids.max()) == 4
+
+
+def test_a_missing_mask_is_one_of_ignored_pixels() -> None:
+    modality = mask()
+    missing = modality.placeholder()[None]
+    assert not modality.encode(missing).any()
+    assert modality.nll(torch.randn(1, 5, 8, 8), missing).tolist() == [0.0]
+
+
+# ----------------------------------------------------------------------------------------------------- raw values
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [picture(IDS), picture(IDS, "P"), IDS.tolist(), IDS, IDS.astype(np.uint8), PILImage.fromarray(IDS.astype("int32"))],
+    ids=["L", "P", "list", "int64", "uint8", "I"],
+)
+def test_ids_are_read_from_images_and_lists(raw: Any) -> None:
+    assert torch.equal(mask().preprocess(raw), torch.from_numpy(IDS))
+
+
+@pytest.mark.parametrize("mode", ["L", "P"])
+def test_ids_survive_a_file(mode: str, tmp_path: Path) -> None:
+    picture(IDS, mode).save(tmp_path / "ids.png")
+    assert torch.equal(mask().preprocess(mask().parse(str(tmp_path / "ids.png"))), torch.from_numpy(IDS))
+
+
+def test_a_shown_mask_holds_ids_and_distinct_colours(tmp_path: Path) -> None:
+    modality = mask(num_classes=20)
+    ids = torch.arange(64).reshape(1, 8, 8) % 20
+    ids[0, 0, 0] = 255
+    (shown,) = modality.postprocess(ids)
+    assert shown.mode == "P"
+    assert np.array_equal(np.asarray(shown), ids[0].numpy())
+    shown.save(tmp_path / "shown.png")
+    assert torch.equal(modality.preprocess(modality.parse(str(tmp_path / "shown.png"))), ids[0])
+    colours = {k: shown.convert("RGB").getpixel((k % 8, k // 8)) for k in range(64)}
+    assert colours[0] == (0, 0, 0)  # ignored
+    classes = np.array([colours[k] for k in range(1, 21)], dtype=float)
+    apart = np.linalg.norm(classes[:, None] - classes[None], axis=2) + 1e3 * np.eye(20)
+    assert apart.min() > 20 and np.linalg.norm(classes, axis=1).min() > 60
+
+
+def test_resizing_takes_the_centre_and_makes_no_new_ids() -> None:
+    modality = mask(resize=True)
+    wide = np.pad(IDS, ((0, 0), (3, 3)), constant_values=255)
+    assert torch.equal(modality.preprocess(picture(wide)), torch.from_numpy(IDS))
+    large = np.where(np.indices((37, 37)).sum(0) % 3 == 0, 4, 0)  # a mean of the two would be another class
+    assert set(modality.preprocess(picture(large)).unique().tolist()) == {0, 4}
+    doubled = IDS.repeat(2, 0).repeat(2, 1)
+    assert torch.equal(modality.preprocess(picture(doubled)), torch.from_numpy(IDS))
+
+
+@pytest.mark.parametrize(
+    ("settings", "values", "found"),
+    [
+        ({}, [None, picture(IDS)], {"num_classes": 5, "size": [8, 8]}),
+        ({}, [picture(half_ignored()[0].numpy()), np.full((8, 8), 6)], {"num_classes": 7, "size": [8, 8]}),
+        ({"ignore": 6}, [IDS, np.full((8, 8), 6)], {"num_classes": 5, "size": [8, 8]}),
+        ({"num_classes": 9}, iter([IDS, "never looked at"]), {"size": [8, 8]}),
+        ({}, [IDS[:4]], {"num_classes": 5, "size": [4, 8]}),
+    ],
+)
+def test_the_data_determine_size_and_classes(settings: dict, values: Any, found: dict) -> None:
+    assert Mask.settings_from_data(None, values, **settings) == found
+
+
+# -------------------------------------------------------------------------------------------------------- encoding
+
+
+def test_a_class_is_one_vector_or_one_repeated_pattern() -> None:
+    constant = torch.arange(5)[:, None, None].expand(5, 8, 8)
+    vectors = mask().encode(constant)
+    assert torch.equal(vectors, vectors[:, :, :1, :1].expand_as(vectors))
+    patterns = mask(palette_size=2).encode(constant)
+    assert torch.equal(patterns, patterns[:, :, :2, :2].repeat(1, 1, 4, 4))
+    assert not torch.equal(patterns, patterns[:, :, :1, :1].expand_as(patterns))
+    for encoding in (vectors.detach(), patterns.detach()):
+        torch.testing.assert_close(encoding.square().mean(dim=(1, 2, 3)), torch.ones(5))
+        assert float(torch.pdist(encoding.flatten(1)).min()) > 0.3 * float(encoding[0].norm())  # classes keep apart
+
+
+@pytest.mark.parametrize("growth", [1e-2, 1e3])
+def test_a_growing_palette_encodes_the_same(growth: float) -> None:
+    modality, value = mask(), torch.from_numpy(IDS)[None]
+    before = modality.encode(value)
+    with torch.no_grad():
+        modality.palette *= growth
+    torch.testing.assert_close(modality.encode(value), before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_pixel_that_covers_several_classes_is_their_mean() -> None:
+    modality = mask(size=16)
+    value = torch.from_numpy(np.random.default_rng(1).integers(5, size=(1, 16, 16)))
+    one = mask(size=8)
+    quarters = [one.encode(value[:, i::2, j::2]) for i in (0, 1) for j in (0, 1)]  # both have the same palette
+    torch.testing.assert_close(modality.encode(value), sum(quarters) / 4)
+    assert modality.observation_channels == 4 * 5  # while what is observed loses nothing
+    assert int(modality.observe(value).sum()) == 16 * 16
+
+
+@pytest.mark.parametrize("palette", ["learned", "fixed"])
+def test_a_fixed_palette_is_saved_and_not_trained(palette: str) -> None:
+    modality = mask(palette=palette)
+    assert modality.palette.requires_grad is (palette == "learned")
+    assert "palette" in modality.state_dict()
+
+
+def test_a_space_of_one_channel_takes_patterns() -> None:
+    findings = check_modality(lambda shape: Mask(shape, 5, 8, palette_size=2), Shape((1, 8, 8), 6, 10, 2))
+    assert [finding for finding in findings if finding.fault] == []
+
+
+# --------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        (picture(IDS + 1), "mask = 5: is no class 0 … 4 and not ignore = 255; check num_classes and ignore"),
+        (IDS - 1, "mask = -1: is no class 0 … 4"),
+        (picture(IDS[:, :7]), "mask = '7x8': expected 8x8; or set resize: true"),
+        (picture(IDS).convert("RGB"), "mask = 'RGB': is no image of class ids; store ids as a PNG of mode L or P"),
+        (IDS.astype(float), "mask = 'ndarray': is no map of class ids; check data.columns"),
+        (3, "mask = 'int': is no map of class ids; check data.columns"),
+        (None, "mask = 'NoneType': is no map of class ids"),
+        ([1, 2, 3], "mask = 'list': is no map of class ids"),
+        ([[1, 2], [3]], "mask = 'list': is no map of class ids"),
+    ],
+)
+def test_unusable_values_are_refused_in_one_line(raw: Any, text: str) -> None:
+    with pytest.raises(InputError) as caught:
+        mask().preprocess(raw)
+    assert str(caught.value).startswith(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_batches_with_other_ids_are_refused() -> None:
+    value = torch.from_numpy(IDS)[None].clone()
+    mask().check(value)
+    value[0, 0, 0] = 254
+    with pytest.raises(InputError, match="mask = 254: is no class 0 … 4"):
+        mask().check(value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings", "text"),
+    [
+        (SHAPE, {"num_classes": 1}, "num_classes = 1: a mask needs at least two classes"),
+        (SHAPE, {"ignore": 4}, "ignore = 4: must be an id from 5 to 255, no class's own"),
+        (SHAPE, {"ignore": 256}, "ignore = 256: must be an id from 5 to 255"),
+        (SHAPE, {"palette": "random"}, "palette = 'random': choose learned or fixed"),
+        (SHAPE, {"palette_size": 3}, "palette_size = 3: must divide the diffusion space's 8x8"),
+        (SHAPE, {"palette_size": 0}, "palette_size = 0: must divide"),
+        (Shape((1, 8, 8), 4, 4), {}, "palette_size = 1: one channel holds only ±1; take 2 or more"),
+        (SHAPE, {"size": 12}, "size = (12, 12): must be a whole multiple or a divisor of the grid (8, 8)"),
+        (SHAPE, {"size": [8, 8, 8]}, "size = [8, 8, 8]: needs one number, or height and width"),
+    ],
+)
+def test_impossible_settings_are_refused(shape: Shape, settings: dict[str, Any], text: str) -> None:
+    with pytest.raises(InputError) as caught:
+        mask(shape, **settings)
+    assert str(caught.value).startswith(text)
+
+
+@pytest.mark.parametrize("values", [[], [None], [np.full((8, 8), 255)]])
+def test_a_column_without_ids_is_refused(values: list[Any]) -> None:
+    with pytest.raises(InputError, match="mask = None: the column holds no class ids; check data.columns"):
+        Mask.settings_from_data(None, values)
