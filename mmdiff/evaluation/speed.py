@@ -65,9 +65,7 @@ def _anchor_alone(config: Config) -> Config:
     data = config.data.model_copy(update={"masking": {}, "embeddings": {}, "missing": {}, "columns": {}})
     columns = {name: column for name, column in config.data.columns.items() if name == config.anchor}
     modalities = {config.anchor: config.modalities[config.anchor]}
-    return config.model_copy(
-        update={"data": data.model_copy(update={"columns": columns}), "modalities": modalities}
-    )
+    return config.model_copy(update={"data": data.model_copy(update={"columns": columns}), "modalities": modalities})
 
 
 def _framework(experiment: Experiment, config: Config) -> Callable[[], None]:

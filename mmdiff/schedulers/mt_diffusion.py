@@ -27,7 +27,6 @@ from mmdiff.schedulers.solvers import REFUSED, SOLVERS, safe_eta, trim_timesteps
 
 Encodings = Mapping[str, Tensor]  # {modality name: encoding in diffusion space, (B, C, H, W)}
 
-
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("v_prediction", "epsilon", "sample")
 MAX_TERMINAL_WEIGHT = 0.1
@@ -360,7 +359,7 @@ class MTDiffusionScheduler(SchedulerMixin, ConfigMixin):
             raise InputError("literal_alpha", True, f"ā_t underflows within T = {total} steps; sample with a smaller T")
         if SOLVERS[self.config.solver].multistep:
             self._solver.set_begin_index(0)
-        if self.config.solver == "UniPCMultistepScheduler":
+        if SOLVERS[self.config.solver].has_corrector:
             fixed = (self.config.solver_config or {}).get("disable_corrector", [])
             self._solver.disable_corrector = list(range(num_inference_steps)) if changing_encodings else list(fixed)
         self.timesteps = self._solver.timesteps.to(device)

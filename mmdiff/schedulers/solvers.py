@@ -27,6 +27,7 @@ class Solver:
     takes_generator: bool = False
     multistep: bool = False
     zero_terminal_snr: bool = True
+    has_corrector: bool = False  # that re-uses an earlier sample
     is_stochastic: Callable[[Mapping[str, Any]], bool] = lambda options: False
 
 
@@ -50,7 +51,10 @@ SOLVERS = {
     ),
     "DEISMultistepScheduler": Solver(DEISMultistepScheduler, _MULTISTEP, multistep=True, zero_terminal_snr=False),
     "UniPCMultistepScheduler": Solver(
-        UniPCMultistepScheduler, (*_MULTISTEP, "predict_x0", "disable_corrector", "final_sigmas_type"), multistep=True
+        UniPCMultistepScheduler,
+        (*_MULTISTEP, "predict_x0", "disable_corrector", "final_sigmas_type"),
+        multistep=True,
+        has_corrector=True,
     ),
 }
 _REFUSED = (

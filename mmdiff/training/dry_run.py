@@ -32,7 +32,10 @@ def dry_run(config: Config, steps: int = 2) -> str:
     set_threads(config.train.threads)
     accelerator = make_accelerator(config.train)
     config = config.model_copy(
-        update={"train": config.train.model_copy(update={"steps": max(steps, config.train.steps)})}
+        update={
+            "train": config.train.model_copy(update={"steps": max(steps, config.train.steps)}),
+            "data": config.data.model_copy(update={"workers": 0}),
+        }
     )
     trainer = Trainer(build_stand_in(config), accelerator)
     loader, window = trainer.loader(0), Window()

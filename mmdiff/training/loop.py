@@ -113,6 +113,7 @@ def train(config: Config, progress: bool = True) -> Path:
             trainer.pipeline().save_pretrained(folder / "pipeline")
     if tracker:
         tracker.close()
+        plots.curves(folder / "metrics.jsonl", folder / "curves.png")
     accelerator.end_training()
     return folder
 

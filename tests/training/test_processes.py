@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from mmdiff.config import Config, TrainConfig, load_config
 from mmdiff.data import Order
@@ -64,3 +66,38 @@ def test_a_batch_that_cannot_be_split_is_refused(
     with pytest.raises(InputError, match=rf"^train.batch_size = {batch_size}: .* train.accumulate = {accumulate}$"):
         train(config)
     assert not (tmp_path / "run").exists()
+
+
+ALL_MODALITIES = {
+    "data": {
+        "source": "shapes",
+        "options": {"rows": 60, "validation_rows": 4, "size": 16},
+        "masking": {"masked": {"law": "squares", "ratio": [0.2, 0.6]}},
+        "missing": {"image": 0.2, "mask": 0.3, "masked": 0.3, "label": 0.3, "embedding": 0.3},
+    },
+    "modalities": {
+        "image": {"kind": "image"},
+        "mask": {"kind": "mask"},
+        "masked": {"kind": "masked_image"},
+        "label": {"kind": "label", "weight": {"schedule": "learned"}},
+        "embedding": {"kind": "embedding"},
+    },
+    "states": {"anchor_hidden": 0.1},
+}
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_computes_whatever_is_missing_in_all_modalities(
+    tiny: dict[str, Any], launch: Callable[..., Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "all.yaml"
+    OmegaConf.save(OmegaConf.create({**tiny, **ALL_MODALITIES}), path)
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "mmdiff"]
+    two = launch([*start, "train", str(path), f"output={tmp_path / 'two'}"], tmp_path / "log", ACCELERATE_USE_CPU="1")
+    one = train(load_config(path, [f"output={tmp_path / 'one'}"]))
+    answer = two.wait()
+    assert answer.code == 0, answer.err
+    state = json.loads((tmp_path / "two" / "checkpoints" / "step-6" / "state.json").read_text())
+    assert state["processes"] == 2
+    assert {"l2/mask", "l2/masked", "l2/label", "l2/embedding"} < set(lines(one, 1)[0])
+    assert_close(tmp_path / "two", one)
