@@ -70,9 +70,11 @@ def sample(
     """Sample from a run and write a grid."""
     from mmdiff.errors import InputError
 
-    if out.exists():
-        raise InputError("--out", str(out), "exists; choose another file")
     pipeline = _load(run, solver, trust)
+    paths = {name: out.with_stem(f"{out.stem}-{name}") for name in pipeline.model.auxiliary}
+    paths[pipeline.model.anchor] = out
+    if taken := [str(path) for path in paths.values() if path.exists()]:
+        raise InputError("--out", taken[0], "exists; choose another file")
     import torch
     from PIL import Image
 
@@ -99,9 +101,8 @@ def sample(
     out.parent.mkdir(parents=True, exist_ok=True)
     for name, values in output.samples.items():
         if isinstance(values[0], Image.Image):
-            path = out if name == pipeline.model.anchor else out.with_stem(f"{out.stem}-{name}")
-            tile(values, columns=max(1, round(num**0.5)), zoom=max(1, 48 // values[0].height)).save(path)
-            typer.echo(f"wrote {path}")
+            tile(values, columns=max(1, round(num**0.5)), zoom=max(1, 48 // values[0].height)).save(paths[name])
+            typer.echo(f"wrote {paths[name]}")
         else:
             typer.echo(f"{name}: {' '.join(str(value) for value in values)}")
 

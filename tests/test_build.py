@@ -69,7 +69,10 @@ def test_a_wrong_explicit_size_is_refused_with_row_and_column(configure: Configu
         ("modalities.label.kind=labels", "modalities.label.kind = 'labels': choose one of dense, embedding, image, "),
         ("backbone.kind=vnet", "backbone.kind = 'vnet': choose one of unet"),
         ("backbone.layers=3", "backbone.layers = 3: unknown key; UNet takes "),
-        ("modalities.label.classes=3", "modalities.label.classes = 3: unknown key; Label takes names, num_classes, table_size"),
+        (
+            "modalities.label.classes=3",
+            "modalities.label.classes = 3: unknown key; Label takes names, num_classes, table_size",
+        ),
         ("modalities.image.shape=3", "modalities.image.shape = 3: unknown key"),
         ("modalities.image.head=true", "modalities.image.head = True: unknown key"),
         ("data.columns.label=digit", "data.columns.label = 'digit': the source has no such column, but image, label"),

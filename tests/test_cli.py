@@ -35,7 +35,14 @@ def test_train_ends_with_a_pipeline_a_grid_and_a_table(cli: Cli, tiny_file: Path
     assert (run / "samples" / "step-2.png").is_file()
     text = "\n".join(table)
     assert "label → image" in text and "image → label" in text and "joint" in text
-    assert len(json.loads((run / "evaluation.json").read_text())["rows"]) == 5
+    rows = json.loads((run / "evaluation.json").read_text())["rows"]
+    assert {(row["direction"], row["of"]) for row in rows} == {
+        ("image → label", "label"),
+        ("joint", "image"),
+        ("joint", "label"),
+        ("label → image", "image"),
+        ("label → image", "label"),
+    }
     assert "Traceback" not in answer.err and "mmdiff:" not in answer.err
 
 
@@ -44,7 +51,8 @@ def test_a_second_evaluation_keeps_the_first(cli: Cli, run_copy: Path) -> None:
     assert answer.code == 0, answer.err
     first = (run_copy / "evaluation.json").read_bytes()
     rows = json.loads(first)["rows"]
-    assert {row["setting"]["steps"] for row in rows} == {3, 5}
+    drawn = [row for row in rows if row["direction"] != "image → label"]  # that is read in one evaluation
+    assert {row["setting"]["steps"] for row in drawn} == {3, 5}
     assert cli("evaluate", run_copy, "evaluate.num_samples=20", "--solver", "DDIMScheduler", "--feed", "mean").code == 0
     assert (run_copy / "evaluation-1.json").read_bytes() == first
     assert json.loads((run_copy / "evaluation.json").read_text())["manifest"]["solver"] == "DDIMScheduler"
@@ -54,7 +62,7 @@ def test_sample_writes_a_grid_and_prints_the_labels(cli: Cli, finished_run: Path
     out = tmp_path / "new" / "grid.png"
     answer = cli("sample", finished_run, "--observe", "label=3", "--num", 6, "--steps", 2, "--out", out)
     assert answer.code == 0, answer.err
-    assert answer.out.splitlines() == ["label: 3 3 3 3 3 3", f"wrote {out}"]
+    assert answer.out.splitlines() == [f"wrote {out}", "label: 3 3 3 3 3 3"]
     with Image.open(out) as grid:
         assert (grid.mode, grid.size) == ("L", (2 * 50 + 2, 3 * 50 + 2))  # 2 columns of 3 · 16 pixels, gaps of 2
 
@@ -75,7 +83,7 @@ def test_sample_reads_an_observed_image(cli: Cli, finished_run: Path, tmp_path: 
     out = tmp_path / "seen.png"
     answer = cli("sample", finished_run, "--observe", f"image={tmp_path / 'digit.png'}", "--num", 1, "--out", out)
     assert answer.code == 0, answer.err
-    assert re.fullmatch(r"label: \d", answer.out.splitlines()[0])
+    assert re.fullmatch(r"label: \d", answer.out.splitlines()[1])
     with Image.open(out) as grid:
         assert np.array_equal(np.asarray(grid)[2:50:3, 2:50:3], np.asarray(digit))  # returned bit by bit
 
@@ -210,6 +218,17 @@ def test_evaluate_refuses_bad_input(cli: Cli, run_copy: Path, arguments: list[st
     answer = cli("evaluate", run_copy, *arguments)
     assert answer.code == 2 and answer.complaint.startswith(start)
     assert not (run_copy / "evaluation.json").exists()
+
+
+def test_show_opens_data_only_where_a_setting_is_left_to_them(cli: Cli, tiny_file: Path) -> None:
+    nowhere = "data.source=no such source"
+    assert cli("show", tiny_file, nowhere).complaint.startswith("data.source = 'no such source': cannot be opened")
+    answer = cli(
+        "show", tiny_file, nowhere, "modalities.image={channels: 1, size: 16}", "modalities.label.num_classes=3"
+    )
+    assert answer.code == 0, answer.err
+    assert re.search(r"^parameters, all +[\d,]+$", answer.out, flags=re.MULTILINE)
+    assert not re.search("^rows:", answer.out, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("arguments", ["trian", "train", "sample run --num 0", "sample run --num x", "show x --plt y"])

@@ -28,14 +28,16 @@ def build(
     weight: dict[str, Any] = BUMP,
     prediction_type: str = "v_prediction",
     label_weight: float = 0.1,
+    masked: StateLaw | None = None,
     **settings: Any,
 ) -> MTObjective:
-    """With random numbers where a fresh network has zeros."""
+    """With random numbers where a fresh network has zeros; with a masked image where its law is given."""
     torch.manual_seed(0)
     model = MTDiffusionModel(
         modality_config={
             "image": {"kind": "image", "channels": 1, "size": 8},
             "label": {"kind": "label", "num_classes": CLASSES},
+            **({"masked": {"kind": "masked_image", "channels": 1, "size": 8}} if masked else {}),
         },
         backbone_config={
             "kind": "unet",
@@ -50,7 +52,9 @@ def build(
             if not parameter.any():
                 parameter.normal_(std=0.1)
     scheduler = MTDiffusionScheduler(num_train_timesteps=T, prediction_type=prediction_type, weights={"label": weight})
-    return MTObjective(model, scheduler, {"image": image, "label": label}, {"label": label_weight}, **settings)
+    laws = {"image": image, "label": label} | ({"masked": masked} if masked else {})
+    weights = {"label": label_weight} | ({"masked": 0.1} if masked else {})
+    return MTObjective(model, scheduler, laws, weights, **settings)
 
 
 def batch(count: int = 8, missing: dict[str, list[int]] | None = None) -> Batch:
@@ -60,6 +64,14 @@ def batch(count: int = 8, missing: dict[str, list[int]] | None = None) -> Batch:
     for name, rows in (missing or {}).items():
         present[name][rows] = False
     return Batch(values, present)
+
+
+def with_holes(whole: Batch) -> Batch:
+    """The batch, and its images with every second column hidden."""
+    image = whole.values["image"]
+    known = (torch.arange(8) % 2 == 0).float().expand(len(image), 1, 8, 8)
+    values = {**whole.values, "masked": torch.cat([image * known, known], dim=1)}
+    return Batch(values, {**whole.present, "masked": whole.present["image"]})
 
 
 def where(count: int = 8, step: int = 5) -> Where:
@@ -222,6 +234,58 @@ def test_an_observed_anchor_costs_nothing_and_is_read_at_the_last_timestep() -> 
     seen = objective.model.observation(whole.values, {}, {"image": everywhere}, like=z)
     logits = objective.model(z, torch.full((8,), T - 1), seen).params["label"]
     torch.testing.assert_close(terms["l2/label"], torch.nn.functional.cross_entropy(logits, whole.values["label"]))
+
+
+# --------------------------------------------------------------------------- hidden anchors, and heads that predict it
+
+
+def test_where_the_anchor_is_hidden_the_heads_read_from_what_else_is_observed() -> None:
+    """In one evaluation at t = T of z_T's mean 0, as sampling does without denoising."""
+    objective, whole, at = build(AGGREGATED, masked=OBSERVED, anchor_hidden=1.0), with_holes(batch()), where()
+    aggregated, observed, denoised = objective.draw_states(whole, at)
+    assert not denoised.any() and not observed["image"].any() and not aggregated["label"].any()
+    assert objective.draw_timesteps(at, denoised).tolist() == [T - 1] * 8
+    terms = objective(whole, at).terms
+    assert float(terms["l1"]) == float(terms["l3"]) == 0
+    z, everywhere = torch.zeros(8, 1, 8, 8), torch.ones(8, dtype=torch.bool)
+    seen = objective.model.observation(whole.values, {}, {"masked": everywhere}, like=z)
+    params = objective.model(z, torch.full((8,), T - 1), seen).params
+    torch.testing.assert_close(
+        terms["l2/label"], torch.nn.functional.cross_entropy(params["label"], whole.values["label"])
+    )
+    law = torch.distributions.Normal(params["masked"][:, :1], params["masked"][:, 1:].exp())
+    hole = -law.log_prob(whole.values["image"])[..., 1::2]  # of the hidden columns, which are half of all
+    torch.testing.assert_close(terms["l2/masked"], hole.mean() / 2)
+
+
+def test_anchors_are_hidden_at_their_rate_unless_they_are_observed() -> None:
+    count = 4000
+    objective = build(MIXED, StateLaw(0.0, 0.25), anchor_hidden=0.4)
+    aggregated, observed, denoised = objective.draw_states(batch(count), where(count))
+    seen = observed["image"]
+    assert not denoised[seen].any() and not aggregated["label"][~denoised].any()
+    share = 0.6 * 0.75
+    assert float(denoised.double().mean()) == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / count))
+    assert float(seen.double().mean()) == pytest.approx(0.25, abs=4 * math.sqrt(0.25 * 0.75 / count))
+
+
+@pytest.mark.parametrize("masked", [ABSENT, OBSERVED])
+def test_a_head_that_predicts_the_anchor_learns_where_it_is_observed_and_stops_where_the_anchor_is(
+    masked: StateLaw,
+) -> None:
+    whole = with_holes(batch())
+    assert float(build(masked=masked)(whole, where()).terms["l2/masked"]) != 0
+    assert float(build(masked=masked, image=OBSERVED)(whole, where()).terms["l2/masked"]) == 0
+    whole.present["image"][:] = False
+    assert float(build(masked=masked)(whole, where()).terms["l2/masked"]) == 0
+
+
+def test_a_modality_without_a_schedule_is_never_in_z_t() -> None:
+    """However it is called for: what a masked image encodes is not in the mean."""
+    objective, whole = build(masked=AGGREGATED), with_holes(batch())
+    other = Batch({**whole.values, "masked": whole.values["masked"] * 0}, whole.present)
+    assert objective.weighted == ("label",)
+    assert objective(whole, where()).terms["l1"] == objective(other, where()).terms["l1"]
 
 
 # ------------------------------------------------------------------------------------------------------- timesteps

@@ -1,7 +1,7 @@
 """Data: rows of any source become batches {modality name: tensor} with per-sample `present` masks."""
 
-from mmdiff.data.sampler import Order
 from mmdiff.data import shapes_rules
+from mmdiff.data.sampler import Order
 from mmdiff.data.sources import Batch, Holes, Rows, StandIn, Table, open_splits
 
 #: {embedded source: {column: images -> values}}: what can be read off a procedural image by the rule that made it.

@@ -17,9 +17,10 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
+from mmdiff.build import state_law
 from mmdiff.conditioning import feed_for
 from mmdiff.config import Config
-from mmdiff.data import Batch, Table
+from mmdiff.data import Table
 from mmdiff.evaluation import metrics
 from mmdiff.evaluation.features import distances, extractor
 from mmdiff.evaluation.judges import complete, find_judge
@@ -77,7 +78,7 @@ def evaluate(
     """
     pipeline.set_progress_bar_config(disable=True)
     scene = Scene(pipeline, config, train, validation, trust_custom_modalities)
-    rows = list(scene.reads()) if config.states.anchor_observed > 0 else []
+    rows = list(scene.reads()) if state_law(config, config.anchor).observed > 0 else []
     for count in steps or (config.sample.steps,):
         for seed in config.evaluate.seeds:
             for row in scene.samples(count, seed, feed or config.sample.feed):
@@ -137,10 +138,11 @@ class Scene:
             yield Row(
                 f"{self.anchor} → {name}", name, {}, {"n": len(images)} | scorer(modality)(modality, found, truth)
             )
-            shown = [[modality.postprocess(x) for x in (truth[:PICTURED], found[:PICTURED])]]
-            if isinstance(shown[0][0][0], PILImage.Image):  # image, truth, what was read
-                pictures = self.model.modalities[self.anchor].postprocess(images[:PICTURED])
-                self.pictures[name] = [list(row) for row in zip(pictures, *shown[0], strict=True)]
+            chosen = _spread(len(images))
+            shown = [modality.postprocess(values[chosen]) for values in (truth, found)]
+            if isinstance(shown[0][0], PILImage.Image):  # image, truth, what was read
+                pictures = self.model.modalities[self.anchor].postprocess(images[chosen])
+                self.pictures[name] = [list(row) for row in zip(pictures, *shown, strict=True)]
             if isinstance(modality, Label) and self.config.evaluate.zero_shot is not None:
                 yield self._zero_shot(name, images, truth)
 
@@ -157,10 +159,10 @@ class Scene:
         """Joint samples and each modality → anchor, with and without aggregating."""
         arguments = {"num_inference_steps": steps, "feed": feed}
         weighted = {name for name, peak in self.pipeline.peak_weights().items() if peak > 0}
-        count, states = self.config.evaluate.num_samples, self.config.states
-        if states.anchor_observed == 1:  # a reader only
+        count = self.config.evaluate.num_samples
+        if state_law(self.config, self.anchor).observed == 1:  # a reader only
             return
-        denoises = states.anchor_hidden < 1
+        denoises = self.config.states.anchor_hidden < 1
         for aggregate in (True, False)[not weighted :] if denoises else ():
             setting = {"aggregate": aggregate}
             yield from self._scored("joint", setting, self._draw(count, seed, aggregate=aggregate, **arguments), {})
@@ -178,9 +180,10 @@ class Scene:
         ways = self.holes.ways(name, lambda count, **more: self._draw(count, seed, **arguments | more))
         for setting, value, known, restored in ways:
             yield Row(f"{name} → {self.anchor}", self.anchor, setting, self.holes.scores(restored, known))
-            shown["truth"] = image.postprocess(self.holes.truth[:PICTURED])
-            shown["masked"] = [_on_grey(picture) for picture in masked.postprocess(value[:PICTURED])]
-            shown[setting["by"]] = image.postprocess(restored[:PICTURED])
+            chosen = _spread(len(value))
+            shown["truth"] = image.postprocess(self.holes.truth[chosen])
+            shown["masked"] = [_on_grey(picture) for picture in masked.postprocess(value[chosen])]
+            shown[setting["by"]] = image.postprocess(restored[chosen])
         self.pictures[name] = [list(row) for row in zip(*shown.values(), strict=True)]
 
     def _given(self, name: str, count: int) -> Tensor:
@@ -245,7 +248,7 @@ def manifest(pipeline: MTDiffusionPipeline, config: Config, train: Table, valida
     """What a reader needs to believe a number, and to make it again."""
     return {
         "date": date.today().isoformat(),
-        "command": " ".join(Path(arg).name if i == 0 else arg for i, arg in enumerate(sys.argv)),
+        "command": " ".join(["mmdiff", *sys.argv[1:]]),
         "machine": f"{platform.machine()} {platform.system()}, {torch.get_num_threads()} threads, {pipeline.device}",
         "torch": torch.__version__,
         "data": config.data.source,
@@ -281,6 +284,11 @@ def save(evaluation: Evaluation, path: Path) -> None:
         numbers = (path.with_stem(f"{path.stem}-{k}") for k in itertools.count(1))
         path.rename(next(candidate for candidate in numbers if not candidate.exists()))
     path.write_text(json.dumps(evaluation.to_json(), indent=1, ensure_ascii=False) + "\n")
+
+
+def _spread(count: int) -> Tensor:
+    """Rows for a picture, evenly spread: neighbouring rows of a data set are often alike."""
+    return torch.linspace(0, count - 1, min(count, PICTURED)).round().long()
 
 
 def _on_grey(picture: PILImage.Image) -> PILImage.Image:

@@ -1,4 +1,4 @@
-"""What reads a modality off images, independently of the model under test; a judge's own accuracy is always measured."""
+"""What reads a modality off images, independently of the model under test; its own accuracy is always measured."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mmdiff.config import Config
 from mmdiff.data import RULES, Batch
 from mmdiff.errors import InputError
 from mmdiff.evaluation.metrics import Judge as NearestNeighbours
-from mmdiff.model import MTDiffusionModel
 from mmdiff.modalities import Label
+from mmdiff.model import MTDiffusionModel
 from mmdiff.pipeline import MTDiffusionPipeline
 
 _BATCH = 256

@@ -33,6 +33,8 @@ class HoleScores:
         self.config, self.anchor = config, anchor
         count = min(config.evaluate.num_samples, len(held_out))
         (self.truth,) = complete(held_out.all(count), anchor)
+        for title, law in config.evaluate.masks.items():  # refused before anything is sampled
+            self._known(f"evaluate.masks.{title}", law)
         self.perceptual, self.facts = self._perceptual()
         self.facts |= {"mask seed": SEED, "restored images": len(self.truth)}
 
@@ -53,9 +55,9 @@ class HoleScores:
             name: of the masked image.
             draw: (count, observed=…, …) -> samples.
         """
-        states, masking = self.config.states, self.config.data.masking
-        for title, law in (self.config.evaluate.masks or {name: masking.get(name, MaskingConfig())}).items():
-            known = known_masks(law.law, law.ratio, *self.truth.shape[2:], SEED, torch.arange(len(self.truth)))
+        states, own = self.config.states, self.config.data.masking.get(name, MaskingConfig())
+        for title, law in (self.config.evaluate.masks or {name: own}).items():
+            known = self._known(f"evaluate.masks.{title}", law)
             value = torch.cat([self.truth * known, known], dim=1)
             ways = {"mean fill": _mean_fill(self.truth, known)}
             if states.anchor_hidden > 0:
@@ -66,8 +68,15 @@ class HoleScores:
                 restored = torch.where(known > 0, self.truth, images.float().clamp(-1, 1))
                 yield {"masks": title, "law": law.law, "ratio": list(law.ratio), "by": by}, value, known, restored
 
+    def _known(self, key: str, law: MaskingConfig) -> Tensor:
+        """(n, 1, H, W), 1 = known."""
+        try:
+            return known_masks(law.law, law.ratio, *self.truth.shape[2:], SEED, torch.arange(len(self.truth)))
+        except InputError as error:
+            raise InputError(f"{key}.{error.key}", error.value, error.remedy) from None
+
     def scores(self, restored: Tensor, known: Tensor) -> dict[str, Any]:
-        """LPIPS, PSNR and SSIM in the hole and on the whole; the hidden share says how much of the whole is the truth."""
+        """LPIPS, PSNR and SSIM, in the hole and on the whole (of which all but the hidden share is the truth)."""
         hole, found = 1 - known, {"n": len(restored), "hidden share": float(1 - known.mean())}
         if self.perceptual is not None:
             found |= metrics.scored("LPIPS, hole", self.perceptual.hole(restored, self.truth, hole))

@@ -35,7 +35,7 @@ def names(folder: Path) -> list[str]:
 
 
 def test_the_run_folder(finished_run: Path) -> None:
-    assert names(finished_run) == ["checkpoints", "config.yaml", "metrics.jsonl", "pipeline", "samples"]
+    assert names(finished_run) == ["checkpoints", "config.yaml", "curves.png", "metrics.jsonl", "pipeline", "samples"]
     assert names(finished_run / "checkpoints") == ["step-12", "step-8"]  # of 4, 8 and 12 two are kept
     assert names(finished_run / "samples") == ["step-12.png", "step-6.png"]
     assert names(finished_run / "pipeline") == ["model", "model_index.json", "scheduler"]
