@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +48,8 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
         backbone, backbone_settings = _backbone(backbone_config)
         kinds = {name: _modality(name, modality_config[name]) for name in sorted(modality_config)}
         anchor_class, anchor_settings = kinds[anchor]
-        space = anchor_class.diffusion_space(**anchor_settings)
+        with _prefixed(f"modalities.{anchor}"):
+            space = anchor_class.diffusion_space(**anchor_settings)
         if space is None:
             raise InputError("anchor", anchor, "cannot be diffused itself; choose an image modality")
         shape = Shape(space, *backbone.widths(**backbone_settings))
@@ -56,9 +58,12 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
         self.auxiliary = tuple(name for name in self.names if name != anchor)
         self.modalities = nn.ModuleDict()
         for name, (modality, settings) in kinds.items():
-            self.modalities[_checked_name(name)] = modality(
-                shape, **{**settings, "head": False} if name == anchor else settings
-            )
+            _check_name(name)
+            with _prefixed(f"modalities.{name}"):
+                self.modalities[name] = modality(shape, **{**settings, "head": False} if name == anchor else settings)
+        for name in self.auxiliary:
+            with _prefixed(f"modalities.{name}"):
+                self.modalities[name].check_anchor(self.modalities[anchor])
         observed = sum(modality.observation_channels for modality in self.modalities.values())
         self.backbone = backbone(space, observed, 2 * len(self.names), **backbone_settings)
         self.space = space
@@ -138,8 +143,16 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name != "kind"}
 
 
-def _checked_name(name: str) -> str:
+@contextlib.contextmanager
+def _prefixed(key: str) -> Iterator[None]:
+    """Errors of a class as errors of the config entry that named it."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{key}.{error.key}", error.value, error.remedy) from None
+
+
+def _check_name(name: str) -> None:
     """Modality names are attributes, file names and config keys."""
     if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
         raise InputError("modalities", name, "a modality's name must be an identifier that nn.ModuleDict can hold")
-    return name

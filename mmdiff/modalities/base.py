@@ -56,6 +56,9 @@ class Modality(nn.Module, ABC):
         """A network that the modality uses and never trains (an autoencoder); pipelines save it as a part of theirs."""
         return None
 
+    def check_anchor(self, anchor: Modality) -> None:
+        """Refuse an anchor that this modality does not go with."""
+
     # ------------------------------------------------------------------------------------------------ data <-> value
 
     @classmethod

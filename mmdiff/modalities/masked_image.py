@@ -56,6 +56,11 @@ class MaskedImage(Modality):
         settings = Image.settings_from_data(feature, [example])
         return {**settings, "channels": 1} if example.mode == "LA" else settings  # an image would read it as colour
 
+    def check_anchor(self, anchor: Modality) -> None:
+        own = (self.channels, self.height, self.width)
+        if anchor.value_shape != own:
+            raise InputError("size", own, f"must be the anchor's (channels, height, width) = {anchor.value_shape}")
+
     def preprocess(self, raw: Any) -> Tensor:
         if not isinstance(raw, PILImage.Image):
             raise InputError("masked_image", type(raw).__name__, "is no image; check data.columns")
