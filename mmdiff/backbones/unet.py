@@ -31,6 +31,8 @@ class UNet(Backbone):
         dropout: in the ResNet blocks.
         pooled_grid: g; ``pooled`` also holds 16 channels of the bottleneck on a g×g grid, so that heads can read where
             something is: an aggregated vector is a pattern in space. 0: only means over space.
+        input_skip: add a learned, time-dependent multiple of z_t, per channel, to the prediction, which then needs not
+            carry the noise of every pixel through the network; starts at 0.
         time_scale_shift: "default" adds the time embedding, "scale_shift" also multiplies (ADM).
         gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
     """
@@ -48,6 +50,7 @@ class UNet(Backbone):
         norm_num_groups: int = 8,
         dropout: float = 0.0,
         pooled_grid: int = 0,
+        input_skip: bool = False,
         time_scale_shift: str = "default",
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -76,6 +79,10 @@ class UNet(Backbone):
         if pooled_grid:
             squeeze = nn.Conv2d(block_out_channels[-1], GRID_CHANNELS, 1)
             self.grid = nn.Sequential(squeeze, nn.AdaptiveAvgPool2d(pooled_grid), nn.Flatten())
+        self.skip = nn.Linear(4 * block_out_channels[0], channels) if input_skip else None
+        if self.skip is not None:
+            nn.init.zeros_(self.skip.weight)
+            nn.init.zeros_(self.skip.bias)
         self.flags = nn.Linear(num_flags, 4 * block_out_channels[0], bias=False)
         nn.init.zeros_(self.unet.conv_out.weight)  # start from the prediction 0, whose loss is the target's variance
         nn.init.zeros_(self.unet.conv_out.bias)
@@ -107,6 +114,8 @@ class UNet(Backbone):
         features = unet.conv_act(unet.conv_norm_out(h))  # (B, c0, H / p, W / p)
         pooled = torch.cat([*pooled, features.mean(dim=(2, 3))], dim=1)  # (B, P)
         prediction = pixel_shuffle(unet.conv_out(features), self.patch_size)  # (B, C, H, W)
+        if self.skip is not None:
+            prediction = prediction + self.skip(nn.functional.silu(emb))[:, :, None, None] * sample
         return BackboneOutput(prediction, features, pooled)
 
 

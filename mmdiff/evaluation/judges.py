@@ -41,7 +41,8 @@ def find_judge(config: Config, model: MTDiffusionModel, name: str, train: Batch,
     if name in config.evaluate.judges:
         return _run(name, Path(config.evaluate.judges[name]), trust)
     rule = RULES.get(config.data.source, {}).get(config.column(name))
-    if rule is not None:
+    # a column may be read as another kind of value, or at another size, than the rule gives
+    if rule is not None and rule(train.values[model.anchor][:1]).shape[1:] == model.modalities[name].value_shape:
         return Judge(f"the rule of {config.data.source}", rule)
     if isinstance(model.modalities[name], Label):
         images, labels = complete(train, model.anchor, name)
@@ -71,6 +72,13 @@ def _run(name: str, folder: Path, trust: bool) -> Judge:
 
 
 def complete(rows: Batch, *names: str) -> tuple[Tensor, ...]:
-    """The values of the rows in which none of the named modalities is missing."""
+    """The values of the rows in which none of the named modalities is missing.
+
+    Raises:
+        InputError: fewer than two such rows; a mean of one has no interval.
+    """
     present = torch.stack([rows.present[name] for name in names]).all(dim=0)
+    if (count := int(present.sum())) < 2:
+        remedy = f"rows with {' and '.join(names)}; evaluation needs two at least, held out and in training"
+        raise InputError("data", count, remedy)
     return tuple(rows.values[name][present] for name in names)

@@ -20,7 +20,7 @@ from mmdiff.config import load_config, parse_config
 from mmdiff.data.shapes_rules import read_label
 from mmdiff.errors import InputError
 from mmdiff.evaluation import evaluators
-from mmdiff.evaluation.evaluators import Evaluation, Row
+from mmdiff.evaluation.evaluators import Evaluation, Row, Scene
 from mmdiff.evaluation.metrics import Judge
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.training import train
@@ -68,6 +68,12 @@ def evaluated(tree: Tree, **arguments: Any) -> Setup:
     return Setup(pipeline, experiment, evaluate(pipeline, experiment, **arguments))
 
 
+def scene_of(tree: Tree) -> Scene:
+    experiment = build(parse_config(tree))
+    pipeline = MTDiffusionPipeline(model=experiment.model.eval(), scheduler=experiment.scheduler)
+    return Scene(pipeline, experiment.config, experiment.train, experiment.validation, trust=False)
+
+
 def evaluate(pipeline: MTDiffusionPipeline, experiment: Experiment, **arguments: Any) -> Evaluation:
     return evaluators.evaluate(pipeline, experiment.config, experiment.train, experiment.validation, **arguments)
 
@@ -84,7 +90,9 @@ def no_weights_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def five() -> Setup:
-    tree = shapes("mask", "masked_image", "label", "embedding", evaluate={"masks": MASKS}, states={"anchor_hidden": 0.1})
+    tree = shapes(
+        "mask", "masked_image", "label", "embedding", evaluate={"masks": MASKS}, states={"anchor_hidden": 0.1}
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_HOME", __file__)
         return evaluated(tree)
@@ -168,9 +176,7 @@ def test_samples_are_compared_with_and_without_aggregating() -> None:
 
 
 def row_of(found: Evaluation, direction: str, of: str, **setting: Any) -> Row:
-    (row,) = (
-        r for r in found.rows if (r.direction, r.of) == (direction, of) and setting.items() <= r.setting.items()
-    )
+    (row,) = (r for r in found.rows if (r.direction, r.of) == (direction, of) and setting.items() <= r.setting.items())
     return row
 
 
@@ -203,7 +209,7 @@ def test_values_that_are_given_are_those_of_held_out_rows(five: Setup) -> None:
 def test_reading_takes_one_evaluation_per_batch(digits: Setup) -> None:
     calls: list[int] = []
     hook = digits.pipeline.model.register_forward_hook(lambda *_: calls.append(1))
-    scene = evaluators.Scene(
+    scene = Scene(
         digits.pipeline, digits.experiment.config, digits.experiment.train, digits.experiment.validation, False
     )
     assert not calls  # the judge is no model
@@ -220,8 +226,8 @@ def test_rows_with_a_missing_value_take_no_part(digits: Setup) -> None:
     """What stands in for a missing value is no truth: neither for the judge nor for the read-out."""
     pipeline, config = digits.pipeline, digits.experiment.config
 
-    def scene(*tables: Any) -> evaluators.Scene:
-        return evaluators.Scene(pipeline, config, *tables, False)
+    def scene(*tables: Any) -> Scene:
+        return Scene(pipeline, config, *tables, False)
 
     rows = open_rows(config)
     some = [build_table(config, pipeline.model, part, missing={"label": 0.5}) for part in rows]
@@ -260,11 +266,31 @@ def test_a_run_can_be_the_judge(tmp_path: Path) -> None:
 
 
 def test_a_judge_that_cannot_judge_is_refused(finished_run: Path, tmp_path: Path) -> None:
-    for folder, remedy in ((tmp_path, "is no finished run folder"), (finished_run, "does not know embedding, but label")):
+    for folder, remedy in (
+        (tmp_path, "is no finished run folder"),
+        (finished_run, "does not know embedding, but label"),
+    ):
         with pytest.raises(InputError) as caught:
             evaluated(shapes("embedding", evaluate={"judges": {"embedding": str(folder)}}))
         assert caught.value.key == "evaluate.judges.embedding" and caught.value.remedy == remedy
         assert "\n" not in str(caught.value)
+
+
+def test_a_rule_judges_values_of_its_own_kind_and_size_only() -> None:
+    """The mask's column as a map of numbers, and a mask beside images of another size."""
+    tree = shapes("mask", data={"columns": {"depth": "mask"}})
+    tree["modalities"] |= {"depth": {"kind": "dense"}, "image": {"kind": "image", "size": 32, "resize": True}}
+    scene = scene_of(tree)
+    assert scene.read_out == ["depth", "mask"] and not scene.judges
+
+
+def test_too_few_rows_are_refused_in_one_line() -> None:
+    few = shapes("embedding", data={"options": {"rows": 64, "validation_rows": 1, "size": 16}})
+    unlabelled = shapes("label", data={"columns": {"label": "color"}, "missing": {"label": 1.0}})
+    for tree, start in ((few, "data = 1: rows with image;"), (unlabelled, "data = 0: rows with image and label;")):
+        with pytest.raises(InputError) as caught:
+            scene_of(tree)
+        assert str(caught.value).startswith(start) and "\n" not in str(caught.value)
 
 
 # ------------------------------------------------------------------------------------------------- the files that stay
@@ -418,7 +444,11 @@ def test_a_column_of_a_file_is_scored_where_it_is_there(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"image": images, "label": labels}, features=features).to_parquet(tmp_path / "r.parquet")
     OmegaConf.save(
         OmegaConf.create(
-            shapes("label", states={"anchor_observed": 1}, data={"source": str(tmp_path / "r.parquet"), "holdout": 2, "options": {}})
+            shapes(
+                "label",
+                states={"anchor_observed": 1},
+                data={"source": str(tmp_path / "r.parquet"), "holdout": 2, "options": {}},
+            )
         ),
         tmp_path / "file.yaml",
     )

@@ -110,7 +110,7 @@ def test_masks_depend_on_nothing_but_law_ratio_and_row(one: Restored) -> None:
     for here, there in (("half", "other name"), ("range", "range")):
         known, more = one.of(here, "samples")[1], other.of(there, "samples")[1]
         assert len(more) == 20 and torch.equal(known, more[:12])
-        assert torch.equal(known, one.of(here, "mean fill")[1]) and len(set(map(str, known.tolist()))) > 3
+        assert torch.equal(known, one.of(here, "mean fill")[1]) and len(set(map(str, known.tolist()))) > 1
     assert not torch.equal(one.of("tenth", "head")[1], one.of("free", "head")[1])
 
 

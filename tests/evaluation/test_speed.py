@@ -7,6 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from mmdiff.config import Config, parse_config
+from mmdiff.errors import InputError
+from mmdiff.evaluation.speed import compare
+
 Cli = Callable[..., Any]
 
 
@@ -20,3 +26,36 @@ def test_the_benchmark_reports_both_sides_and_their_ratio(cli: Cli, tiny_file: P
     ratio, low, high = map(float, found.groups())
     assert 0 < low <= ratio <= high
     assert not (tmp_path / "run").exists()  # it measures, it writes nothing
+
+
+@pytest.fixture
+def shapes(tiny: dict[str, Any]) -> Config:
+    """Label, masked image and values that are missing: all that the anchor alone must do without."""
+    tiny["data"] = {
+        "source": "shapes",
+        "options": {"rows": 16, "validation_rows": 4, "size": 16},
+        "masking": {"masked_image": {}},
+        "columns": {"color": "color"},
+        "missing": {"color": 0.5},
+    }
+    tiny["modalities"] |= {"masked_image": {"kind": "masked_image"}, "color": {"kind": "label"}}
+    tiny["train"]["batch_size"] = 4
+    return parse_config(tiny)
+
+
+@pytest.mark.parametrize("against", ["bare", "anchor"])
+def test_the_other_side_can_be_chosen(shapes: Config, against: str) -> None:
+    before = shapes.model_dump()
+    text = compare(shapes, rounds=1, steps=1, against=against)
+    names = re.findall(r"^(\w+) +[\d.]+ ms CPU per step \(median of 1\)$", text, re.MULTILINE)
+    assert names == ["mmdiff", against]
+    (ratio,) = re.findall(r"^ratio +([\d.]+)  \(rounds \1 … \1\)$", text, re.MULTILINE)  # of one round
+    assert float(ratio) > 0
+    assert shapes.model_dump() == before
+
+
+def test_another_side_is_refused(shapes: Config, cli: Cli, tiny_file: Path) -> None:
+    with pytest.raises(InputError, match="--against = 'nothing': choose bare or anchor"):
+        compare(shapes, rounds=1, steps=1, against="nothing")
+    answer = cli("benchmark", "speed", tiny_file, "--against", "nothing")
+    assert answer.code == 2 and "choose bare or anchor" in answer.complaint
