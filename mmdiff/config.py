@@ -203,7 +203,7 @@ class EvaluateConfig(_Strict):
     """What `mmdiff evaluate` measures."""
 
     num_samples: int = Field(749, ge=2)
-    seeds: list[int] = [0]
+    seeds: list[int] = Field([0], min_length=1)
     at_end: bool = True  # whether training ends with an evaluation
     max_rows: int = Field(20_000, ge=2)  # real rows that judges and features are fitted on, and that are read off
     judges: dict[str, str] = {}  # {modality: run folder of a model that reads it off images, trained apart}

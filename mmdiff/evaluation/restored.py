@@ -31,8 +31,9 @@ class HoleScores:
 
     def __init__(self, config: Config, held_out: Table, anchor: str) -> None:
         self.config, self.anchor = config, anchor
-        count = min(config.evaluate.num_samples, len(held_out))
-        (self.truth,) = complete(held_out.all(count), anchor)
+        rows = held_out.all(min(config.evaluate.num_samples, len(held_out)))
+        (self.truth,) = complete(rows, anchor)
+        self.positions = rows.present[anchor].nonzero()[:, 0]  # a row keeps its hole whatever else is missing
         for title, law in config.evaluate.masks.items():  # refused before anything is sampled
             self._known(f"evaluate.masks.{title}", law)
         self.perceptual, self.facts = self._perceptual()
@@ -71,7 +72,7 @@ class HoleScores:
     def _known(self, key: str, law: MaskingConfig) -> Tensor:
         """(n, 1, H, W), 1 = known."""
         try:
-            return known_masks(law.law, law.ratio, *self.truth.shape[2:], SEED, torch.arange(len(self.truth)))
+            return known_masks(law.law, law.ratio, *self.truth.shape[2:], SEED, self.positions)
         except InputError as error:
             raise InputError(f"{key}.{error.key}", error.value, error.remedy) from None
 
