@@ -116,13 +116,18 @@ def check_modality(
     """Run the contract of a modality and say in words what fails; exit code 1 where something does."""
     from omegaconf import OmegaConf
 
+    from mmdiff.config import parse_overrides
+    from mmdiff.errors import InputError
+
+    chosen, numbers = OmegaConf.to_container(parse_overrides(settings or [])), _integers("--space", space)
+    if len(numbers) != 3 or min(numbers) < 1 or numbers[1] % 2 or numbers[2] % 2:
+        raise InputError("--space", space, "write channels,height,width, the sides even: 3,16,16")
     from mmdiff.build import check_settings
     from mmdiff.modalities import Shape, contract, find_modality
 
     modality = find_modality(kind, "modality")
-    chosen = OmegaConf.to_container(OmegaConf.from_dotlist(settings or []))
     check_settings("settings", modality, chosen)
-    shape = Shape(_integers("--space", space), features=8, pooled=12, stride=2)
+    shape = Shape(numbers, features=8, pooled=12, stride=2)
     findings = contract.check_modality(lambda shape: modality(shape, **chosen), shape)
     for law, fault in findings:
         typer.echo(f"{'ok  ' if fault is None else 'FAIL'}  {law}" + (f": {fault}" if fault else ""))

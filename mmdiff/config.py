@@ -260,11 +260,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     if not path.is_file():
         raise InputError("config", str(path), "no such file")
     try:
-        tree = OmegaConf.load(path)
-        for item in overrides or []:
-            if "=" not in item:
-                raise InputError("override", item, "write key=value, for example train.steps=600")
-            tree = OmegaConf.merge(tree, _override(item))
+        tree = OmegaConf.merge(OmegaConf.load(path), parse_overrides(overrides or []))
         plain = OmegaConf.to_container(tree, resolve=True)
     except InputError:
         raise
@@ -275,11 +271,21 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     return parse_config(plain)
 
 
-def _override(item: str) -> Any:
-    try:
-        return OmegaConf.from_dotlist([item])
-    except Exception as error:  # yaml and omegaconf raise families of their own
-        raise InputError("override", item, f"its value is no valid YAML: {error}") from None
+def parse_overrides(items: list[str]) -> Any:
+    """`key=value` texts as one tree.
+
+    Raises:
+        InputError: one line with the text and the remedy.
+    """
+    tree = OmegaConf.create()
+    for item in items:
+        if "=" not in item:
+            raise InputError("override", item, "write key=value, for example train.steps=600")
+        try:
+            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([item]))
+        except Exception as error:  # yaml and omegaconf raise families of their own
+            raise InputError("override", item, f"its value is no valid YAML: {error}") from None
+    return tree
 
 
 def parse_config(tree: Any) -> Config:

@@ -59,7 +59,9 @@ def test_the_first_command_leaves_what_it_promises(folder: Path) -> None:
     assert (run / "evaluation.json").is_file()
 
 
-@pytest.mark.parametrize("command", [c for c in commands("mmdiff") if "path/or/hub-name" not in " ".join(c)], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [c for c in commands("mmdiff") if "path/or/hub-name" not in " ".join(c)], ids=" ".join
+)
 def test_a_command_runs(
     command: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
