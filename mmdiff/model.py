@@ -65,7 +65,8 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
             with _prefixed(f"modalities.{name}"):
                 self.modalities[name].check_anchor(self.modalities[anchor])
         observed = sum(modality.observation_channels for modality in self.modalities.values())
-        self.backbone = backbone(space, observed, 2 * len(self.names), **backbone_settings)
+        width = sum(2 + modality.context_width for modality in self.modalities.values())
+        self.backbone = backbone(space, observed, width, **backbone_settings)
         self.space = space
 
     @classmethod
@@ -110,16 +111,18 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
             like: a tensor (B, C, H, W) whose device, dtype and size count.
         """
         nowhere = torch.zeros(len(like), dtype=torch.bool, device=like.device)
-        channels, flags = [], []
+        channels, context = [], []
         for name in self.names:
             modality: Modality = self.modalities[name]
             seen = observed.get(name, nowhere)
-            flags += [aggregated.get(name, nowhere), seen]
+            context += [torch.stack([aggregated.get(name, nowhere), seen], dim=1).to(like.dtype)]  # (B, 2)
             if name in values and name in observed:
                 channels.append(modality.observe(values[name]).to(like.dtype) * seen[:, None, None, None])
+                context.append(modality.context(values[name]).to(like.dtype) * seen[:, None])
             else:
                 channels.append(like.new_zeros(len(like), modality.observation_channels, *like.shape[2:]))
-        return Observation(torch.cat(channels, dim=1), torch.stack(flags, dim=1).to(like.dtype))
+                context.append(like.new_zeros(len(like), modality.context_width))
+        return Observation(torch.cat(channels, dim=1), torch.cat(context, dim=1))
 
     def forward(self, sample: Tensor, timestep: Tensor, observation: Observation) -> MTDiffusionModelOutput:
         """One evaluation at z_t = ``sample`` (B, C, H, W), ``timestep`` (B,) in 0 … T − 1."""

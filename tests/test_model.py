@@ -115,6 +115,17 @@ def test_observation_shows_what_is_observed_and_where() -> None:
     assert not label[1].any()
 
 
+def test_a_context_is_seen_where_its_modality_is_observed_and_nowhere_else() -> None:
+    modalities = MODALITIES | {"label": {**MODALITIES["label"], "observe_as": "context"}}
+    model, sample = build(modalities), torch.zeros(2, 1, 8, 8)
+    half = torch.tensor([True, False])
+    flags = model.observation(VALUES, {}, {"label": half}, like=sample).flags
+    assert flags.shape == (2, 2 * 3 + 3)  # two states each, and three classes
+    assert flags[1].eq(0).all()
+    assert flags[0].tolist() == pytest.approx([0, 0, 0, 0, 0, 1, 0, 0, 3**0.5])  # colour, image, label and its class
+    assert model.observation(VALUES, {"label": half}, {}, like=sample).flags[0].sum() == 1  # aggregated is not observed
+
+
 def test_observation_of_nothing_needs_no_values() -> None:
     model, like = build(), torch.zeros(2, 1, 8, 8)
     for observed in ({}, {"label": NOWHERE}):

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 class Observation(NamedTuple):
     """What the backbone is told beside z_t.
 
-    ``channels`` (B, O, H, W): E_i(x_i) of observed modalities, zeros elsewhere. ``flags`` (B, 2M): for every modality,
-    in the order of their names, whether it is aggregated in z_t and whether it is observed.
+    ``channels`` (B, O, H, W): E_i(x_i) of observed modalities, zeros elsewhere. ``flags`` (B, V): for every modality,
+    in the order of their names, whether it is aggregated in z_t, whether it is observed, and, of an observed one, its
+    context, which has no place in space; zeros elsewhere.
     """
 
     channels: Tensor
@@ -42,7 +43,7 @@ class Backbone(nn.Module, ABC):
     Args:
         space: (C, H, W) of the diffusion space.
         observation_channels: O.
-        num_flags: 2M.
+        num_flags: V.
     """
 
     def __init__(self, space: tuple[int, int, int], observation_channels: int, num_flags: int) -> None:

@@ -92,7 +92,8 @@ def _bare(experiment: Experiment, config: Config) -> Callable[[], None]:
     channels = sum(m.observation_channels for m in experiment.model.modalities.values())
     size = settings.batch_size
     observation = Observation(
-        torch.zeros(size, channels, *images.shape[2:]), torch.zeros(size, 2 * len(experiment.model.names))
+        torch.zeros(size, channels, *images.shape[2:]),
+        torch.zeros(size, sum(2 + m.context_width for m in experiment.model.modalities.values())),
     )
 
     def step() -> None:

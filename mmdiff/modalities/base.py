@@ -131,6 +131,11 @@ class Modality(nn.Module, ABC):
         """Channels that `observe` adds to the backbone's input."""
         return self.shape.space[0]
 
+    @property
+    def context_width(self) -> int:
+        """Numbers that `context` adds to the backbone's context vector."""
+        return 0
+
     @abstractmethod
     def encode(self, value: Tensor) -> Tensor:
         """E_i(x_i): (B, C, H, W), mean square 1 over the data."""
@@ -138,6 +143,10 @@ class Modality(nn.Module, ABC):
     def observe(self, value: Tensor) -> Tensor:
         """What the backbone sees of an observed value: (B, observation_channels, H, W)."""
         return self.encode(value)
+
+    def context(self, value: Tensor) -> Tensor:
+        """What of an observed value has no place in space: (B, context_width), unit scale; it joins the state flags."""
+        return value.new_zeros(len(value), 0)
 
     # --------------------------------------------------------------------------------------------- diffusion -> value
 

@@ -116,10 +116,11 @@ def unit_variance(build: Build, shape: Shape) -> None:
 
 
 def observation(build: Build, shape: Shape) -> None:
-    """`observe` gives the channels that were announced."""
+    """`observe` and `context` give the channels and numbers that were announced."""
     modality = build(shape)
     wanted = (_ROWS, modality.observation_channels, *shape.space[1:])
     _expect_shape("observe(value)", modality.observe(_values(modality)), wanted)
+    _expect_shape("context(value)", modality.context(_values(modality)), (_ROWS, modality.context_width))
 
 
 def likelihood(build: Build, shape: Shape) -> None:

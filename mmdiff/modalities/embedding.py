@@ -26,8 +26,8 @@ class Embedding(Modality):
     """A vector x; its value is (dim,) float32, not normalised.
 
     Direction x / ‖x‖ and norm ‖x‖ are treated apart: E maps the direction linearly into diffusion space and knows
-    nothing of the norm; the likelihood is von Mises–Fisher on the sphere times a Gaussian of log ‖x‖. Observation
-    channels carry both, by a linear map of their own, constant over the image.
+    nothing of the norm; the likelihood is von Mises–Fisher on the sphere times a Gaussian of log ‖x‖. Observed, both
+    join the backbone's context vector.
 
     Args:
         shape: the surroundings, see `Modality`.
@@ -36,7 +36,6 @@ class Embedding(Modality):
             out. A std below 1e-3 counts as a constant norm, which is then not learned.
         concentration: of the von Mises–Fisher law; None: predicted per sample. A number makes the loss a scaled cosine.
         map_size: side of E's own grid, repeated to the size of the diffusion space. Default: the full size.
-        observation_width: observation channels.
     """
 
     def __init__(
@@ -47,15 +46,12 @@ class Embedding(Modality):
         log_norm_std: float = 0.0,
         concentration: float | None = None,
         map_size: int | None = None,
-        observation_width: int = 16,
     ) -> None:
         super().__init__(shape)
         if dim < 2:
             raise InputError("dim", dim, "a direction needs at least two dimensions")
         if concentration is not None and not concentration > 0:
             raise InputError("concentration", concentration, "must be positive; leave it out to predict it")
-        if observation_width < 1:
-            raise InputError("observation_width", observation_width, "needs at least one channel")
         channels, height, width = shape.space
         rows, columns = map_size or height, map_size or width
         if map_size is not None and (map_size < 1 or height % map_size or width % map_size):
@@ -65,7 +61,6 @@ class Embedding(Modality):
         self.constant_norm = log_norm_std < 1e-3
         self.map = nn.Parameter(torch.empty(channels * rows * columns, dim))
         nn.init.orthogonal_(self.map)  # as near to an isometry as the sizes allow
-        self.observation = nn.Linear(dim + 1, observation_width)
         self.head = nn.Sequential(
             nn.LayerNorm(shape.pooled),
             nn.Linear(shape.pooled, 2 * shape.pooled),
@@ -138,13 +133,20 @@ class Embedding(Modality):
 
     @property
     def observation_channels(self) -> int:
-        return self.observation.out_features
+        return 0  # a vector has no place in space
 
     def observe(self, value: Tensor) -> Tensor:
+        return value.new_zeros(len(value), 0, *self.shape.space[1:])
+
+    @property
+    def context_width(self) -> int:
+        return self.dim + 1
+
+    def context(self, value: Tensor) -> Tensor:
+        """Direction and standardised log norm."""
         direction = normalize(value, dim=1) * math.sqrt(self.dim)  # unit scale per number
         norm = torch.zeros_like(value[:, :1]) if self.constant_norm else self._standardised_log_norm(value)
-        channels = self.observation(torch.cat([direction, norm], dim=1))  # (B, observation_width)
-        return channels[:, :, None, None].expand(-1, -1, *self.shape.space[1:])
+        return torch.cat([direction, norm], dim=1)
 
     def decode(self, features: Tensor, pooled: Tensor) -> Tensor:
         """(B, D + 3): mean direction (any length), κ through softplus, mean and log σ of the standardised log norm."""

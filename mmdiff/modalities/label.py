@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,10 +24,16 @@ class Label(Modality):
         table_size: side of the table's own grid, repeated to the size of the diffusion space; convolutions find a
             coarse pattern in z_t, and subtract it, more easily. Default: the full size.
         names: of the classes, where the data have them.
+        observe_as: how an observed label reaches the backbone: "channels" (its encoding) or "context" (one-hot).
     """
 
     def __init__(
-        self, shape: Shape, num_classes: int, table_size: int | None = None, names: list[str] | None = None
+        self,
+        shape: Shape,
+        num_classes: int,
+        table_size: int | None = None,
+        names: list[str] | None = None,
+        observe_as: str = "channels",
     ) -> None:
         super().__init__(shape)
         if num_classes < 2:
@@ -36,6 +43,9 @@ class Label(Modality):
             raise InputError(
                 "table_size", table_size, f"needs 1 … {min(height, width)}, the side of the diffusion space"
             )
+        if observe_as not in ("channels", "context"):
+            raise InputError("observe_as", observe_as, "choose channels or context")
+        self.by_context = observe_as == "context"
         if names is not None and len(names) != num_classes:
             raise InputError("names", names, f"needs {num_classes} entries, one per class")
         self.num_classes, self.names, self.height, self.width = num_classes, names, height, width
@@ -109,6 +119,22 @@ class Label(Modality):
 
     def encode(self, value: Tensor) -> Tensor:
         return self._normalised_table()[value]  # (B, C, H, W)
+
+    @property
+    def observation_channels(self) -> int:
+        return 0 if self.by_context else super().observation_channels
+
+    def observe(self, value: Tensor) -> Tensor:
+        encoding = self.encode(value)
+        return encoding[:, :0] if self.by_context else encoding
+
+    @property
+    def context_width(self) -> int:
+        return self.num_classes if self.by_context else 0
+
+    def context(self, value: Tensor) -> Tensor:
+        one_hot = nn.functional.one_hot(value, self.num_classes) * math.sqrt(self.num_classes)  # unit scale per number
+        return one_hot[:, : self.context_width].to(self.table.dtype)
 
     def decode(self, features: Tensor, pooled: Tensor) -> Tensor:
         return self.head(pooled)  # (B, K)

@@ -159,6 +159,10 @@ def _label(shape: Shape) -> Modality:
     return Label(shape, num_classes=CLASSES)
 
 
+def _context_label(shape: Shape) -> Modality:
+    return Label(shape, num_classes=5, observe_as="context")
+
+
 def _coarse_label(shape: Shape) -> Modality:
     return Label(shape, num_classes=CLASSES, table_size=2)
 
@@ -288,6 +292,7 @@ CASES = [
     Case("fine-image", (1, 8, 8), _image(3, 16), grey_blocks, pictures(16, 16, 3), PNG, image_law, saved, stride=2),
     Case("label", (2, 8, 8), _label, labels, [4, 0, 3], NAMES, label_law, _text),
     Case("coarse", (2, 8, 8), _coarse_label, labels, [4, 0, 3], NAMES, label_law, _text),
+    Case("context", (2, 8, 8), _context_label, labels, [4, 0, 3], NAMES, label_law, _text),
     Case("integers", (2, 8, 8), _label, labels, [4, 0, 3], IDS, label_law, _text),
     Case("mask", (2, 8, 8), _mask(8), masks(8), ALL_IDS, PNG, mask_law, saved, same_pixels),
     Case("fine-mask", (2, 8, 8), _mask(16), masks(8, 2), FINE_IDS, PNG, mask_law, saved, same_pixels, stride=2),
@@ -375,9 +380,10 @@ def test_encodings_have_mean_square_one(case: Case) -> None:
 
 @every_case
 def test_observation_has_its_declared_channels(case: Case) -> None:
-    modality = build(case)
-    observation = modality.observe(case.values(3, seeded()))
+    modality, values = build(case), case.values(3, seeded())
+    observation = modality.observe(values)
     assert observation.shape == (3, modality.observation_channels, *case.space[1:])
+    assert modality.context(values).shape == (3, modality.context_width)
     assert observation.isfinite().all()
 
 

@@ -41,17 +41,17 @@ def params_of(direction: Tensor, concentration: float, mean: float = 0.0, log_st
 # ------------------------------------------------------------------------------------------------- norm and direction
 
 
-def test_the_encoding_knows_the_direction_and_the_observation_the_norm_too() -> None:
+def test_the_encoding_knows_the_direction_and_the_context_the_norm_too() -> None:
     modality, value = embedding(), vectors(4)
     torch.testing.assert_close(modality.encode(3 * value), modality.encode(value))
-    assert not torch.allclose(modality.observe(3 * value), modality.observe(value), atol=1e-3)
+    assert not torch.allclose(modality.context(3 * value), modality.context(value), atol=1e-3)
     assert not torch.allclose(modality.encode(-value), modality.encode(value), atol=0.1)
 
 
 def test_a_constant_norm_is_not_learned_and_not_shown() -> None:
     modality = embedding(log_norm_std=1e-7)
     value = normalize(vectors(4), dim=1) * math.exp(MEAN)
-    torch.testing.assert_close(modality.observe(value * (1 + 1e-6)), modality.observe(value))
+    torch.testing.assert_close(modality.context(value * (1 + 1e-6)), modality.context(value))
     params = modality.decode(torch.zeros(4, 4, 4, 4), torch.randn(4, 6))
     other = params.clone()
     other[:, -2:] += 1.0
@@ -244,7 +244,6 @@ def test_unusable_columns_are_refused(column: list[Any], text: str) -> None:
         ({"map_size": 8}, "map_size = 8: must divide"),
         ({"concentration": 0.0}, "concentration = 0.0: must be positive; leave it out to predict it"),
         ({"concentration": math.nan}, "concentration = nan: must be positive"),
-        ({"observation_width": 0}, "observation_width = 0: needs at least one channel"),
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any], text: str) -> None:
