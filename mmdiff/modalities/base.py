@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
@@ -173,14 +174,14 @@ class Modality(nn.Module, ABC):
         return anchor
 
     @property
-    @abstractmethod
     def dimensions(self) -> int:
         """The number of dimensions that `nll` averages over: nll × dimensions is the whole in nats."""
+        return math.prod(self.value_shape)
 
     @property
-    @abstractmethod
     def noise_shape(self) -> tuple[int, ...]:
         """Shape, without batch, of the standard normal noise that `sample` turns into a value."""
+        return self.value_shape
 
     @abstractmethod
     def sample(self, params: Tensor, noise: Tensor) -> Tensor:

@@ -135,14 +135,6 @@ class Dense(Modality):
         nll = gaussian_nll(params, self._standardised(value)).flatten(1).mean(dim=1)
         return nll + math.log(self.std)
 
-    @property
-    def dimensions(self) -> int:
-        return math.prod(self.value_shape)
-
-    @property
-    def noise_shape(self) -> tuple[int, ...]:
-        return self.value_shape
-
     def sample(self, params: Tensor, noise: Tensor) -> Tensor:
         return self.mean + self.std * gaussian_sample(params, noise)
 

@@ -170,10 +170,6 @@ class Embedding(Modality):
         return nll / self.dim
 
     @property
-    def dimensions(self) -> int:
-        return self.dim
-
-    @property
     def noise_shape(self) -> tuple[int, ...]:
         return (self.dim + 2,)
 

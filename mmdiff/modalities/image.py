@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -203,14 +202,6 @@ class Image(Modality):
 
     def nll(self, params: Tensor, value: Tensor) -> Tensor:
         return gaussian_nll(params, value).flatten(1).mean(dim=1)
-
-    @property
-    def dimensions(self) -> int:
-        return math.prod(self.value_shape)
-
-    @property
-    def noise_shape(self) -> tuple[int, ...]:
-        return self.value_shape
 
     def sample(self, params: Tensor, noise: Tensor) -> Tensor:
         return gaussian_sample(params, noise)

@@ -125,8 +125,9 @@ class Label(Modality):
         return 0 if self.by_context else super().observation_channels
 
     def observe(self, value: Tensor) -> Tensor:
-        encoding = self.encode(value)
-        return encoding[:, :0] if self.by_context else encoding
+        if self.by_context:
+            return self.table.new_zeros(len(value), 0, self.height, self.width)
+        return self.encode(value)
 
     @property
     def context_width(self) -> int:
@@ -141,10 +142,6 @@ class Label(Modality):
 
     def nll(self, params: Tensor, value: Tensor) -> Tensor:
         return -categorical_log_prob(params, value)
-
-    @property
-    def dimensions(self) -> int:
-        return 1
 
     @property
     def noise_shape(self) -> tuple[int, ...]:

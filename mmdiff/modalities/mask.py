@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import colorsys
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -149,7 +148,8 @@ class Mask(Modality):
 
     def _shares(self, value: Tensor) -> Tensor:
         """(B, K, h, w) one-hot; all zero where ignored."""
-        return torch.stack([value == k for k in range(self.num_classes)], dim=1).to(self.palette.dtype)
+        classes = torch.arange(self.num_classes, device=value.device)[:, None, None]
+        return (value[:, None] == classes).to(self.palette.dtype)
 
     def _encode_shares(self, shares: Tensor) -> Tensor:
         """Σ_k shares_k · pattern_k, (B, K, h, w) -> (B, C, H, W)."""
@@ -181,14 +181,6 @@ class Mask(Modality):
         labelled = value != self.ignore
         log_prob = categorical_log_prob(params, torch.where(labelled, value, 0))  # (B, h, w)
         return -(log_prob * labelled).flatten(1).mean(dim=1)
-
-    @property
-    def dimensions(self) -> int:
-        return math.prod(self.value_shape)
-
-    @property
-    def noise_shape(self) -> tuple[int, ...]:
-        return self.value_shape
 
     def sample(self, params: Tensor, noise: Tensor) -> Tensor:
         return categorical_sample(params, noise)
