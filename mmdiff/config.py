@@ -152,6 +152,7 @@ class TrainConfig(_Strict):
     steps: int = Field(1000, ge=1)  # optimizer steps
     batch_size: int = Field(64, ge=1)  # global: over all processes and accumulated parts
     accumulate: int = Field(1, ge=1)  # parts into which each process splits its share
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = Field(1e-3, gt=0)
     warmup: int = Field(50, ge=0)  # steps of linear warm-up; a cosine to 0 follows
     betas: tuple[float, float] = (0.9, 0.99)

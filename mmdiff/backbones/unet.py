@@ -83,7 +83,11 @@ class UNet(Backbone):
         if self.skip is not None:
             nn.init.zeros_(self.skip.weight)
             nn.init.zeros_(self.skip.bias)
-        self.flags = nn.Linear(num_flags, 4 * block_out_channels[0], bias=False)
+        width = 4 * block_out_channels[0]
+        # two layers, as a vector's meaning is not linear in it; no biases, as nothing observed must add nothing
+        self.flags = nn.Sequential(
+            nn.Linear(num_flags, width, bias=False), nn.SiLU(), nn.Linear(width, width, bias=False)
+        )
         nn.init.zeros_(self.unet.conv_out.weight)  # start from the prediction 0, whose loss is the target's variance
         nn.init.zeros_(self.unet.conv_out.bias)
 

@@ -21,7 +21,7 @@ COLORS = ("red", "yellow", "green", "cyan", "blue", "magenta")
 RGB = np.array([[230, 30, 30], [230, 230, 30], [30, 230, 30], [30, 230, 230], [30, 30, 230], [230, 30, 230]], float)
 RADIUS = (0.2, 0.36)
 EMBEDDING_SIZE = 32
-CONCENTRATION = 300.0  # κ of the von Mises–Fisher law of directions; the mean cosine to the mean direction is 0.950
+CONCENTRATION = 1000.0  # κ of the von Mises–Fisher law of directions; the mean cosine to the mean direction is 0.985
 NORM_MEDIAN, NORM_LOG_STD = 10.0, 0.1  # of the log-normal law of norms
 _GREYS = (20.0, 45.0, 70.0)
 _GRADIENT = 12.0  # largest difference from the middle of a background to its border
@@ -124,7 +124,7 @@ def _draw_place(uniform: np.ndarray) -> tuple[float, float, float]:
 # --------------------------------------------------------------------------------------------------------- embeddings
 
 _INPUTS = len(SHAPES) + len(COLORS) + 3
-_SCALES = np.array([1.5] * (len(SHAPES) + len(COLORS)) + [8.0, 8.0, 15.0])  # of one-hot shape and colour, x, y, radius
+_SCALES = np.array([1.5] * (len(SHAPES) + len(COLORS)) + [4.0, 4.0, 8.0])  # of one-hot shape and colour, x, y, radius
 _WEIGHTS = _normal(_uniform(fold(0, 0, "shapes/weights"), 0, EMBEDDING_SIZE * _INPUTS)).reshape(EMBEDDING_SIZE, -1)
 _PHASES = 2 * np.pi * _uniform(fold(0, 0, "shapes/phases"), 0, EMBEDDING_SIZE)
 

@@ -26,6 +26,7 @@ from mmdiff.randomness import fold
 from mmdiff.schedulers import MTDiffusionScheduler
 from mmdiff.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from mmdiff.training.ema import Ema
+from mmdiff.training.muon import Muon
 from mmdiff.training.process import StopSignal, make_accelerator, set_threads
 from mmdiff.training.tracking import Tracker, Window
 
@@ -133,15 +134,8 @@ class Trainer:
                 f"train.accumulate = {per_part}",
             )
         self.bare: MTObjective = experiment.objective
-        optimizer = torch.optim.AdamW(
-            [p for p in self.bare.parameters() if p.requires_grad],
-            lr=self.config.learning_rate,
-            betas=self.config.betas,
-            weight_decay=self.config.weight_decay,
-            fused=True,
-        )
         self.bare.to(accelerator.device)
-        self.objective, self.optimizer = accelerator.prepare(self.bare, optimizer)
+        self.objective, self.optimizer = accelerator.prepare(self.bare, make_optimizer(self.bare, self.config))
         self.ema = Ema(self.bare, self.config.ema_decay)
 
     def batches(self, first_step: int) -> MicroBatches:
@@ -237,6 +231,17 @@ class Trainer:
         pipeline = MTDiffusionPipeline(model=self.bare.model, scheduler=scheduler)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+
+def make_optimizer(objective: MTObjective, config: TrainConfig) -> torch.optim.Optimizer:
+    """`train.optimizer`; Muon is for the backbone's matrices, tables and heads stay with AdamW."""
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    arguments = {"lr": config.learning_rate, "betas": config.betas, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(trained, **arguments, fused=True)
+    matrices = [p for p in objective.model.backbone.parameters() if p.requires_grad and p.ndim > 1]
+    kept = {id(p) for p in matrices}
+    return Muon(matrices, [p for p in trained if id(p) not in kept], **arguments)
 
 
 def claim_folder(folder: Path, config: Config, trainer: Trainer, accelerator: Accelerator) -> tuple[int, Window]:

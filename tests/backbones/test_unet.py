@@ -41,7 +41,7 @@ def test_without_observation_weights_channels_and_flags_are_not_seen() -> None:
     backbone = unet()
     torch.nn.init.normal_(backbone.unet.conv_out.weight)
     backbone.unet.conv_in.weight[:, SPACE[0] :] = 0
-    backbone.flags.weight.zero_()
+    backbone.flags[-1].weight.zero_()
     sample, timestep = torch.randn(3, *SPACE), torch.arange(3)
     seen = backbone(sample, timestep, Observation(torch.randn(3, OBSERVED, 8, 8), torch.ones(3, FLAGS)))
     assert all(map(torch.equal, seen, backbone(sample, timestep, observation(3))))
