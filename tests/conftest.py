@@ -111,7 +111,13 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("finished")
     OmegaConf.save(OmegaConf.create(tiny_tree(folder / "run")), folder / "tiny.yaml")
-    overrides = ["train.steps=12", "train.log_every=5", "train.checkpoint_every=4", "train.sample_every=6"]
+    overrides = [
+        "train.steps=12",
+        "train.optimizer=muon",
+        "train.log_every=5",
+        "train.checkpoint_every=4",
+        "train.sample_every=6",
+    ]
     return train(load_config(folder / "tiny.yaml", overrides))
 
 
