@@ -126,7 +126,7 @@ def test_min_snr_weighs_the_error_of_z_0_alike_for_every_prediction(gamma: float
     z_t = process.add_noise(z_0, noise, steps)
     guess = process.predict_original_sample(target + error, steps, z_t)
     alphas_cumprod = process.alphas_cumprod[steps]
-    weight = losses.min_snr_weight(alphas_cumprod, gamma, prediction_type)
+    weight = losses.min_snr_weight(alphas_cumprod / (1 - alphas_cumprod), gamma, prediction_type)
     capped = (alphas_cumprod / (1 - alphas_cumprod)).clamp(max=gamma)
     expected = capped * (z_0 - guess).square().mean(dim=(1, 2, 3))
     # diffusers' own float32 ā_t enters z_t; it is 6e-8 off, and so is 1 − ā_1 = 1e-4 by 6e-4
@@ -138,7 +138,7 @@ def test_min_snr_identities() -> None:
     alphas_cumprod = torch.tensor([0.999, 0.5, 1e-4], dtype=torch.float64)
     snr = alphas_cumprod / (1 - alphas_cumprod)
     capped = torch.tensor([5.0, 1.0, 1e-4 / (1 - 1e-4)], dtype=torch.float64)  # SNR = 999, 1, 1e-4
-    weight = {kind: losses.min_snr_weight(alphas_cumprod, 5.0, kind) for kind in ("sample", "epsilon", "v_prediction")}
+    weight = {kind: losses.min_snr_weight(snr, 5.0, kind) for kind in ("sample", "epsilon", "v_prediction")}
     torch.testing.assert_close(weight["sample"], capped)
     torch.testing.assert_close(weight["epsilon"] * snr, capped)
     torch.testing.assert_close(weight["v_prediction"] * (snr + 1), capped)

@@ -8,7 +8,7 @@ from typing import Any
 from diffusers import DDPMScheduler
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from torch import Tensor, arange
+from torch import Tensor, arange, cat, ones
 
 from mmdiff.errors import InputError
 from mmdiff.schedulers.base import MTScheduler
@@ -78,6 +78,7 @@ class MTDiffusionScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
         self.alphas_cumprod = self.alphas.cumprod(0)
         path = Coefficients(self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt(), self.alphas.sqrt())
         self._set_path(path, checked)
+        self._tables["a_bar"] = cat([ones(1, dtype=self.alphas_cumprod.dtype), self.alphas_cumprod])
         self._check_terminal_weights()
         self.timesteps = arange(num_train_timesteps - 1, -1, -1)
 
@@ -158,6 +159,11 @@ class MTDiffusionScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
 
     def _timesteps_at(self, share: Tensor) -> Tensor:
         return (share * len(self)).long()
+
+    def _coefficients(self, timesteps: Tensor | float, like: Tensor) -> tuple[Tensor, Tensor]:
+        """From ā_t rounded to the dtype first, as the solvers do, so that they give a clipped z_0 back as it is."""
+        alpha_bar = self._at("a_bar", timesteps, like).to(like.dtype)
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
     def _noised(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """diffusers' own float32 arithmetic, for whole ``timesteps``."""

@@ -87,9 +87,8 @@ FLOW_SOLVERS = {
         # its own spacing ends with a step from σ = 1/T; diffusers' pipelines pass this one
         place=lambda solver, count: solver.set_timesteps(sigmas=np.linspace(1.0, 1 / count, count), device="cpu"),
         refused={
-            "stochastic_sampling": "adds fresh noise to E[z_0 | z_t], which is right for distilled networks only: the "
-            "law collapses as steps grow; for a stochastic flow take DPMSolverMultistepScheduler with algorithm_type "
-            "sde-dpmsolver++"
+            "stochastic_sampling": "adds fresh noise to E[z_0 | z_t], which is right for distilled networks only and "
+            "halves the variance around every mode; take DPMSolverMultistepScheduler, algorithm_type sde-dpmsolver++"
         },
     ),
     "DPMSolverMultistepScheduler": Solver(
