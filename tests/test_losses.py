@@ -11,7 +11,7 @@ from torch.distributions import Independent, Normal, kl_divergence
 
 from mmdiff import losses
 from mmdiff.likelihoods import Gaussian
-from mmdiff.schedulers import MTDiffusionScheduler
+from mmdiff.schedulers import MTDiffusionScheduler, MTFlowMatchScheduler
 
 SHAPE = (5, 2, 3, 3)
 
@@ -113,6 +113,20 @@ def test_denoising_error_is_a_mean_per_sample() -> None:
 
 def test_recovery_counts_dimensions() -> None:
     assert losses.recovery_nll(torch.tensor([1.0, 2.0]), 64).tolist() == [64.0, 128.0]
+
+
+@pytest.mark.parametrize("gamma", [0.01, 5.0, 1e9])
+@pytest.mark.parametrize("prediction_type", ["velocity", "sample"])
+def test_min_snr_of_the_flow_weighs_the_error_of_z_0(gamma: float, prediction_type: str) -> None:
+    process = MTFlowMatchScheduler(num_train_timesteps=100, prediction_type=prediction_type)
+    steps = torch.tensor([0.5, 1.0, 31.4, 80.0, 99.9], dtype=torch.float64)
+    z_0, noise, error = randn(0), randn(1), randn(2)
+    target, z_t = process.training_target(z_0, noise, steps), process.add_noise(z_0, noise, steps)
+    guess = process.predict_original_sample(target + error, steps, z_t)
+    weight = losses.min_snr_weight(process.snr(steps), gamma, prediction_type)
+    expected = (((100 - steps) / steps) ** 2).clamp(max=gamma) * (z_0 - guess).square().mean(dim=(1, 2, 3))
+    weighted = losses.denoising_error(target + error, target, weight).double()
+    torch.testing.assert_close(weighted, expected, rtol=1e-4, atol=0)  # the error is taken in float32
 
 
 @pytest.mark.parametrize("gamma", [0.01, 5.0, 1e9])

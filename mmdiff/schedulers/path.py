@@ -90,7 +90,7 @@ class GaussianPath:
 
     def _at(self, key: str, timesteps: Tensor | float, like: Tensor) -> Tensor:
         """A table at timesteps: (B, 1, 1, 1) float64 on the device of ``like``, or a scalar for a Python number."""
-        t = timesteps - self.first_timestep + 1
+        t = timesteps + (1 - self.first_timestep)  # in this order no float32 timestep is rounded
         if not isinstance(t, Tensor):  # a CPU scalar multiplies any device's tensor without a transfer
             table = self._tables[key]
             return table[t] if isinstance(t, int) else _between(table, torch.tensor(t, dtype=torch.float64))
