@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mmdiff.model import MTDiffusionModel
     from mmdiff.objective import MTObjective
     from mmdiff.pipeline import MTDiffusionPipeline
-    from mmdiff.schedulers import MTDiffusionScheduler
+    from mmdiff.schedulers import MTDiffusionScheduler, MTFlowMatchScheduler
     from mmdiff.training import train
 
 __version__ = "0.1.0"
@@ -24,6 +24,7 @@ _HOMES = {
     "MTDiffusionModel": "mmdiff.model",
     "MTDiffusionPipeline": "mmdiff.pipeline",
     "MTDiffusionScheduler": "mmdiff.schedulers",
+    "MTFlowMatchScheduler": "mmdiff.schedulers",
     "MTObjective": "mmdiff.objective",
     "load_config": "mmdiff.config",
     "train": "mmdiff.training",
@@ -33,6 +34,7 @@ __all__ = [
     "MTDiffusionModel",
     "MTDiffusionPipeline",
     "MTDiffusionScheduler",
+    "MTFlowMatchScheduler",
     "MTObjective",
     "load_config",
     "train",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from mmdiff.backbones import BACKBONES, Backbone
-from mmdiff.config import Config, MaskingConfig, ModalityConfig, WeightConfig
+from mmdiff.config import Config, MaskingConfig, ModalityConfig, WeightConfig, parse_arguments
 from mmdiff.data import Holes, Rows, StandIn, Table, open_splits
 from mmdiff.data.embeddings import add_embeddings
 from mmdiff.data.masking import known_masks
@@ -19,11 +20,12 @@ from mmdiff.modalities import Modality, find_modality
 from mmdiff.model import MTDiffusionModel
 from mmdiff.objective import MTObjective, StateLaw
 from mmdiff.randomness import fold
-from mmdiff.schedulers import MTDiffusionScheduler
+from mmdiff.schedulers import SCHEDULERS, MTScheduler
 
 _GIVEN = {  # not for a config to set
     Modality: {"self", "shape", "head"},
     Backbone: {"self", "space", "observation_channels", "num_flags"},
+    MTScheduler: {"self", "weights"},
 }
 
 
@@ -35,7 +37,7 @@ class Experiment:
     train: Table | StandIn
     validation: Table | StandIn
     model: MTDiffusionModel
-    scheduler: MTDiffusionScheduler
+    scheduler: MTScheduler
     objective: MTObjective
 
 
@@ -116,6 +118,22 @@ def resolve(config: Config, rows: Rows | None) -> Config:
     resolved = config.model_dump()
     resolved["modalities"] = {name: entry.model_dump() for name, entry in modalities.items()}
     resolved["scheduler"]["clip_sample"] = _clip_sample(config, modalities)
+    return resolve_scheduler(Config.model_validate(resolved))
+
+
+def resolve_scheduler(config: Config) -> Config:
+    """The config with every argument of the scheduler's class, also those that came after the config was written.
+
+    Raises:
+        InputError: naming a setting that is unknown or of a wrong type.
+    """
+    cls, settings = _scheduler(config), config.scheduler.model_dump(exclude={"kind"})
+    hints, parameters = typing.get_type_hints(cls.__init__), _parameters(cls)
+    arguments = {name: (hints[name], parameter.default) for name, parameter in parameters.items()}
+    if settings["clip_sample"] is None:  # left to the anchor
+        del settings["clip_sample"], arguments["clip_sample"]
+    resolved = config.model_dump()
+    resolved["scheduler"] |= parse_arguments("scheduler", arguments, settings)
     return Config.model_validate(resolved)
 
 
@@ -182,7 +200,7 @@ def build_model(config: Config) -> MTDiffusionModel:
         )
 
 
-def build_scheduler(config: Config) -> MTDiffusionScheduler:
+def build_scheduler(config: Config) -> MTScheduler:
     """The scheduler, with a weight schedule for every auxiliary modality."""
     weights = {
         name: config.modalities[name].weight.model_dump()
@@ -190,7 +208,7 @@ def build_scheduler(config: Config) -> MTDiffusionScheduler:
         if find_modality(config.modalities[name].kind, "").aggregable
     }
     try:
-        return MTDiffusionScheduler(**config.scheduler.model_dump(), weights=weights)
+        return _scheduler(config)(**config.scheduler.model_dump(exclude={"kind"}), weights=weights)
     except InputError as error:
         key = error.key.split(".")
         where = (
@@ -201,7 +219,7 @@ def build_scheduler(config: Config) -> MTDiffusionScheduler:
         raise InputError(where, error.value, error.remedy) from None
 
 
-def build_objective(config: Config, model: MTDiffusionModel, scheduler: MTDiffusionScheduler) -> MTObjective:
+def build_objective(config: Config, model: MTDiffusionModel, scheduler: MTScheduler) -> MTObjective:
     """The objective, with the law of states that `states` and each modality's own `states` set."""
     learned = [n for n in config.auxiliary() if config.modalities[n].weight.schedule == "learned"]
     return MTObjective(
@@ -263,6 +281,12 @@ def _backbone(config: Config) -> type:
     if config.backbone.kind not in BACKBONES:
         raise InputError("backbone.kind", config.backbone.kind, f"choose one of {', '.join(sorted(BACKBONES))}")
     return BACKBONES[config.backbone.kind]
+
+
+def _scheduler(config: Config) -> type[MTScheduler]:
+    if config.scheduler.kind not in SCHEDULERS:
+        raise InputError("scheduler.kind", config.scheduler.kind, f"choose one of {', '.join(sorted(SCHEDULERS))}")
+    return SCHEDULERS[config.scheduler.kind]
 
 
 def check_settings(key: str, cls: type, settings: dict[str, Any]) -> None:

@@ -271,7 +271,6 @@ def _load(run: Path, solver: str | None, trust: bool) -> MTDiffusionPipeline:
     from safetensors import SafetensorError
 
     from mmdiff.pipeline import MTDiffusionPipeline
-    from mmdiff.schedulers import MTDiffusionScheduler
     from mmdiff.training.process import set_threads
 
     set_threads(0)
@@ -283,9 +282,8 @@ def _load(run: Path, solver: str | None, trust: bool) -> MTDiffusionPipeline:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError("run", str(run), f"its pipeline is damaged, {type(error).__name__}: {error}") from None
     if solver is not None:
-        pipeline.scheduler = MTDiffusionScheduler.from_config(
-            pipeline.scheduler.config, solver=solver, solver_config=None
-        )
+        scheduler = pipeline.scheduler
+        pipeline.scheduler = type(scheduler).from_config(scheduler.config, solver=solver, solver_config=None)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

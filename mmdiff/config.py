@@ -6,6 +6,7 @@ Nothing of the package but the error is imported here: a config can be read, che
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -110,23 +111,15 @@ class BackboneConfig(_Open):
     kind: str = "unet"
 
 
-class SchedulerConfig(_Strict):
-    """Arguments of MTDiffusionScheduler, under its names."""
+class SchedulerConfig(_Open):
+    """The path from data to noise; further keys are arguments of the class that `kind` names."""
 
+    kind: str = "diffusion"  # or flow_match
     num_train_timesteps: int = Field(1000, ge=2)
-    beta_schedule: str = "squaredcos_cap_v2"
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
-    trained_betas: list[float] | None = None
-    rescale_betas_zero_snr: bool = False
-    prediction_type: str = "v_prediction"
-    timestep_spacing: str = "trailing"
     clip_sample: bool | None = None  # default: where the anchor's encodings are bounded (pixels, not latents)
     clip_sample_range: float = Field(1.0, gt=0)
     solver: str = "DPMSolverMultistepScheduler"
     solver_config: dict[str, Any] | None = None
-    literal_alpha: bool = False
-    allow_nonzero_terminal: bool = False
 
 
 class StatesConfig(_Strict):
@@ -296,13 +289,32 @@ def parse_config(tree: Any) -> Config:
     try:
         config = Config.model_validate(tree)
     except pydantic.ValidationError as error:
-        raise _readable(error.errors()[0], tree) from None
+        raise _readable(error.errors()[0], Config) from None
     if config.anchor not in config.modalities:
         raise InputError("anchor", config.anchor, f"choose one of modalities: {', '.join(sorted(config.modalities))}")
     for name in config.data.columns:
         if name not in config.modalities:
             raise InputError(f"data.columns.{name}", config.data.columns[name], "names no modality")
     return config
+
+
+def parse_arguments(key: str, arguments: Mapping[str, tuple[Any, Any]], settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a class, of the types that its constructor declares, over its defaults.
+
+    Args:
+        key: of the section.
+        arguments: {name: (annotation, default)}.
+        settings: what the config sets.
+
+    Raises:
+        InputError: on an unknown key, with the nearest known one, and on a wrong type.
+    """
+    model: Any = pydantic.create_model(key, __base__=_Strict, **arguments)
+    try:
+        return model.model_validate(settings).model_dump()
+    except pydantic.ValidationError as error:
+        found = _readable(error.errors()[0], model)
+        raise InputError(f"{key}.{found.key}", found.value, found.remedy) from None
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -327,11 +339,11 @@ def _difference(one: Any, other: Any, key: str, ignore: set[str]) -> tuple[str, 
     return None if one == other else (key, one, other)
 
 
-def _readable(error: Any, tree: dict) -> InputError:
+def _readable(error: Any, model: Any) -> InputError:
     """A pydantic error as our one line; unknown keys get the nearest known one."""
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        known = _fields_at(error["loc"][:-1])
+        known = _fields_at(model, error["loc"][:-1])
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
         return InputError(
             key, error["input"], f"unknown key; {f'did you mean {near[0]}?' if near else 'known: ' + ', '.join(known)}"
@@ -342,9 +354,8 @@ def _readable(error: Any, tree: dict) -> InputError:
     return InputError(key, error["input"], message[0].lower() + message[1:])
 
 
-def _fields_at(path: tuple) -> list[str]:
-    """Names of the fields of the model at a path of keys."""
-    model: Any = Config
+def _fields_at(model: Any, path: tuple) -> list[str]:
+    """Names of the fields of the section of a model at a path of keys."""
     for part in path:
         model = get_args(model)[1] if get_origin(model) is dict else model.model_fields[part].annotation
         if get_origin(model) is UnionType:  # an optional section

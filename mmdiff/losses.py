@@ -42,12 +42,12 @@ def denoising_error(prediction: Tensor, target: Tensor, weight: Tensor | None = 
     return error if weight is None else error * weight
 
 
-def min_snr_weight(alphas_cumprod: Tensor, gamma: float, prediction_type: str) -> Tensor:
+def min_snr_weight(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
     """min(SNR, γ) over the SNR-weighting that the prediction type already has (Hang et al., 2023): (B,)."""
-    snr = alphas_cumprod / (1 - alphas_cumprod)
     capped = snr.clamp(max=gamma)
     return {
         "sample": capped,
         "epsilon": capped / snr.clamp(min=1e-12),
         "v_prediction": capped / (snr + 1),
+        "velocity": capped / (snr.sqrt() + 1) ** 2,  # z_0 = u − σ v with 1/σ = 1 + √SNR
     }[prediction_type]

@@ -16,7 +16,7 @@ from mmdiff import losses
 from mmdiff.data import Batch
 from mmdiff.model import MTDiffusionModel
 from mmdiff.randomness import normal, uniform
-from mmdiff.schedulers import MTDiffusionScheduler
+from mmdiff.schedulers import MTScheduler
 from mmdiff.schedulers.weights import initial_parameters
 
 
@@ -60,7 +60,7 @@ class MTObjective(nn.Module):
     def __init__(
         self,
         model: MTDiffusionModel,
-        scheduler: MTDiffusionScheduler,
+        scheduler: MTScheduler,
         state_laws: Mapping[str, StateLaw],
         loss_weights: Mapping[str, float],
         terminal_weight: float = 1.0,
@@ -107,9 +107,10 @@ class MTObjective(nn.Module):
         target = scheduler.training_target(z_0, noise, timesteps)
         error = losses.denoising_error(output.prediction, target, self.snr_weight(timesteps)) * denoised  # (B,)
         terminal = losses.terminal_kl(
-            scheduler.marginal(z_0, timesteps.new_full((len(z_0),), len(scheduler) - 1), encodings)
+            scheduler.marginal(z_0, timesteps.new_full((len(z_0),), scheduler.terminal_timestep), encodings)
         )
-        terms = {"l0": terminal / z_0[0].numel(), "l1": error * (timesteps > 0), "l3": error * (timesteps == 0)}
+        first = timesteps <= scheduler.first_timestep  # t ≤ 1
+        terms = {"l0": terminal / z_0[0].numel(), "l1": error * ~first, "l3": error * first}
         for name in model.auxiliary:
             modality = model.modalities[name]
             nll = modality.nll(output.params[name].float(), modality.target(batch.values[name], anchor))
@@ -154,20 +155,17 @@ class MTObjective(nn.Module):
         return aggregated, observed, denoised
 
     def draw_timesteps(self, where: Where, denoised: Tensor) -> Tensor:
-        """(B,) in 0 … T − 1: one uniform number, spread evenly over the global batch (Kingma et al., 2021).
+        """(B,): one uniform number, spread evenly over the global batch (Kingma et al., 2021), through its own law.
 
         Where nothing is denoised t = T, as sampling asks then.
         """
-        total = len(self.scheduler)
         offset = uniform(self.seed, where.step, "times", where.positions[:1] * 0)
         u = (offset + where.positions.double() / where.global_batch) % 1.0
-        timesteps = (u * total).long().clamp(max=total - 1)
-        return torch.where(denoised, timesteps, total - 1)
+        return torch.where(denoised, self.scheduler.training_timesteps(u), self.scheduler.terminal_timestep)
 
     def snr_weight(self, timesteps: Tensor) -> Tensor | None:
         """(B,) weight of the denoising error, or None."""
         if self.min_snr_gamma is None:
             return None
-        alphas_cumprod = self.scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
-        kind = self.scheduler.config.prediction_type
-        return losses.min_snr_weight(alphas_cumprod, self.min_snr_gamma, kind).float()
+        snr, kind = self.scheduler.snr(timesteps), self.scheduler.config.prediction_type
+        return losses.min_snr_weight(snr, self.min_snr_gamma, kind).float()

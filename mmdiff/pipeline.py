@@ -17,7 +17,7 @@ from mmdiff.conditioning import aggregated_names, fed_encoding, feed_for, guidan
 from mmdiff.errors import InputError
 from mmdiff.modalities import Modality
 from mmdiff.model import MTDiffusionModel
-from mmdiff.schedulers import MTDiffusionScheduler
+from mmdiff.schedulers import SCHEDULERS, MTScheduler
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -37,7 +37,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
     Args:
         model: the networks.
         scheduler: the reverse process; for another solver take
-            `MTDiffusionScheduler.from_config(scheduler.config, solver=…)`.
+            `type(scheduler).from_config(scheduler.config, solver=…)`.
         autoencoder: of a latent anchor; by default the one that the model's anchor names.
     """
 
@@ -45,7 +45,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
     _optional_components = ["autoencoder"]
 
     def __init__(
-        self, model: MTDiffusionModel, scheduler: MTDiffusionScheduler, autoencoder: AutoencoderKL | None = None
+        self, model: MTDiffusionModel, scheduler: MTScheduler, autoencoder: AutoencoderKL | None = None
     ) -> None:
         super().__init__()
         anchor = model.modalities[model.anchor]
@@ -74,22 +74,21 @@ class MTDiffusionPipeline(DiffusionPipeline):
             if k in ("revision", "token", "cache_dir", "local_files_only", "force_download")
         }
         index = cls.load_config(pretrained_model_name_or_path, **hub)
-        expected = {
-            "model": ["mmdiff.model", "MTDiffusionModel"],
-            "scheduler": ["mmdiff.schedulers.mt_diffusion", "MTDiffusionScheduler"],
-        }
-        for name, component in expected.items():
-            if index.get(name) != component:
+        for name, known in (("model", (MTDiffusionModel,)), ("scheduler", tuple(SCHEDULERS.values()))):
+            homes = [[component.__module__, component.__name__] for component in known]
+            if index.get(name) not in homes:
+                expected = " or ".join(map(str, homes))
                 raise InputError(
-                    f"model_index.json: {name}", index.get(name), f"is no mmdiff pipeline; expected {component}"
+                    f"model_index.json: {name}", index.get(name), f"is no mmdiff pipeline; expected {expected}"
                 )
+        kind = next(kind for kind in SCHEDULERS.values() if kind.__name__ == index["scheduler"][1])
         model = MTDiffusionModel.from_pretrained(
             pretrained_model_name_or_path,
             subfolder="model",
             trust_custom_modalities=trust_custom_modalities,
             **kwargs,
         )
-        scheduler = MTDiffusionScheduler.from_pretrained(pretrained_model_name_or_path, subfolder="scheduler", **hub)
+        scheduler = kind.from_pretrained(pretrained_model_name_or_path, subfolder="scheduler", **hub)
         autoencoder = None
         if index.get("autoencoder", [None])[0] is not None:
             autoencoder = AutoencoderKL.from_pretrained(
@@ -218,7 +217,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
         model, count = self.model, len(next(iter(values.values())))
         z = torch.zeros(count, *model.space, device=model.device, dtype=model.dtype)
         observed = {name: torch.ones(count, dtype=torch.bool, device=model.device) for name in values}
-        timesteps = torch.full((count,), len(self.scheduler) - 1, device=model.device)
+        timesteps = torch.full((count,), self.scheduler.terminal_timestep, device=model.device)
         return model(z, timesteps, model.observation(values, {}, observed, like=z)).params
 
     def _draw(self, name: str, params: Tensor, generator: Generators) -> Tensor:

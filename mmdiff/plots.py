@@ -12,7 +12,7 @@ from PIL import Image
 
 from mmdiff.config import SampleConfig
 from mmdiff.pipeline import MTDiffusionPipeline
-from mmdiff.schedulers import MTDiffusionScheduler
+from mmdiff.schedulers import MTScheduler
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,12 +62,12 @@ def save_grid(pipeline: MTDiffusionPipeline, path: Path, sample: SampleConfig, s
     return path
 
 
-def weight_schedules(scheduler: MTDiffusionScheduler, path: Path) -> Path:
-    """√ā_t, and W_t and w_t of every modality."""
+def weight_schedules(scheduler: MTScheduler, path: Path) -> Path:
+    """s_t (√ā_t, or 1 − σ), and W_t and w_t of every modality."""
     figure = _figure(9.0, 3.2)
     left, right = figure.subplots(1, 2)
     t = np.arange(1, len(scheduler) + 1)
-    left.plot(t, scheduler.alphas_cumprod.sqrt(), "k--", label="√ā_t (anchor)")
+    left.plot(t, scheduler.path.signal, "k--", label="s_t (anchor)")
     for name in sorted(scheduler.config.weights or {}):
         left.plot(t, scheduler.cumulative_weights(name).detach(), label=f"W_t {name}")
         right.plot(t, scheduler.step_weights(name).detach(), label=f"w_t {name}")
@@ -96,7 +96,7 @@ def curves(metrics: Path, path: Path) -> Path:
 
 
 def forward_process(
-    scheduler: MTDiffusionScheduler,
+    scheduler: MTScheduler,
     z_0: torch.Tensor,
     encodings: dict[str, torch.Tensor],
     columns: int = 9,
@@ -105,7 +105,7 @@ def forward_process(
     """z_t of Eq. (2) for a few samples (rows) over time (columns), as grey or RGB tiles."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(z_0.shape, generator=generator)
-    steps = torch.linspace(0, len(scheduler) - 1, columns).round().long()
+    steps = torch.linspace(scheduler.first_timestep, scheduler.terminal_timestep, columns).round().long()
     tiles = []
     for i in range(len(z_0)):
         for t in steps:

@@ -7,14 +7,12 @@ from omegaconf import OmegaConf
 from mmdiff.config import Config
 from mmdiff.data import Rows
 from mmdiff.model import MTDiffusionModel
-from mmdiff.schedulers import MTDiffusionScheduler
+from mmdiff.schedulers import MTScheduler
 
 _BARS = "▁▂▃▄▅▆▇█"
 
 
-def describe(
-    config: Config, model: MTDiffusionModel, scheduler: MTDiffusionScheduler, splits: tuple[Rows, Rows] | None
-) -> str:
+def describe(config: Config, model: MTDiffusionModel, scheduler: MTScheduler, splits: tuple[Rows, Rows] | None) -> str:
     """The resolved config, parameter counts, weight schedules and, where the data were opened, their rows."""
     lines = [OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))).rstrip(), ""]
     if splits is not None:
@@ -27,10 +25,10 @@ def describe(
     return "\n".join([*lines, "", *weights(scheduler)])
 
 
-def weights(scheduler: MTDiffusionScheduler, columns: int = 48) -> list[str]:
+def weights(scheduler: MTScheduler, columns: int = 48) -> list[str]:
     """One line per modality: W_t from t = 1 to T, its peak, where it lies, and what is left at T."""
     lines = []
-    tables = {"√ā_t": scheduler.alphas_cumprod.sqrt()}
+    tables = {"s_t anchor": scheduler.path.signal}
     tables |= {f"W_t {name}": scheduler.cumulative_weights(name) for name in sorted(scheduler.config.weights or {})}
     for name, table in tables.items():
         table = table.detach()

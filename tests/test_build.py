@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from mmdiff.build import build_model, build_objective, build_scheduler, resolve, state_law
+from mmdiff.build import build_model, build_objective, build_scheduler, resolve, resolve_scheduler, state_law
 from mmdiff.config import Config
 from mmdiff.errors import InputError
 from mmdiff.objective import StateLaw
+from mmdiff.schedulers import SCHEDULERS
 
 Configure = Callable[..., Config]
 
@@ -102,13 +104,31 @@ def test_weights_with_which_sampling_would_start_wrong_are_refused(configure: Co
     ("override", "start"),
     [
         ("scheduler.beta_schedule=cubic", "scheduler.beta_schedule = 'cubic': "),
+        ("scheduler.kind=flow", "scheduler.kind = 'flow': choose one of diffusion, flow_match"),
+        ("scheduler.beta_strat=1", "scheduler.beta_strat = 1: unknown key; did you mean beta_start?"),
+        ("scheduler.beta_start=much", "scheduler.beta_start = 'much': "),
+        ("scheduler={kind: flow_match, beta_start: 0.1}", "scheduler.beta_start = 0.1: unknown key; "),
+        ("scheduler={kind: flow_match, solver: DDIMScheduler}", "scheduler.solver = 'DDIMScheduler': solves the var"),
+        ("scheduler={timestep_sampling: cubic}", "scheduler.timestep_sampling = 'cubic': "),
         ("scheduler.solver=PNDMScheduler", "scheduler.solver = 'PNDMScheduler': "),
         ("scheduler.solver_config={zeta: 1}", "scheduler.solver_config.zeta = 1: "),
     ],
 )
 def test_scheduler_mistakes_are_named_as_in_the_config(configure: Configure, override: str, start: str) -> None:
-    config = resolve(configure(override), rows())
-    assert complaint(lambda: build_scheduler(config)).startswith(start)
+    assert complaint(lambda: build_scheduler(resolve(configure(override), rows()))).startswith(start)
+
+
+def test_the_resolved_config_lists_every_argument_of_the_scheduler(configure: Configure) -> None:
+    for kind, cls in SCHEDULERS.items():
+        config = resolve(configure(f"scheduler.kind={kind}"), rows())
+        assert set(config.scheduler.model_dump()) == {"kind", *inspect.signature(cls).parameters} - {"weights"}
+        assert resolve_scheduler(config) == config
+        built = build_scheduler(config)
+        assert type(built) is cls
+        for key, value in config.scheduler.model_dump(exclude={"kind"}).items():
+            assert built.config[key] == value
+    older = configure("scheduler.timestep_spacing=leading")  # a config from before timestep_sampling
+    assert resolve_scheduler(older).scheduler.model_dump()["timestep_sampling"] == "uniform"
 
 
 def laws(config: Config) -> dict[str, StateLaw]:

@@ -11,7 +11,7 @@ from torch.distributions import Independent, Normal, kl_divergence
 
 from mmdiff import losses
 from mmdiff.likelihoods import Gaussian
-from mmdiff.schedulers import MTDiffusionScheduler
+from mmdiff.schedulers import MTDiffusionScheduler, MTFlowMatchScheduler
 
 SHAPE = (5, 2, 3, 3)
 
@@ -116,6 +116,20 @@ def test_recovery_counts_dimensions() -> None:
 
 
 @pytest.mark.parametrize("gamma", [0.01, 5.0, 1e9])
+@pytest.mark.parametrize("prediction_type", ["velocity", "sample"])
+def test_min_snr_of_the_flow_weighs_the_error_of_z_0(gamma: float, prediction_type: str) -> None:
+    process = MTFlowMatchScheduler(num_train_timesteps=100, prediction_type=prediction_type)
+    steps = torch.tensor([0.5, 1.0, 31.4, 80.0, 99.9], dtype=torch.float64)
+    z_0, noise, error = randn(0), randn(1), randn(2)
+    target, z_t = process.training_target(z_0, noise, steps), process.add_noise(z_0, noise, steps)
+    guess = process.predict_original_sample(target + error, steps, z_t)
+    weight = losses.min_snr_weight(process.snr(steps), gamma, prediction_type)
+    expected = (((100 - steps) / steps) ** 2).clamp(max=gamma) * (z_0 - guess).square().mean(dim=(1, 2, 3))
+    weighted = losses.denoising_error(target + error, target, weight).double()
+    torch.testing.assert_close(weighted, expected, rtol=1e-4, atol=0)  # the error is taken in float32
+
+
+@pytest.mark.parametrize("gamma", [0.01, 5.0, 1e9])
 @pytest.mark.parametrize("prediction_type", ["sample", "epsilon", "v_prediction"])
 def test_min_snr_weighs_the_error_of_z_0_alike_for_every_prediction(gamma: float, prediction_type: str) -> None:
     """Whatever is predicted, the weighted error is min(SNR, γ) ‖z_0 − x̂_0‖² (Hang et al., 2023, Eq. 6)."""
@@ -126,7 +140,7 @@ def test_min_snr_weighs_the_error_of_z_0_alike_for_every_prediction(gamma: float
     z_t = process.add_noise(z_0, noise, steps)
     guess = process.predict_original_sample(target + error, steps, z_t)
     alphas_cumprod = process.alphas_cumprod[steps]
-    weight = losses.min_snr_weight(alphas_cumprod, gamma, prediction_type)
+    weight = losses.min_snr_weight(alphas_cumprod / (1 - alphas_cumprod), gamma, prediction_type)
     capped = (alphas_cumprod / (1 - alphas_cumprod)).clamp(max=gamma)
     expected = capped * (z_0 - guess).square().mean(dim=(1, 2, 3))
     # diffusers' own float32 ā_t enters z_t; it is 6e-8 off, and so is 1 − ā_1 = 1e-4 by 6e-4
@@ -138,7 +152,7 @@ def test_min_snr_identities() -> None:
     alphas_cumprod = torch.tensor([0.999, 0.5, 1e-4], dtype=torch.float64)
     snr = alphas_cumprod / (1 - alphas_cumprod)
     capped = torch.tensor([5.0, 1.0, 1e-4 / (1 - 1e-4)], dtype=torch.float64)  # SNR = 999, 1, 1e-4
-    weight = {kind: losses.min_snr_weight(alphas_cumprod, 5.0, kind) for kind in ("sample", "epsilon", "v_prediction")}
+    weight = {kind: losses.min_snr_weight(snr, 5.0, kind) for kind in ("sample", "epsilon", "v_prediction")}
     torch.testing.assert_close(weight["sample"], capped)
     torch.testing.assert_close(weight["epsilon"] * snr, capped)
     torch.testing.assert_close(weight["v_prediction"] * (snr + 1), capped)

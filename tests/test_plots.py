@@ -157,6 +157,6 @@ def test_weights_are_described_by_their_peak() -> None:
     scheduler = MTDiffusionScheduler(num_train_timesteps=50, weights={"label": {"schedule": "bump", "scale": 0.75}})
     anchor, label = report.weights(scheduler, columns=20)
     table = scheduler.cumulative_weights("label")
-    assert anchor.startswith("√ā_t") and "peak 0.999 at t = 1," in anchor
+    assert anchor.startswith("s_t anchor") and "peak 0.999 at t = 1," in anchor
     assert f"peak 0.75 at t = {int(table.argmax()) + 1}, at T {float(table[-1]):.2g}" in label
     assert label.count("█") >= 1 and len(label.split()[2]) == 20

@@ -12,7 +12,7 @@ from torch import Tensor
 from mmdiff import losses
 from mmdiff.likelihoods import Gaussian
 from mmdiff.model import MTDiffusionModel
-from mmdiff.schedulers import MTDiffusionScheduler
+from mmdiff.schedulers import MTScheduler
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Elbo:
 @torch.no_grad()
 def elbo(
     model: MTDiffusionModel,
-    scheduler: MTDiffusionScheduler,
+    scheduler: MTScheduler,
     values: Mapping[str, Tensor],
     generator: torch.Generator | None = None,
     timesteps: Tensor | None = None,
@@ -50,8 +50,8 @@ def elbo(
         model, scheduler: the network and the forward process; `scheduler.config.clip_sample` is not applied.
         values: {modality: (B, …)} of all modalities.
         generator: for the states z_t, one per step.
-        timesteps: steps 0 … T − 1 to sum over; default all. A subset is scaled up to T, an unbiased estimate if it was
-            drawn at random; index 0 must then be drawn like the others.
+        timesteps: the steps t − 1 in 0 … T − 1 to sum over; default all. A subset is scaled up to T, an unbiased
+            estimate if it was drawn at random; index 0 must then be drawn like the others.
         levels: grey levels of x_0 in [−1, 1] for L3, or None for a density.
     """
     anchor = model.modalities[model.anchor]
@@ -64,10 +64,12 @@ def elbo(
     scale = total / len(chosen)
     terms = {name: torch.zeros(len(z_0), dtype=torch.float64, device=z_0.device) for name in ("l1", "l3")}
     terms |= {f"l2/{name}": terms["l1"].clone() for name in model.auxiliary}
-    terms["l0"] = losses.terminal_kl(scheduler.marginal(z_0, torch.full((len(z_0),), total - 1), encodings))
+    terms["l0"] = losses.terminal_kl(
+        scheduler.marginal(z_0, torch.full((len(z_0),), scheduler.terminal_timestep), encodings)
+    )
     aggregated = dict.fromkeys(weighted, everywhere)
     for t in chosen.tolist():
-        steps = torch.full((len(z_0),), t, device=z_0.device)
+        steps = torch.full((len(z_0),), t + scheduler.first_timestep, device=z_0.device)
         noise = torch.randn(z_0.shape, generator=generator, dtype=z_0.dtype).to(z_0.device)
         z_t = scheduler.marginal(z_0, steps, encodings).sample(noise)
         like = z_t.to(model.dtype)

@@ -88,7 +88,7 @@ def _bare(experiment: Experiment, config: Config) -> Callable[[], None]:
         parameters, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
     )
     images = experiment.train.all().values[config.anchor]
-    alphas_cumprod = experiment.scheduler.alphas_cumprod.float()
+    signal, sigma = (table.float()[:, None, None, None] for table in experiment.scheduler.path[:2])
     channels = sum(m.observation_channels for m in experiment.model.modalities.values())
     size = settings.batch_size
     observation = Observation(
@@ -98,11 +98,9 @@ def _bare(experiment: Experiment, config: Config) -> Callable[[], None]:
 
     def step() -> None:
         x = images[torch.randint(len(images), (size,))]
-        noise, t = torch.randn_like(x), torch.randint(len(alphas_cumprod), (size,))
-        root = alphas_cumprod[t].sqrt()[:, None, None, None]
-        sigma = (1 - alphas_cumprod[t]).sqrt()[:, None, None, None]
-        prediction = backbone(root * x + sigma * noise, t, observation).prediction
-        torch.nn.functional.mse_loss(prediction, root * noise - sigma * x).backward()
+        noise, t = torch.randn_like(x), torch.randint(len(signal), (size,))
+        prediction = backbone(signal[t] * x + sigma[t] * noise, t, observation).prediction
+        torch.nn.functional.mse_loss(prediction, signal[t] * noise - sigma[t] * x).backward()
         torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()

@@ -1,4 +1,8 @@
+from mmdiff.schedulers.base import MTScheduler
 from mmdiff.schedulers.mt_diffusion import MTDiffusionScheduler
-from mmdiff.schedulers.solvers import SOLVERS
+from mmdiff.schedulers.mt_flow_match import MTFlowMatchScheduler
+from mmdiff.schedulers.solvers import FLOW_SOLVERS, SOLVERS
 
-__all__ = ["SOLVERS", "MTDiffusionScheduler"]
+SCHEDULERS = {"diffusion": MTDiffusionScheduler, "flow_match": MTFlowMatchScheduler}  # scheduler.kind
+
+__all__ = ["FLOW_SOLVERS", "SCHEDULERS", "SOLVERS", "MTDiffusionScheduler", "MTFlowMatchScheduler", "MTScheduler"]

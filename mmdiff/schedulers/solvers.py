@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
 
@@ -29,6 +31,9 @@ class Solver:
     zero_terminal_snr: bool = True
     has_corrector: bool = False  # that re-uses an earlier sample
     is_stochastic: Callable[[Mapping[str, Any]], bool] = lambda options: False
+    refused: Mapping[str, str] = field(default_factory=dict)  # {option: reason}
+    arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # {prediction it takes: its own}; flows
+    place: Callable[[Any, int], None] = lambda solver, count: solver.set_timesteps(count, device="cpu")
 
 
 _MULTISTEP = ("solver_order", "solver_type", "lower_order_final", "steps_offset")
@@ -63,8 +68,49 @@ _REFUSED = (
 REFUSED = {
     **{f"{name}DiscreteScheduler": _REFUSED for name in ("Euler", "EulerAncestral", "Heun", "LMS", "KDPM2")},
     "KDPM2AncestralDiscreteScheduler": _REFUSED,
-    "FlowMatchEulerDiscreteScheduler": "solves another path than the variance-preserving one of Eq. (2)",
+    "FlowMatchEulerDiscreteScheduler": "solves another path than that of Eq. (2); take scheduler.kind flow_match",
     "PNDMScheduler": "keeps earlier samples, in the base of encodings that have changed since",
+}
+
+# ------------------------------------------------------------------------------------------------------ flow matching
+
+_FLOW_SIGMAS = {
+    "velocity": {"use_flow_sigmas": True, "prediction_type": "flow_prediction"},
+    "sample": {"use_flow_sigmas": True, "prediction_type": "sample"},
+}
+_FLOW_MULTISTEP = ("solver_order", "solver_type", "lower_order_final", "flow_shift")
+FLOW_SOLVERS = {
+    "FlowMatchEulerDiscreteScheduler": Solver(
+        FlowMatchEulerDiscreteScheduler,
+        ("shift",),
+        arguments={"velocity": {}},
+        # its own spacing ends with a step from σ = 1/T; diffusers' pipelines pass this one
+        place=lambda solver, count: solver.set_timesteps(sigmas=np.linspace(1.0, 1 / count, count), device="cpu"),
+        refused={
+            "stochastic_sampling": "adds fresh noise to E[z_0 | z_t], which is right for distilled networks only and "
+            "halves the variance around every mode; take DPMSolverMultistepScheduler, algorithm_type sde-dpmsolver++"
+        },
+    ),
+    "DPMSolverMultistepScheduler": Solver(
+        DPMSolverMultistepScheduler,
+        (*_FLOW_MULTISTEP, "algorithm_type", "euler_at_final"),
+        takes_generator=True,
+        multistep=True,
+        is_stochastic=SOLVERS["DPMSolverMultistepScheduler"].is_stochastic,
+        arguments=_FLOW_SIGMAS,
+    ),
+    "UniPCMultistepScheduler": Solver(
+        UniPCMultistepScheduler,
+        (*_FLOW_MULTISTEP, "disable_corrector"),
+        multistep=True,
+        has_corrector=True,
+        arguments=_FLOW_SIGMAS,
+    ),
+}
+FLOW_REFUSED = {
+    "FlowMatchHeunDiscreteScheduler": "keeps an earlier sample, in the base of encodings that have changed since",
+    "FlowMatchLCMScheduler": "adds fresh noise to E[z_0 | z_t], which is right for distilled networks only",
+    **{name: "solves the variance-preserving path" for name in SOLVERS if name not in FLOW_SOLVERS},
 }
 
 

@@ -7,47 +7,58 @@ peak of W_t whatever the schedule. Everything is float64 and differentiable in t
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mmdiff.errors import InputError
+
 LEARNED_NODES = 16  # parameters of a learned schedule: increments of r on an even grid of log-SNR
 
 
-def constant(alphas: Tensor) -> Tensor:
-    """w_t = 1 in every transition; W_t = √a_t (W_{t−1} + 1), Eq. (3). Late anchor, early modality."""
+class Coefficients(NamedTuple):
+    """A Gaussian path z_t = s_t z_0 + c_t + σ_t ε, Eq. (11): (T,) float64 each, for t = 1 … T."""
+
+    signal: Tensor  # s_t; √ā_t on the variance-preserving path
+    noise: Tensor  # σ_t; √(1 − ā_t)
+    ratio: Tensor  # ρ_t = s_t/s_{t−1}; √a_t
+
+
+def constant(path: Coefficients) -> Tensor:
+    """w_t = 1 in every transition; W_t = ρ_t (W_{t−1} + 1), Eq. (3). Late anchor, early modality."""
     total, shape = 0.0, []
-    for root in alphas.sqrt().tolist():
-        total = root * (total + 1.0)
+    for ratio in path.ratio.tolist():
+        total = ratio * (total + 1.0)
         shape.append(total)
     return torch.tensor(shape, dtype=torch.float64)
 
 
-def bump(alphas: Tensor) -> Tensor:
-    """W_t ∝ √ā_t (1 − ā_t)^½: zero at both ends."""
-    alphas_cumprod = alphas.cumprod(0)
-    return (alphas_cumprod * (1 - alphas_cumprod)).sqrt()
+def bump(path: Coefficients) -> Tensor:
+    """W_t ∝ s_t σ_t: zero at both ends."""
+    return path.signal * path.noise
 
 
-def early(alphas: Tensor) -> Tensor:
-    """W_t ∝ √ā_t for t ≥ 1: the ordinary diffusion of z_0 + λE."""
-    return alphas.cumprod(0).sqrt()
+def early(path: Coefficients) -> Tensor:
+    """W_t ∝ s_t for t ≥ 1: the ordinary diffusion of z_0 + λE."""
+    return path.signal.clone()
 
 
-def none(alphas: Tensor) -> Tensor:
+def none(path: Coefficients) -> Tensor:
     """W_t = 0: the modality is decoded and never aggregated."""
-    return torch.zeros_like(alphas)
+    return torch.zeros_like(path.signal)
 
 
-def learned(alphas: Tensor, parameters: Tensor) -> Tensor:
-    """g_t = √ā_t · r_t · √(1 − ā_T/ā_t), r non-decreasing from 0: cumulative softplus on a log-SNR grid.
+def learned(path: Coefficients, parameters: Tensor) -> Tensor:
+    """g_t = s_t · r_t · √(1 − ā_T/ā_t), ā = s²/(s² + σ²), r non-decreasing from 0: cumulative softplus on log-SNR.
 
     Args:
-        alphas: (T,) float64.
+        path: s_t and σ_t.
         parameters: (LEARNED_NODES,), the increments before softplus.
     """
-    alphas_cumprod = alphas.cumprod(0)
-    bounded = alphas_cumprod.clamp(1e-9, 1 - 1e-9)
+    power = path.signal**2 / (path.signal**2 + path.noise**2)
+    bounded = power.clamp(1e-9, 1 - 1e-9)
     log_snr = (bounded / (1 - bounded)).log()
     depth = (log_snr[0] - log_snr) / (log_snr[0] - log_snr[-2])  # 0 at t = 1, 1 at t = T − 1: W_T is 0 anyway
     increments = torch.nn.functional.softplus(parameters.to(torch.float64))
@@ -55,8 +66,8 @@ def learned(alphas: Tensor, parameters: Tensor) -> Tensor:
     place = (depth.to(nodes.device) * (len(nodes) - 1)).clamp(0, len(nodes) - 1 - 1e-9)
     left = place.floor().long()
     r = torch.lerp(nodes[left], nodes[left + 1], place - left)
-    vanish = (1 - alphas_cumprod[-1] / alphas_cumprod.clamp(min=1e-300)).clamp(min=0.0)
-    return (alphas_cumprod * vanish).sqrt().to(r.device) * r
+    vanish = (1 - power[-1] / power.clamp(min=1e-300)).clamp(min=0.0)
+    return (path.signal * vanish.sqrt()).to(r.device) * r
 
 
 def initial_parameters() -> Tensor:
@@ -70,21 +81,41 @@ DEFAULT_SCALE = 1.5
 
 
 def cumulative_weights(
-    alphas: Tensor,
+    path: Coefficients,
     schedule: str,
     scale: float = DEFAULT_SCALE,
     parameters: Tensor | None = None,
     log_scale: Tensor | float = 0.0,
 ) -> Tensor:
     """W_t for t = 1 … T: (T,) float64, with max_t W_t = scale · exp(log_scale)."""
-    shape = SHAPES[schedule](alphas) if parameters is None else learned(alphas, parameters)
+    shape = SHAPES[schedule](path) if parameters is None else learned(path, parameters)
     peak = shape.max().clamp(min=torch.finfo(torch.float64).tiny)
     gain = torch.as_tensor(log_scale, dtype=torch.float64, device=shape.device).exp()
     return scale * gain * shape / peak
 
 
-def step_weights(alphas: Tensor, cumulative: Tensor) -> Tensor:
-    """w_t = W_t/√a_t − W_{t−1}, Eq. (3) solved for w_t; w_t := 0 where a_t = 0."""
+def step_weights(path: Coefficients, cumulative: Tensor) -> Tensor:
+    """w_t = W_t/ρ_t − W_{t−1}, Eq. (3) solved for w_t; w_t := 0 where ρ_t = 0."""
     before = torch.cat([cumulative.new_zeros(1), cumulative[:-1]])
-    alphas = alphas.to(cumulative.device)
-    return torch.where(alphas > 0, cumulative / alphas.clamp(min=1e-300).sqrt() - before, 0.0)
+    ratio = path.ratio.to(cumulative.device)
+    return torch.where(ratio > 0, cumulative / ratio.clamp(min=1e-150) - before, 0.0)
+
+
+def checked_weight(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """One entry of a scheduler's `weights` with its defaults filled in.
+
+    Raises:
+        InputError: on an unknown key or schedule, or a negative scale.
+    """
+    unknown = set(entry) - {"schedule", "scale", "parameters", "log_scale", "learn_scale"}
+    if unknown:
+        raise InputError(f"weights.{name}.{sorted(unknown)[0]}", entry[sorted(unknown)[0]], "unknown key")
+    schedule, scale = entry.get("schedule", "constant"), entry.get("scale", DEFAULT_SCALE)
+    if schedule not in SCHEDULES:
+        raise InputError(f"weights.{name}.schedule", schedule, f"choose one of {', '.join(SCHEDULES)}")
+    if not scale >= 0:
+        raise InputError(f"weights.{name}.scale", scale, "the peak of W_t is a number ≥ 0")
+    checked = {**entry, "schedule": schedule, "scale": float(scale)}
+    if schedule == "learned":
+        checked.setdefault("parameters", initial_parameters().tolist())
+    return checked

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from mmdiff import plots
-from mmdiff.build import Experiment, build
+from mmdiff.build import Experiment, build, resolve_scheduler
 from mmdiff.config import Config, SampleConfig, TrainConfig, first_difference, load_config, save_config
 from mmdiff.data import Batch, Order
 from mmdiff.data.sampler import MicroBatches
@@ -23,7 +23,6 @@ from mmdiff.errors import InputError
 from mmdiff.objective import MTObjective, Where
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.randomness import fold
-from mmdiff.schedulers import MTDiffusionScheduler
 from mmdiff.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from mmdiff.training.ema import Ema
 from mmdiff.training.muon import Muon
@@ -124,7 +123,7 @@ class Trainer:
 
     def __init__(self, experiment: Experiment, accelerator: Accelerator) -> None:
         self.config, self.accelerator, self.table = experiment.config.train, accelerator, experiment.train
-        self.workers, self.scheduler_config = experiment.config.data.workers, experiment.scheduler.config
+        self.workers = experiment.config.data.workers
         per_part = accelerator.num_processes * self.config.accumulate
         if self.config.batch_size % per_part:
             raise InputError(
@@ -224,10 +223,11 @@ class Trainer:
 
     def pipeline(self) -> MTDiffusionPipeline:
         """A pipeline on the live model; learned weight schedules are written into its scheduler's config."""
-        weights = {name: dict(entry) for name, entry in (self.scheduler_config.weights or {}).items()}
+        scheduler = self.bare.scheduler
+        weights = {name: dict(entry) for name, entry in (scheduler.config.weights or {}).items()}
         for name, (parameters, log_scale) in self.bare.learned_weights().items():
             weights[name] |= {"parameters": parameters.tolist(), "log_scale": log_scale.item()}
-        scheduler = MTDiffusionScheduler.from_config(self.scheduler_config, weights=weights)
+        scheduler = type(scheduler).from_config(scheduler.config, weights=weights)
         pipeline = MTDiffusionPipeline(model=self.bare.model, scheduler=scheduler)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -261,7 +261,7 @@ def claim_folder(folder: Path, config: Config, trainer: Trainer, accelerator: Ac
         )
     if not (folder / "config.yaml").is_file():
         raise InputError("output", str(folder), "exists and is no run folder (no config.yaml); choose another output=…")
-    found = first_difference(load_config(folder / "config.yaml"), config, ignore=RESUMABLE)
+    found = first_difference(resolve_scheduler(load_config(folder / "config.yaml")), config, ignore=RESUMABLE)
     if found:
         key, before, now = found
         raise InputError(

@@ -121,8 +121,7 @@ def test_terminal_weight_is_refused_by_name(beta_schedule: str) -> None:
 
 def test_terminal_weight_of_unit_steps_on_the_linear_schedule() -> None:
     # theory, section 3: "with w_t = 1 and the linear schedule c_T is 114 times the encoding"
-    alphas = scheduler("none", beta_schedule="linear").alphas
-    assert float(weights.constant(alphas)[-1]) == pytest.approx(114, abs=0.5)
+    assert float(weights.constant(scheduler("none", beta_schedule="linear").path)[-1]) == pytest.approx(114, abs=0.5)
 
 
 # ---------------------------------------------------------------------------------------------------------- learned

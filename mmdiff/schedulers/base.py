@@ -1,0 +1,215 @@
+"""What every path needs of a scheduler: targets and times for training, and reversal through the shift u_t = z_t − c_t.
+
+By Eq. (11) and (13) u_t is an ordinary process of z_0, so a solver of diffusers reverses it: subtract c at the current
+timestep, let the solver step, add c at the next one. The README (Theory, section 5) says which solvers allow that when
+encodings change from call to call.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from mmdiff.errors import InputError
+from mmdiff.schedulers.path import Encodings, GaussianPath
+from mmdiff.schedulers.predictions import PREDICTIONS
+from mmdiff.schedulers.solvers import Solver
+from mmdiff.schedulers.weights import checked_weight
+
+TIMESTEP_SAMPLING = {  # uniform numbers -> shares of the path, (B,) float64; Esser et al. (2024) for the second
+    "uniform": lambda u, mean, std: u,
+    "logit_normal": lambda u, mean, std: torch.sigmoid(mean + std * torch.special.ndtri(u)),
+}
+_EDGE = 2.0**-25  # half a step of the 24-bit uniform numbers of mmdiff.randomness
+
+
+@dataclass
+class MTDiffusionSchedulerOutput(BaseOutput):
+    """``prev_sample`` is z at the next timestep, ``pred_original_sample`` the predicted z_0; both (B, C, H, W)."""
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor
+
+
+class MTScheduler(GaussianPath):
+    """What schedulers share. One that inherits it registers its config, calls `_prepare` first, then sets its path and
+    its solver; and it says how timesteps count, how u_t is noised and where a solver stops."""
+
+    order = 1
+    init_noise_sigma = 1.0
+    solvers: ClassVar[Mapping[str, Solver]]
+    refused: ClassVar[Mapping[str, str]]  # {solver: reason}
+    prediction_types: ClassVar[tuple[str, ...]]
+
+    config: Any
+    timesteps: Tensor
+
+    def _prepare(self, **copied: Any) -> dict[str, dict[str, Any]]:
+        """Check the choices of the config; ``copied`` are the arguments that can be changed from outside, which
+        diffusers keeps as the caller's own objects. Returns the checked weights."""
+        self.register_to_config(**copy.deepcopy(copied))
+        config = self.config
+        self._check_choice("prediction_type", self.prediction_types)
+        self._check_choice("timestep_sampling", tuple(TIMESTEP_SAMPLING))
+        if not config.logit_std > 0:
+            raise InputError("logit_std", config.logit_std, "a standard deviation is a number > 0")
+        if config.solver not in self.solvers:
+            reason = self.refused.get(config.solver, "is not known to be right under the shift u_t = z_t − c_t")
+            raise InputError("solver", config.solver, f"{reason}; choose one of {', '.join(self.solvers)}")
+        options = self._traits.options
+        for key in config.solver_config or {}:
+            if key not in options:
+                remedy = self._traits.refused.get(key, f"choose from {', '.join(options)}")
+                raise InputError(f"solver_config.{key}", config.solver_config[key], remedy)
+        self.num_inference_steps: int | None = None
+        self._step_index: int | None = None
+        return {name: checked_weight(name, config.weights[name]) for name in sorted(config.weights or {})}
+
+    def _check_choice(self, key: str, allowed: tuple[str, ...]) -> None:
+        if self.config[key] not in allowed:
+            raise InputError(key, self.config[key], f"choose one of {', '.join(allowed)}")
+
+    @property
+    def _traits(self) -> Solver:
+        return self.solvers[self.config.solver]
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether the solver draws noise in its steps (theory: then unknown modalities are drawn too)."""
+        return self._traits.is_stochastic(self.config.solver_config or {})
+
+    # ------------------------------------------------------------------------------------------------------ training
+
+    def training_timesteps(self, u: Tensor) -> Tensor:
+        """Timesteps to train at, by `timestep_sampling`: monotone in ``u`` (B,), uniform numbers in [0, 1)."""
+        law = TIMESTEP_SAMPLING[self.config.timestep_sampling]
+        u = u.double().clamp(_EDGE, 1 - _EDGE)
+        return self._timesteps_at(law(u, self.config.logit_mean, self.config.logit_std))
+
+    def _timesteps_at(self, share: Tensor) -> Tensor:
+        """Timesteps at shares of the path in (0, 1), (B,) float64."""
+        raise NotImplementedError
+
+    def add_noise(
+        self, original_samples: Tensor, noise: Tensor, timesteps: Tensor, encodings: Encodings | None = None
+    ) -> Tensor:
+        """z_t of Eq. (2) and (11) at ``timesteps`` (B,), (B, C, H, W)."""
+        u_t = self._noised(original_samples, noise, timesteps)
+        return u_t + self.aggregate(encodings, timesteps, u_t) if encodings else u_t
+
+    def _noised(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        signal, sigma = self._coefficients(timesteps, original_samples)
+        return signal * original_samples + sigma * noise
+
+    def training_target(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the network should predict of u_t, by `prediction_type`; (B, C, H, W)."""
+        coefficients = self._coefficients(timesteps, original_samples)
+        return PREDICTIONS[self.config.prediction_type].target(original_samples, noise, *coefficients)
+
+    def predict_original_sample(
+        self, model_output: Tensor, timesteps: Tensor | float, sample: Tensor, encodings: Encodings | None = None
+    ) -> Tensor:
+        """The prediction of z_0 that ``model_output`` stands for, from z_t; (B, C, H, W), not clipped."""
+        u_t = sample - self.aggregate(encodings, timesteps, sample) if encodings else sample
+        coefficients = self._coefficients(timesteps, sample)
+        return PREDICTIONS[self.config.prediction_type].original(model_output, u_t, *coefficients)
+
+    def _coefficients(self, timesteps: Tensor | float, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(s_t, σ_t) in the dtype of ``like``."""
+        return self._at("signal", timesteps, like).to(like.dtype), self._at("noise", timesteps, like).to(like.dtype)
+
+    # ------------------------------------------------------------------------------------------------------ sampling
+
+    def set_timesteps(
+        self, num_inference_steps: int, device: torch.device | str | None = None, changing_encodings: bool = False
+    ) -> None:
+        """Choose the timesteps of a sampling run and forget the last one.
+
+        Args:
+            num_inference_steps: solver steps, 1 … T.
+            device: where ``timesteps`` will live.
+            changing_encodings: whether an unknown modality is aggregated, so that encodings change from call to call;
+                UniPC's corrector, which re-uses an earlier sample, is then off.
+        """
+        total = len(self)
+        if not 1 <= num_inference_steps <= total:
+            raise InputError("num_inference_steps", num_inference_steps, f"needs 1 … num_train_timesteps = {total}")
+        timesteps = self._place_steps(num_inference_steps)
+        if self._traits.has_corrector:
+            fixed = (self.config.solver_config or {}).get("disable_corrector", [])
+            self._solver.disable_corrector = list(range(num_inference_steps)) if changing_encodings else list(fixed)
+        self.timesteps = timesteps.to(device)
+        self.num_inference_steps = len(self.timesteps)
+        self._step_index = 0
+        self._steps = [*timesteps.tolist(), self.first_timestep - 1]  # the last is t = 0, where c = 0
+
+    def _place_steps(self, num_inference_steps: int) -> Tensor:
+        """Set the solver's timesteps, on the CPU: no host synchronisation in `step`. Returns ours, (steps,)."""
+        raise NotImplementedError
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
+        """The sample itself: the solvers allowed here scale nothing."""
+        return sample
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Tensor | float,
+        sample: Tensor,
+        encodings: Encodings | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> MTDiffusionSchedulerOutput | tuple[Tensor, Tensor]:
+        """One reverse step: u = z − c_t, a step of the solver on u, z = u + c_s with the same encodings.
+
+        Args:
+            model_output: the network's prediction at z_t, (B, C, H, W).
+            timestep: ``timesteps[j]`` in call number j after `set_timesteps`.
+            sample: z_t.
+            encodings: of every aggregated modality, known or read from its head at this call.
+            generator: for stochastic solvers; one, or one per sample.
+        """
+        if self._step_index is None:
+            raise InputError("timestep", timestep, "call set_timesteps(num_inference_steps) before step")
+        self._check_step(timestep)
+        now, then = self._steps[self._step_index], self._steps[self._step_index + 1]
+        u = sample - self.aggregate(encodings, now, sample) if encodings else sample
+        original = self.predict_original_sample(model_output, now, u)
+        if self.config.clip_sample:
+            original = original.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        if self.config.clip_sample or self._solver_prediction != self.config.prediction_type:
+            model_output = PREDICTIONS[self._solver_prediction].output(original, u, *self._coefficients(now, u))
+        arguments = self._step_arguments(now)
+        if self._traits.takes_generator:
+            arguments["generator"] = generator
+        timestep = self._solver.timesteps[self._step_index]
+        u = self._solver.step(model_output, timestep, u, return_dict=False, **arguments)[0]
+        previous = u + self.aggregate(encodings, then, u) if encodings else u
+        self._step_index += 1
+        if not return_dict:
+            return previous, original
+        return MTDiffusionSchedulerOutput(prev_sample=previous, pred_original_sample=original)
+
+    @property
+    def _solver_prediction(self) -> str:
+        """What the solver takes: the network's own prediction, or what it is turned into first."""
+        return self.config.prediction_type
+
+    def _step_arguments(self, timestep: float) -> dict[str, Any]:
+        """Further arguments of the solver's step."""
+        return {}
+
+    def _check_step(self, timestep: Tensor | float) -> None:
+        if self._step_index >= self.num_inference_steps:
+            raise InputError("timestep", timestep, "all steps are taken; call set_timesteps for another run")
+        known = not isinstance(timestep, Tensor) or timestep.device.type == "cpu"  # never wait for an accelerator
+        expected = self._steps[self._step_index]
+        if known and float(timestep) != expected:
+            remedy = f"call {self._step_index} after set_timesteps expects {expected}"
+            raise InputError("timestep", type(expected)(timestep), remedy)

@@ -1,0 +1,76 @@
+"""Modality-weighted flow matching: the path z_σ = (1 − σ) z_0 + W(σ) E + σ ε, and its reversal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor
+
+from mmdiff.schedulers.base import MTScheduler
+from mmdiff.schedulers.solvers import FLOW_REFUSED, FLOW_SOLVERS
+from mmdiff.schedulers.weights import Coefficients
+
+
+class MTFlowMatchScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
+    """Forward process, training targets and reverse steps of modality-weighted flow matching (Lipman et al., 2023).
+
+    Timesteps are σ T as in diffusers, any number in [0, T]; tables are float64 at σ = 1/T … 1. As s_T = 0, every weight
+    schedule ends at W_T = 0.
+
+    Args:
+        num_train_timesteps: T.
+        prediction_type: "velocity", ε − z_0, or "sample": what the network predicts of u_t.
+        clip_sample: clip the predicted z_0 to ±`clip_sample_range` in every step, for every solver; off for latents.
+        weights: as of `MTDiffusionScheduler`.
+        solver: name of one of `FLOW_SOLVERS`; `solver_config` holds its own options.
+        timestep_sampling: the law of σ in training, "logit_normal", sigmoid(N(`logit_mean`, `logit_std`²)) as by
+            Esser et al. (2024), or "uniform".
+
+    Raises:
+        InputError: on an unknown or refused choice; the message names the argument, the value and the remedy.
+    """
+
+    solvers, refused, prediction_types = FLOW_SOLVERS, FLOW_REFUSED, ("velocity", "sample")
+    first_timestep = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        prediction_type: str = "velocity",
+        clip_sample: bool = True,
+        clip_sample_range: float = 1.0,
+        weights: dict[str, dict[str, Any]] | None = None,
+        solver: str = "DPMSolverMultistepScheduler",
+        solver_config: dict[str, Any] | None = None,
+        timestep_sampling: str = "logit_normal",
+        logit_mean: float = 0.0,
+        logit_std: float = 1.0,
+    ) -> None:
+        checked = self._prepare(weights=weights, solver_config=solver_config)
+        self._solver = self._traits.scheduler(
+            num_train_timesteps=num_train_timesteps,
+            **self._traits.arguments[self._solver_prediction],
+            **(self.config.solver_config or {}),
+        )
+        sigma = torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps  # σ_0 … σ_T
+        signal = 1 - sigma
+        self._set_path(Coefficients(signal[1:], sigma[1:], signal[1:] / signal[:-1]), checked)
+        self.timesteps = torch.arange(num_train_timesteps, 0, -1, dtype=torch.float32)
+
+    @property
+    def _solver_prediction(self) -> str:
+        takes = self._traits.arguments
+        return self.config.prediction_type if self.config.prediction_type in takes else "velocity"
+
+    def _timesteps_at(self, share: Tensor) -> Tensor:
+        return (share * len(self)).float()
+
+    def _place_steps(self, num_inference_steps: int) -> Tensor:
+        """The multistep classes cut their timesteps to whole numbers, so ours are read off their σ."""
+        self._traits.place(self._solver, num_inference_steps)
+        self._solver.set_begin_index(0)
+        return self._solver.sigmas[:-1] * len(self)

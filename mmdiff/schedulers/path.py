@@ -1,0 +1,168 @@
+"""A Gaussian path z_t = s_t z_0 + c_t + σ_t ε: its tables and its laws, Eq. (11)–(13); (1)–(6) are one case."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmdiff.errors import InputError
+from mmdiff.likelihoods import Gaussian
+from mmdiff.schedulers import weights as weight_schedules
+from mmdiff.schedulers.weights import Coefficients
+
+Encodings = Mapping[str, Tensor]  # {modality name: encoding in diffusion space, (B, C, H, W)}
+
+
+class GaussianPath:
+    """The equations, for a scheduler to inherit; it calls `_set_path` first.
+
+    ``path`` holds s_t, σ_t and ρ_t, (T,) float64; index k is t = k + 1. Timestep τ stands for t = τ − first_timestep
+    + 1; between two steps s, σ and W are interpolated linearly.
+    """
+
+    first_timestep: int  # that stands for t = 1
+    path: Coefficients
+
+    def _set_path(self, path: Coefficients, weights: Mapping[str, Mapping[str, Any]]) -> None:
+        """Build the tables; ``weights`` as `weight_schedules.checked_weight` left them."""
+        self.path, self._weights = path, dict(weights)
+        self._cumulative: dict[str, Tensor] = {}
+        self._tables_on: dict[tuple[str, torch.device], Tensor] = {}
+        self._tables = {
+            "signal": _from_zero(path.signal, 1.0),
+            "noise": _from_zero(path.noise, 0.0),
+            "ratio": _from_zero(path.ratio, 1.0),
+        }
+        learned = {}
+        for name, entry in self._weights.items():
+            if entry["schedule"] == "learned":
+                learned[name] = torch.tensor(entry["parameters"]), torch.tensor(entry.get("log_scale", 0.0))
+            else:
+                self._set_weights(name, weight_schedules.cumulative_weights(path, entry["schedule"], entry["scale"]))
+        self.set_learned_weights(learned)
+
+    def _set_weights(self, name: str, cumulative: Tensor) -> None:
+        self._cumulative[name] = cumulative
+        self._tables[f"W/{name}"] = _from_zero(cumulative, 0.0)
+        self._tables[f"w/{name}"] = _from_zero(weight_schedules.step_weights(self.path, cumulative), 0.0)
+        self._tables_on = {key: table for key, table in self._tables_on.items() if not key[0].endswith(f"/{name}")}
+
+    def set_learned_weights(self, learned: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Replace W_t of learned schedules by the table of live parameters, through which gradients flow.
+
+        Args:
+            learned: {modality: (parameters (LEARNED_NODES,), log_scale ())}.
+        """
+        for name, (parameters, log_scale) in learned.items():
+            scale = self._weights[name]["scale"]
+            self._set_weights(
+                name, weight_schedules.cumulative_weights(self.path, "learned", scale, parameters, log_scale)
+            )
+
+    # -------------------------------------------------------------------------------------------------- coefficients
+
+    def __len__(self) -> int:
+        return len(self.path.signal)
+
+    @property
+    def terminal_timestep(self) -> int:
+        """The timestep that stands for t = T, where only noise is left."""
+        return self.first_timestep + len(self) - 1
+
+    def cumulative_weights(self, name: str) -> Tensor:
+        """W_t of a modality, (T,) float64, Eq. (3)."""
+        if name not in self._cumulative:
+            raise InputError(
+                "encodings", name, f"has no weights; weights has {', '.join(self._cumulative) or 'nothing'}"
+            )
+        return self._cumulative[name]
+
+    def step_weights(self, name: str) -> Tensor:
+        """w_t of a modality inside one transition, (T,) float64, Eq. (3)."""
+        return weight_schedules.step_weights(self.path, self.cumulative_weights(name))
+
+    def snr(self, timesteps: Tensor) -> Tensor:
+        """s_t²/σ_t² at ``timesteps`` (B,): (B,) float64."""
+        return (self._at("signal", timesteps, timesteps) / self._at("noise", timesteps, timesteps)) ** 2
+
+    def _at(self, key: str, timesteps: Tensor | float, like: Tensor) -> Tensor:
+        """A table at timesteps: (B, 1, 1, 1) float64 on the device of ``like``, or a scalar for a Python number."""
+        t = timesteps + (1 - self.first_timestep)  # in this order no float32 timestep is rounded
+        if not isinstance(t, Tensor):  # a CPU scalar multiplies any device's tensor without a transfer
+            table = self._tables[key]
+            return table[t] if isinstance(t, int) else _between(table, torch.tensor(t, dtype=torch.float64))
+        device = like.device
+        if (key, device) not in self._tables_on:
+            self._tables_on[key, device] = self._tables[key].to(device)
+        table, t = self._tables_on[key, device], t.to(device)
+        values = _between(table, t) if t.is_floating_point() else table[t.long()]
+        return values.reshape(-1, *(1,) * (like.ndim - 1))
+
+    def aggregate(self, encodings: Encodings | None, timesteps: Tensor | float, like: Tensor) -> Tensor:
+        """c_t = Σ_i W_t^(i) E_i(x_i), broadcastable to ``like``; c_0 = 0."""
+        return self._weighted_sum("W", encodings, timesteps, like)
+
+    def _weighted_sum(self, kind: str, encodings: Encodings | None, timesteps: Tensor | float, like: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=like.dtype, device=like.device)
+        for name in sorted(encodings or {}):
+            self.cumulative_weights(name)  # a modality without weights is refused by name
+            weight = self._at(f"{kind}/{name}", timesteps, like)
+            total = total + weight.to(encodings[name].dtype) * encodings[name]
+        return total
+
+    def _step_variance(self, timesteps: Tensor, like: Tensor) -> Tensor:
+        """σ_t² − ρ_t² σ_{t−1}², the noise that one transition adds; 1 − a_t on the variance-preserving path."""
+        kept = self._at("ratio", timesteps, like) * self._at("noise", timesteps - 1, like)
+        return self._at("noise", timesteps, like) ** 2 - kept**2
+
+    # -------------------------------------------------------------------------------------- the equations, in float64
+
+    def transition(self, previous_sample: Tensor, timesteps: Tensor, encodings: Encodings | None = None) -> Gaussian:
+        """q(z_t | z_{t−1}, X), Eq. (1) and (12). ``timesteps`` (B,) are those of t, whole numbers."""
+        shift = self._weighted_sum("w", encodings, timesteps, previous_sample)
+        ratio = self._at("ratio", timesteps, previous_sample)
+        return Gaussian(ratio * (previous_sample + shift), self._step_variance(timesteps, previous_sample))
+
+    def marginal(self, original_samples: Tensor, timesteps: Tensor, encodings: Encodings | None = None) -> Gaussian:
+        """q(z_t | z_0, X), Eq. (2) and (11)."""
+        c_t = self.aggregate(encodings, timesteps, original_samples)
+        signal, noise = (self._at(key, timesteps, original_samples) for key in ("signal", "noise"))
+        return Gaussian(signal * original_samples + c_t, noise**2)
+
+    def posterior(
+        self, original_samples: Tensor, sample: Tensor, timesteps: Tensor, encodings: Encodings | None = None
+    ) -> Gaussian:
+        """q(z_{t−1} | z_t, z_0, X), Eq. (4), (5) and (13). At t = 1 it is the point z_0."""
+        added, before = self._step_variance(timesteps, sample), self._at("noise", timesteps - 1, sample) ** 2
+        total = self._at("noise", timesteps, sample) ** 2
+        c_t = self.aggregate(encodings, timesteps, sample)
+        mean = (
+            self.aggregate(encodings, timesteps - 1, sample)
+            + self._at("signal", timesteps - 1, sample) * added / total * original_samples
+            + self._at("ratio", timesteps, sample) * before / total * (sample - c_t)
+        )
+        return Gaussian(mean, added * before / total)
+
+    def posterior_from_noise(
+        self, noise: Tensor, sample: Tensor, timesteps: Tensor, encodings: Encodings | None = None
+    ) -> Gaussian:
+        """q(z_{t−1} | z_t, z_0, X) with its mean from the noise, Eq. (4) and (6); needs ρ_t > 0."""
+        added, before = self._step_variance(timesteps, sample), self._at("noise", timesteps - 1, sample) ** 2
+        sigma = self._at("noise", timesteps, sample)
+        e_t = self._weighted_sum("w", encodings, timesteps, sample)
+        mean = (sample - added / sigma * noise) / self._at("ratio", timesteps, sample) - e_t
+        return Gaussian(mean, added * before / sigma**2)
+
+
+def _from_zero(table: Tensor, first: float) -> Tensor:
+    """(T,) for t = 1 … T -> (T + 1,) for t = 0 … T."""
+    return torch.cat([table.new_full((1,), first), table])
+
+
+def _between(table: Tensor, t: Tensor) -> Tensor:
+    """A table at fractional t, linearly."""
+    left = t.floor().long().clamp(max=len(table) - 2)
+    return torch.lerp(table[left], table[left + 1], (t - left).to(table.dtype))
