@@ -16,7 +16,7 @@ PACKAGE = ROOT / "mmdiff"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     **dict.fromkeys(("errors", "randomness", "likelihoods", "config"), 0),
-    **dict.fromkeys(("data", "modalities", "schedulers", "backbones", "losses"), 1),
+    **dict.fromkeys(("data", "modalities", "schedulers", "backbones", "losses", "states"), 1),
     "model": 2,
     **dict.fromkeys(("objective", "conditioning", "pipeline"), 3),
     **dict.fromkeys(("build", "evaluation"), 4),
