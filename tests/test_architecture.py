@@ -21,6 +21,7 @@ LAYERS = {
     **dict.fromkeys(("objective", "conditioning", "pipeline"), 3),
     **dict.fromkeys(("build", "evaluation"), 4),
     **dict.fromkeys(("training", "plots", "report"), 5),
+    "sampling": 6,
     **dict.fromkeys(("cli", "evaluation.speed"), 6),
     **dict.fromkeys(("__main__", "__init__"), 7),
 }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -194,6 +196,18 @@ def round_trip(build: Build, shape: Shape) -> None:
     _expect(worst < 0.02, f"preprocess(postprocess(value)) differs from the value by up to {worst:.3g}")
 
 
+def files(build: Build, shape: Shape) -> None:
+    """What `save` writes of `postprocess`, `parse` reads back."""
+    modality = build(shape)
+    shown = modality.postprocess(_values(modality, 2))
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [modality.save(one, Path(folder) / str(index)) for index, one in enumerate(shown)]
+        _expect(len(set(paths)) == 2 and all(path.is_file() for path in paths), f"save gives {paths}, not its file")
+        back = torch.stack([modality.preprocess(modality.parse(str(path))) for path in paths])
+    wanted = torch.stack([modality.preprocess(one) for one in shown])
+    _expect(torch.equal(back, wanted), "parse reads another value than save has written")
+
+
 def save_and_load(build: Build, shape: Shape) -> None:
     """The state dict carries everything that was drawn at random or learned."""
     torch.manual_seed(5)
@@ -221,5 +235,6 @@ LAWS: dict[str, Callable[[Build, Shape], None]] = {
     "expected encoding": expected_encoding,
     "gradients": gradients,
     "round trip": round_trip,
+    "files": files,
     "save and load": save_and_load,
 }

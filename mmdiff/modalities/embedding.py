@@ -17,7 +17,7 @@ from torch.nn.functional import normalize, softplus
 from mmdiff.errors import InputError
 from mmdiff.likelihoods import Gaussian, vmf_log_prob, vmf_mean_length, vmf_sample
 from mmdiff.modalities.base import Modality, Shape
-from mmdiff.modalities.heads import as_array
+from mmdiff.modalities.heads import as_array, file_at, open_array, save_array
 
 _ROWS = 10_000  # that the norm's statistics are read from
 
@@ -86,14 +86,17 @@ class Embedding(Modality):
 
     def parse(self, text: str) -> Any:
         """A .npy or .json file, or numbers with commas."""
+        if text.endswith(".npy"):
+            return open_array("embedding", text)
+        path = file_at("embedding", text) if text.endswith(".json") else None
         try:
-            if text.endswith(".npy"):
-                return np.load(text, allow_pickle=False)
-            return json.loads(Path(text).read_text()) if text.endswith(".json") else [float(x) for x in text.split(",")]
+            return json.loads(path.read_text()) if path else [float(x) for x in text.split(",")]
         except (OSError, ValueError) as error:
-            raise InputError(
-                "embedding", text, f"cannot be read as .npy, .json or numbers with commas: {error}"
-            ) from None
+            remedy = f"cannot be read as .npy, .json or numbers with commas: {error}"
+            raise InputError("embedding", text, remedy) from None
+
+    def save(self, shown: np.ndarray, stem: Path) -> Path:
+        return save_array(shown, stem)
 
     def check(self, value: Tensor) -> None:
         super().check(value)

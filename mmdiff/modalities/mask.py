@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from mmdiff.modalities.heads import (
     grid_channels,
     grown,
     height_width,
+    open_image,
+    save_image,
     to_grid,
     to_space,
 )
@@ -105,11 +108,13 @@ class Mask(Modality):
         return value
 
     def parse(self, text: str) -> PILImage.Image:
-        try:
-            with PILImage.open(text) as file:
-                return file.copy()
-        except OSError as error:
-            raise InputError("mask", text, f"cannot be read as an image of class ids: {error}") from None
+        raw = open_image("mask", text)
+        if raw.size == (self.width, self.height):
+            return raw
+        return crop_to(raw, self.width, self.height, PILImage.Resampling.NEAREST)
+
+    def save(self, shown: PILImage.Image, stem: Path) -> Path:
+        return save_image(shown, stem)
 
     def check(self, value: Tensor) -> None:
         super().check(value)
