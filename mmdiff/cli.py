@@ -72,6 +72,11 @@ def sample_(
     ] = None,
     solver: Annotated[str | None, typer.Option(help="another solver than the run's")] = None,
     feed: Annotated[str | None, typer.Option(help="unknown modalities: draw, mean or mode")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="samples that are computed at once; default: the run's sample.batch_size", min=1)
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="precision of the networks: fp32 or bf16")] = "fp32",
+    compiled: Annotated[bool, typer.Option("--compile", help="torch.compile the backbone first")] = False,
     seed: Annotated[int, typer.Option(help="sample k depends on the seed and on k alone")] = 0,
     out: Annotated[Path, typer.Option(help="the grid, a PNG that must not exist")] = Path("grid.png"),
     save_each: Annotated[
@@ -82,9 +87,14 @@ def sample_(
     """Sample from a run and write a grid."""
     pipeline = _load(run, solver, trust)
     own = _sample_config(run)
-    from mmdiff.sampling import sample
+    from mmdiff.sampling import prepare, sample
 
-    settings = {"num_inference_steps": steps or own.steps, "feed": feed or own.feed}
+    prepare(pipeline, dtype, compiled)
+    settings = {
+        "num_inference_steps": steps or own.steps,
+        "feed": feed or own.feed,
+        "max_batch_size": batch_size or own.batch_size,
+    }
     guidance = str(own.guidance_scale) if guidance is None else guidance
     for line in sample(pipeline, observe or [], num, seed, out, save_each, guidance, settings):
         typer.echo(line)

@@ -15,6 +15,7 @@ from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.plots import tile
 from mmdiff.randomness import fold
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _LONGEST = 2000  # characters of what is printed per modality
 
 
@@ -62,6 +63,21 @@ def sample(
             text = " ".join(str(value) for value in values)
             lines.append(f"{name}: {text if len(text) <= _LONGEST else text[:_LONGEST] + ' … (see --save-each)'}")
     return lines if each is None else [*lines, *_save_each(pipeline.model, output.samples, each)]
+
+
+def prepare(pipeline: MTDiffusionPipeline, dtype: str, compiled: bool) -> None:
+    """Choose the precision of the networks, and compile the backbone in place.
+
+    Args:
+        pipeline: that is changed.
+        dtype: one of `PRECISIONS`; z_t, the solver and the heads' likelihoods stay in float32.
+        compiled: whether to compile; needs a C++ compiler, on a GPU Triton.
+    """
+    if dtype not in PRECISIONS:
+        raise InputError("--dtype", dtype, f"choose one of {', '.join(PRECISIONS)}")
+    pipeline.to(PRECISIONS[dtype])
+    if compiled:
+        pipeline.model.backbone.compile()
 
 
 def read_observed(model: MTDiffusionModel, items: list[str]) -> dict[str, Any]:

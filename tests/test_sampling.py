@@ -13,7 +13,7 @@ from PIL import Image
 
 from mmdiff.errors import InputError
 from mmdiff.pipeline import MTDiffusionPipeline
-from mmdiff.sampling import generators, read_guidance, read_observed
+from mmdiff.sampling import generators, prepare, read_guidance, read_observed
 
 Cli = Callable[..., Any]
 NAMES = ("depth", "embedding", "image", "label", "mask", "masked_image")
@@ -231,3 +231,35 @@ def test_sample_k_depends_on_the_seed_and_on_k_alone(cli: Cli, all_kinds: Path, 
         assert np.abs(pixels["2-0"][k] - pixels["3-0"][k]).max() <= 1  # a rounding of 1e-5 may cross a grey level
         assert np.abs(pixels["2-0"][k] - pixels["2-1"][k]).max() > 10
     assert np.abs(pixels["2-0"][0] - pixels["2-0"][1]).max() > 10
+
+
+def test_the_batch_size_changes_nothing(cli: Cli, all_kinds: Path, here: Path) -> None:
+    for size in (1, 2, 100):
+        answer = draw(cli, all_kinds, "--batch-size", size, "--out", f"{size}.png", "--save-each", f"each-{size}")
+        assert answer.code == 0, answer.err
+    for size in (1, 2):
+        for k in range(3):
+            for name in ("image", "mask"):
+                one, other = (Image.open(f"each-{n}/{name}/000{k}.png") for n in (size, 100))
+                assert np.abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= (1 if name == "image" else 0)
+            one, other = (np.load(f"each-{n}/embedding/000{k}.npy") for n in (size, 100))
+            assert np.allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_the_networks_precision_is_an_option(cli: Cli, all_kinds: Path, here: Path) -> None:
+    for dtype in ("fp32", "bf16"):
+        answer = draw(cli, all_kinds, "--dtype", dtype, "--out", f"{dtype}.png", "--save-each", dtype)
+        assert answer.code == 0, answer.err
+    one, other = (np.stack([np.load(f"{n}/embedding/000{k}.npy") for k in range(3)]) for n in ("fp32", "bf16"))
+    assert 0 < np.abs(one - other).max() < 0.1 * np.abs(one).max()
+    answer = draw(cli, all_kinds, "--dtype", "fp8", "--out", "fp8.png")
+    assert answer.code == 2 and answer.complaint == "--dtype = 'fp8': choose one of fp32, bf16"
+
+
+def test_compiling_is_in_place_and_waits_for_the_first_call(pipe: MTDiffusionPipeline) -> None:
+    keys, backbone = list(pipe.model.state_dict()), pipe.model.backbone
+    prepare(pipe, "fp32", compiled=False)
+    assert backbone._compiled_call_impl is None
+    prepare(pipe, "fp32", compiled=True)
+    assert pipe.model.backbone is backbone and backbone._compiled_call_impl is not None
+    assert list(pipe.model.state_dict()) == keys

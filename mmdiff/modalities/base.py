@@ -27,6 +27,7 @@ class Modality(nn.Module, ABC):
 
     A *value* is the tensor that travels in a batch, *params* are what the head predicts: the parameters of
     p_θ(x_i | z_t). Encodings have mean square 1 over the data, so that a weight's `scale` means the same everywhere.
+    In a model of half precision only `decode` computes in it: all else takes and gives float32.
 
     Args:
         shape: the diffusion space and the widths of the backbone's outputs.

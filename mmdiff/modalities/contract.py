@@ -224,6 +224,27 @@ def save_and_load(build: Build, shape: Shape) -> None:
         _expect(torch.equal(first, second), f"{name} differs after loading the state dict into a fresh instance")
 
 
+def half_precision(build: Build, shape: Shape) -> None:
+    """With weights in bfloat16 only `decode` computes in it; everything else takes and gives float32."""
+    torch.manual_seed(5)
+    modality = build(shape)
+    examples = _values(modality)
+    encoded = modality.encode(examples)
+    modality = modality.to(torch.bfloat16)
+    rounded = modality.encode(examples)
+    _expect(rounded.dtype == torch.float32, f"encode gives {rounded.dtype}, expected torch.float32")
+    error = float((rounded - encoded).detach().square().mean().sqrt())
+    _expect(error < 0.05, f"with weights in bfloat16 encode is off by {error:.3g} (RMS)")
+    modality.observe(examples), modality.context(examples)
+    _, height, width = shape.space
+    features = torch.randn(_ROWS, shape.features, height // shape.stride, width // shape.stride)
+    params = modality.decode(features.bfloat16(), torch.randn(_ROWS, shape.pooled).bfloat16()).float()
+    modality.check(modality.sample(params, _noise(modality)))
+    modality.check(modality.mode(params))
+    _expect_shape("expected_encoding(params)", modality.expected_encoding(params), (_ROWS, *shape.space))
+    _expect_shape("nll(params, value)", modality.nll(params, examples), (_ROWS,))
+
+
 LAWS: dict[str, Callable[[Build, Shape], None]] = {
     "values": values,
     "encoding": encoding,
@@ -237,4 +258,5 @@ LAWS: dict[str, Callable[[Build, Shape], None]] = {
     "round trip": round_trip,
     "files": files,
     "save and load": save_and_load,
+    "half precision": half_precision,
 }

@@ -17,7 +17,7 @@ from torch.nn.functional import normalize, softplus
 from mmdiff.errors import InputError
 from mmdiff.likelihoods import Gaussian, vmf_log_prob, vmf_mean_length, vmf_sample
 from mmdiff.modalities.base import Modality, Shape
-from mmdiff.modalities.heads import as_array, file_at, open_array, save_array
+from mmdiff.modalities.heads import as_array, file_at, open_array, save_array, widened
 
 _ROWS = 10_000  # that the norm's statistics are read from
 
@@ -131,7 +131,7 @@ class Embedding(Modality):
         return nn.functional.interpolate(grid, self.shape.space[1:], mode="nearest")
 
     def encode(self, value: Tensor) -> Tensor:
-        mapped = normalize(value, dim=1) @ self.map.T  # (B, C · rows · columns)
+        mapped = normalize(value, dim=1) @ widened(self.map).T  # (B, C · rows · columns)
         return self._spread(mapped / mapped.square().mean(dim=1, keepdim=True).add(1e-12).sqrt())
 
     @property
@@ -191,9 +191,10 @@ class Embedding(Modality):
         mean = vmf_mean_length(self.dim, concentration)[:, None]  # A_d(κ), (B, 1)
         along = 1 - (self.dim - 1) * mean / concentration[:, None]  # E[w²] of w = μᵀx
         across = (1 - along) / (self.dim - 1)
-        mapped = direction @ self.map.T  # (B, n)
+        weights = widened(self.map)
+        mapped = direction @ weights.T  # (B, n)
         square = mapped.square().sum(dim=1, keepdim=True)
-        total = along * square + across * (self.map.square().sum() - square)  # E‖W x‖²
+        total = along * square + across * (weights.square().sum() - square)  # E‖W x‖²
         return self._spread(mean * mapped / (total / mapped.shape[1]).sqrt())
 
 

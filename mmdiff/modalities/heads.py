@@ -77,6 +77,11 @@ def as_array(raw: Any) -> np.ndarray:
         return np.zeros(())
 
 
+def widened(x: Tensor) -> Tensor:
+    """A modality's own weights, float32 at least: in a model of half precision only `decode` computes in it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def to_space(x: Tensor, space: tuple[int, int, int]) -> Tensor:
     """(B, c, h, w) -> (B, C, H, W): averages over areas and over neighbouring channels; equal shapes pass through."""
     return x if tuple(x.shape[1:]) == tuple(space) else adaptive_avg_pool3d(x[:, None], space)[:, 0]

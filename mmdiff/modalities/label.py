@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 from mmdiff.errors import InputError
 from mmdiff.likelihoods import categorical_log_prob, categorical_sample
 from mmdiff.modalities.base import Modality, Shape
-from mmdiff.modalities.heads import file_at
+from mmdiff.modalities.heads import file_at, widened
 
 
 class Label(Modality):
@@ -131,7 +131,9 @@ class Label(Modality):
 
     def _normalised_table(self) -> Tensor:
         """Rows with mean square 1: a learned encoder cannot shrink the noise loss by growing."""
-        table = nn.functional.interpolate(self.table, (self.height, self.width), mode="nearest")  # (K, C, H, W)
+        table = nn.functional.interpolate(
+            widened(self.table), (self.height, self.width), mode="nearest"
+        )  # (K, C, H, W)
         return table / table.square().mean(dim=(1, 2, 3), keepdim=True).add(1e-12).sqrt()
 
     def encode(self, value: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from mmdiff.modalities.heads import (
     save_image,
     to_grid,
     to_space,
+    widened,
 )
 from mmdiff.modalities.image import crop_to
 
@@ -149,12 +150,13 @@ class Mask(Modality):
 
     def _patterns(self) -> Tensor:
         """(K, C, p, p) with mean square 1 per class."""
-        return self.palette / self.palette.square().mean(dim=(1, 2, 3), keepdim=True).add(1e-12).sqrt()
+        palette = widened(self.palette)
+        return palette / palette.square().mean(dim=(1, 2, 3), keepdim=True).add(1e-12).sqrt()
 
     def _shares(self, value: Tensor) -> Tensor:
         """(B, K, h, w) one-hot; all zero where ignored."""
         classes = torch.arange(self.num_classes, device=value.device)[:, None, None]
-        return (value[:, None] == classes).to(self.palette.dtype)
+        return widened((value[:, None] == classes).to(self.palette.dtype))
 
     def _encode_shares(self, shares: Tensor) -> Tensor:
         """Σ_k shares_k · pattern_k, (B, K, h, w) -> (B, C, H, W)."""

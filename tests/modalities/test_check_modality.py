@@ -120,6 +120,17 @@ class Shuffled(Depth):
         return super()._to_space(standardised)[:, :, self.order]
 
 
+class Narrow(Depth):
+    """Its weight is not widened, so that what it encodes is of half precision too."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
+        self.gain = nn.Parameter(torch.ones(1, 1, 1, 1))
+
+    def encode(self, value: Tensor) -> Tensor:
+        return super().encode(value).to(self.gain.dtype) * self.gain
+
+
 class Raising(Depth):
     def decode(self, features: Tensor, pooled: Tensor) -> Tensor:
         return {"mean": features}["log_std"]
@@ -143,6 +154,7 @@ BROKEN = {
     Coarse: ("round trip", "preprocess(postprocess(value)) differs from the value by up to 0."),
     Rounding: ("files", "parse reads another value than save has written"),
     Shuffled: ("save and load", "encode differs after loading the state dict into a fresh instance"),
+    Narrow: ("half precision", "encode gives torch.bfloat16, expected torch.float32"),
     Raising: ("likelihood", "raises KeyError: 'log_std' (test_check_modality.py:"),
 }
 
