@@ -18,9 +18,10 @@ from mmdiff.data.masking import known_masks
 from mmdiff.errors import InputError
 from mmdiff.modalities import Modality, find_modality
 from mmdiff.model import MTDiffusionModel
-from mmdiff.objective import MTObjective, StateLaw
+from mmdiff.objective import MTObjective
 from mmdiff.randomness import fold
 from mmdiff.schedulers import SCHEDULERS, MTScheduler
+from mmdiff.states import LAWS, StateLaw
 
 _GIVEN = {  # not for a config to set
     Modality: {"self", "shape", "head"},
@@ -227,6 +228,7 @@ def build_objective(config: Config, model: MTDiffusionModel, scheduler: MTSchedu
         scheduler,
         state_laws={name: state_law(config, name) for name in config.modalities},
         loss_weights={name: config.modalities[name].loss_weight for name in config.auxiliary()},
+        law=config.states.law,
         terminal_weight=config.loss.terminal,
         anchor_hidden=config.states.anchor_hidden,
         min_snr_gamma=config.loss.min_snr_gamma,
@@ -236,16 +238,18 @@ def build_objective(config: Config, model: MTDiffusionModel, scheduler: MTSchedu
 
 
 def state_law(config: Config, name: str) -> StateLaw:
-    """The probabilities of a modality's flags."""
-    if config.states.law != "independent":
-        weighted = config.states.law == "source" and name != config.anchor
-        return StateLaw(aggregated=float(weighted and _has_weight(config, name)), observed=0.0)
+    """A modality's probabilities under `states.law`."""
+    states, own = config.states, config.modalities[name].states
     if name == config.anchor:
-        return StateLaw(aggregated=0.0, observed=config.states.anchor_observed)
-    own = config.modalities[name].states
-    aggregated = config.states.aggregated if own.aggregated is None else own.aggregated
-    observed = config.states.observed if own.observed is None else own.observed
-    return StateLaw(aggregated * _has_weight(config, name), observed)
+        given = StateLaw(0.0, states.anchor_observed)
+    else:
+        given = StateLaw(
+            states.aggregated if own.aggregated is None else own.aggregated,
+            states.observed if own.observed is None else own.observed,
+        )
+    law = LAWS[states.law].given(given)
+    able = name != config.anchor and _has_weight(config, name)
+    return law._replace(aggregated=law.aggregated * able)
 
 
 def build_table(

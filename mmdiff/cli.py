@@ -54,57 +54,50 @@ def train(
             _evaluate(folder, [], (), None, None, trust=True)
 
 
-@app.command()
-def sample(
+@app.command("sample")
+def sample_(
     run: RunPath,
-    observe: Annotated[list[str] | None, typer.Option(help="modality=value; may be repeated")] = None,
+    observe: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="modality=value; may be repeated: label=3 or label=NAME, image=photo.png, mask=ids.png, "
+            "masked_image=photo.png@mask.png (white is known, black the hole; or one image with an alpha channel), "
+            "embedding=vec.npy; images of another size are cut to their centre and resized"
+        ),
+    ] = None,
     num: Annotated[int, typer.Option(help="how many samples", min=1)] = 64,
     steps: Annotated[int | None, typer.Option(help="solver steps; default: the run's sample.steps", min=1)] = None,
-    guidance: Annotated[float | None, typer.Option(help="guidance; default: the run's sample.guidance_scale")] = None,
+    guidance: Annotated[
+        str | None, typer.Option(help="2, or label=2,embedding=1.5; default: the run's sample.guidance_scale")
+    ] = None,
     solver: Annotated[str | None, typer.Option(help="another solver than the run's")] = None,
     feed: Annotated[str | None, typer.Option(help="unknown modalities: draw, mean or mode")] = None,
-    seed: Annotated[int, typer.Option(help="of the generator")] = 0,
+    batch_size: Annotated[
+        int | None, typer.Option(help="samples that are computed at once; default: the run's sample.batch_size", min=1)
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="precision of the networks: fp32 or bf16")] = "fp32",
+    compiled: Annotated[bool, typer.Option("--compile", help="torch.compile the backbone first")] = False,
+    seed: Annotated[int, typer.Option(help="sample k depends on the seed and on k alone")] = 0,
     out: Annotated[Path, typer.Option(help="the grid, a PNG that must not exist")] = Path("grid.png"),
+    save_each: Annotated[
+        Path | None, typer.Option(help="a new folder: one file per modality and sample, which --observe reads back")
+    ] = None,
     trust: Trust = False,
 ) -> None:
     """Sample from a run and write a grid."""
-    from mmdiff.errors import InputError
-
     pipeline = _load(run, solver, trust)
-    paths = {name: out.with_stem(f"{out.stem}-{name}") for name in pipeline.model.auxiliary}
-    paths[pipeline.model.anchor] = out
-    if taken := [str(path) for path in paths.values() if path.exists()]:
-        raise InputError("--out", taken[0], "exists; choose another file")
-    import torch
-    from PIL import Image
+    own = _sample_config(run)
+    from mmdiff.sampling import prepare, sample
 
-    from mmdiff.plots import tile
-
-    observed = {}
-    for item in observe or []:
-        name, separator, text = item.partition("=")
-        if not separator:
-            raise InputError("--observe", item, "write modality=value, for example label=3")
-        if name not in pipeline.model.names:
-            raise InputError("--observe", item, f"no such modality; choose from {', '.join(pipeline.model.names)}")
-        observed[name] = pipeline.model.modalities[name].parse(text)
-    generator = torch.Generator().manual_seed(seed)
-    settings = _sample_config(run)
-    output = pipeline(
-        num,
-        observed,
-        steps or settings.steps,
-        guidance_scale=(settings.guidance_scale if guidance is None else guidance) if observed else 1.0,
-        feed=feed or settings.feed,
-        generator=generator,
-    )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for name, values in output.samples.items():
-        if isinstance(values[0], Image.Image):
-            tile(values, columns=max(1, round(num**0.5)), zoom=max(1, 48 // values[0].height)).save(paths[name])
-            typer.echo(f"wrote {paths[name]}")
-        else:
-            typer.echo(f"{name}: {' '.join(str(value) for value in values)}")
+    prepare(pipeline, dtype, compiled)
+    settings = {
+        "num_inference_steps": steps or own.steps,
+        "feed": feed or own.feed,
+        "max_batch_size": batch_size or own.batch_size,
+    }
+    guidance = str(own.guidance_scale) if guidance is None else guidance
+    for line in sample(pipeline, observe or [], num, seed, out, save_each, guidance, settings):
+        typer.echo(line)
 
 
 @app.command("check-modality")

@@ -89,8 +89,16 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
                 if is_custom(entry.get("kind")):
                     remedy = "is code of its author's; pass trust_custom_modalities=True to import it"
                     raise InputError(f"modalities.{name}.kind", entry["kind"], remedy)
+        dtype = kwargs.pop("torch_dtype", None)  # diffusers would build in it, and not every start can be drawn in it
         # low_cpu_mem_usage builds on the meta device, where the fixed starts of palettes and maps have no values
-        return super().from_pretrained(pretrained_model_name_or_path, **{"low_cpu_mem_usage": False, **kwargs})
+        model = super().from_pretrained(pretrained_model_name_or_path, **{"low_cpu_mem_usage": False, **kwargs})
+        return model if dtype is None else nn.Module.to(model, dtype)
+
+    @property
+    def value_dtype(self) -> torch.dtype:
+        """Of everything outside the networks (z_t, encodings, the heads' likelihoods): float32, or the weights' own
+        where that is wider."""
+        return torch.promote_types(next(self.backbone.parameters()).dtype, torch.float32)
 
     def encode(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """{name: E_i(x_i)}, (B, C, H, W) each."""
@@ -125,10 +133,16 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
         return Observation(torch.cat(channels, dim=1), torch.cat(context, dim=1))
 
     def forward(self, sample: Tensor, timestep: Tensor, observation: Observation) -> MTDiffusionModelOutput:
-        """One evaluation at z_t = ``sample`` (B, C, H, W), ``timestep`` (B,) in 0 … T − 1."""
-        output = self.backbone(sample, timestep, observation)
-        params = {name: self.modalities[name].decode(output.features, output.pooled) for name in self.auxiliary}
-        return MTDiffusionModelOutput(prediction=output.prediction, params=params)
+        """One evaluation at z_t = ``sample`` (B, C, H, W), ``timestep`` (B,) in 0 … T − 1.
+
+        Backbone and heads compute in the weights' precision; what they give is of ``sample``'s.
+        """
+        own, outside = next(self.backbone.parameters()).dtype, sample.dtype
+        output = self.backbone(sample.to(own), timestep, Observation(*(part.to(own) for part in observation)))
+        params = {
+            name: self.modalities[name].decode(output.features, output.pooled).to(outside) for name in self.auxiliary
+        }
+        return MTDiffusionModelOutput(prediction=output.prediction.to(outside), params=params)
 
 
 def _backbone(config: Mapping[str, Any]) -> tuple[type[Backbone], dict[str, Any]]:

@@ -18,13 +18,7 @@ from mmdiff.model import MTDiffusionModel
 from mmdiff.randomness import normal, uniform
 from mmdiff.schedulers import MTScheduler
 from mmdiff.schedulers.weights import initial_parameters
-
-
-class StateLaw(NamedTuple):
-    """Probabilities of a modality's two flags, drawn independently: neither is *absent*."""
-
-    aggregated: float
-    observed: float
+from mmdiff.states import LAWS, StateLaw
 
 
 class Where(NamedTuple):
@@ -49,6 +43,7 @@ class MTObjective(nn.Module):
         model, scheduler: what is trained, and the forward process.
         state_laws: {modality: StateLaw}, the anchor included (its ``aggregated`` counts as 0).
         loss_weights: {auxiliary modality: λ_i}.
+        law: how the states of all modalities are drawn together, one of `mmdiff.states.LAWS`.
         terminal_weight: coefficient of L0.
         anchor_hidden: probability that the anchor is hidden (unless it is observed): nothing is denoised, and the
             heads learn to read from what else is observed in one evaluation.
@@ -63,6 +58,7 @@ class MTObjective(nn.Module):
         scheduler: MTScheduler,
         state_laws: Mapping[str, StateLaw],
         loss_weights: Mapping[str, float],
+        law: str = "independent",
         terminal_weight: float = 1.0,
         anchor_hidden: float = 0.0,
         min_snr_gamma: float | None = None,
@@ -72,6 +68,7 @@ class MTObjective(nn.Module):
         super().__init__()
         self.model, self.scheduler = model, scheduler
         self.state_laws, self.loss_weights = dict(state_laws), dict(loss_weights)
+        self.law = LAWS[law]
         self.terminal_weight, self.min_snr_gamma, self.seed = terminal_weight, min_snr_gamma, seed
         self.anchor_hidden = anchor_hidden
         self.weighted = tuple(sorted(scheduler.config.weights or {}))
@@ -141,16 +138,16 @@ class MTObjective(nn.Module):
         Nothing is denoised where the anchor is observed, missing or hidden: the heads are read at t = T, nothing is
         aggregated, and L1 and L3 count 0.
         """
-        aggregated, observed = {}, {}
-        for name in self.model.names:
-            law = self.state_laws[name]
-            u = uniform(self.seed, where.step, f"states/{name}", where.positions, (2,))  # (B, 2)
-            aggregated[name] = (u[:, 0] < law.aggregated) & batch.present[name]
-            observed[name] = (u[:, 1] < law.observed) & batch.present[name]
         anchor = self.model.anchor
+        flags = self.law.draw(
+            lambda stream, columns: uniform(self.seed, where.step, stream, where.positions, (columns,)),
+            self.state_laws,
+            anchor,
+        )
+        observed = {name: mask & batch.present[name] for name, mask in flags.observed.items()}
         hidden = uniform(self.seed, where.step, "hidden", where.positions) < self.anchor_hidden
         denoised = batch.present[anchor] & ~observed[anchor] & ~hidden
-        aggregated = {name: mask & denoised for name, mask in aggregated.items()}
+        aggregated = {name: mask & batch.present[name] & denoised for name, mask in flags.aggregated.items()}
         aggregated[anchor] = torch.zeros_like(denoised)
         return aggregated, observed, denoised
 

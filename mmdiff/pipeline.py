@@ -13,6 +13,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from mmdiff.batches import in_batches
 from mmdiff.conditioning import aggregated_names, fed_encoding, feed_for, guidance_scales, guided
 from mmdiff.errors import InputError
 from mmdiff.modalities import Modality
@@ -109,6 +110,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
         output_type: str = "pil",
         final_read: bool = True,
         return_last_draws: bool = False,
+        max_batch_size: int | None = None,
         return_dict: bool = True,
     ) -> MTDiffusionPipelineOutput | tuple[dict[str, Any], dict[str, Any]]:
         """Draw every modality that is not observed.
@@ -124,11 +126,14 @@ class MTDiffusionPipeline(DiffusionPipeline):
             aggregate: which modalities take part in c_t: True (default: all with weights), False, or names.
             feed: how unknown aggregated modalities are fed back: "draw", "mean" or "mode"; by default "draw" for
                 stochastic and "mean" for deterministic solvers.
-            generator: one, or a list of one per sample, with which results do not depend on the batch's split.
+            generator: one, or a list of one per sample, with which results do not depend on the batch's split. One
+                is drawn from batch by batch: another split gives other samples of the same law.
             output_type: "pil" (what a person wants) or "pt" (tensors: images in [−1, 1], class ids).
             final_read: read unobserved modalities from the finished anchor in one more evaluation; False returns the
                 draws of the last denoising step.
             return_last_draws: report those draws beside the final read.
+            max_batch_size: compute in batches of at most so many samples, under one progress bar; default: at once.
+                Guidance evaluates a batch once more for every guided modality.
             return_dict: False returns the tuple (samples, last_draws).
 
         Raises:
@@ -142,8 +147,26 @@ class MTDiffusionPipeline(DiffusionPipeline):
         count = len(next(iter(values.values()))) if values else batch_size or 1
         if isinstance(generator, list) and len(generator) != count:
             raise InputError("generator", f"{len(generator)} generators", f"needs one, or one per sample: {count}")
+        if max_batch_size is not None and max_batch_size < 1:
+            raise InputError("max_batch_size", max_batch_size, "needs one sample or more; leave it out for one batch")
         names = aggregated_names(aggregate, self.peak_weights())
         scales = guidance_scales(guidance_scale, set(values) - {self.model.anchor})
+        if max_batch_size is not None and count > max_batch_size:
+            samples, draws = in_batches(
+                self,
+                max_batch_size,
+                count,
+                values,
+                generator,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                aggregate=names,
+                feed=feed,
+                output_type=output_type,
+                final_read=final_read,
+                return_last_draws=return_last_draws,
+            )
+            return MTDiffusionPipelineOutput(samples=samples, last_draws=draws) if return_dict else (samples, draws)
         draws: dict[str, Tensor] = {}
         samples = dict(values)
         if self.model.anchor not in values:
@@ -215,7 +238,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
     def _heads(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """{auxiliary: params} in one evaluation at t = T: nothing is denoised, z_T is its mean 0, all else absent."""
         model, count = self.model, len(next(iter(values.values())))
-        z = torch.zeros(count, *model.space, device=model.device, dtype=model.dtype)
+        z = torch.zeros(count, *model.space, device=model.device, dtype=model.value_dtype)
         observed = {name: torch.ones(count, dtype=torch.bool, device=model.device) for name in values}
         timesteps = torch.full((count,), self.scheduler.terminal_timestep, device=model.device)
         return model(z, timesteps, model.observation(values, {}, observed, like=z)).params
@@ -227,7 +250,9 @@ class MTDiffusionPipeline(DiffusionPipeline):
     def _randn(self, count: int, shape: tuple[int, ...], generator: Generators) -> Tensor:
         if isinstance(generator, list) and len(generator) == 1:
             generator = generator[0]
-        return randn_tensor((count, *shape), generator=generator, device=self.model.device, dtype=self.model.dtype)
+        return randn_tensor(
+            (count, *shape), generator=generator, device=self.model.device, dtype=self.model.value_dtype
+        )
 
     def peak_weights(self) -> dict[str, float]:
         """{modality: max_t W_t}."""
@@ -266,4 +291,4 @@ class MTDiffusionPipeline(DiffusionPipeline):
                 modality.check(value)
         except InputError as error:
             raise InputError(f"observed.{name}", error.value, error.remedy) from None
-        return value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
+        return value.to(self.model.device, self.model.value_dtype if value.is_floating_point() else None)

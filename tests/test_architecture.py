@@ -16,11 +16,12 @@ PACKAGE = ROOT / "mmdiff"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     **dict.fromkeys(("errors", "randomness", "likelihoods", "config"), 0),
-    **dict.fromkeys(("data", "modalities", "schedulers", "backbones", "losses"), 1),
+    **dict.fromkeys(("data", "modalities", "schedulers", "backbones", "losses", "states"), 1),
     "model": 2,
-    **dict.fromkeys(("objective", "conditioning", "pipeline"), 3),
+    **dict.fromkeys(("objective", "batches", "conditioning", "pipeline"), 3),
     **dict.fromkeys(("build", "evaluation"), 4),
     **dict.fromkeys(("training", "plots", "report"), 5),
+    "sampling": 6,
     **dict.fromkeys(("cli", "evaluation.speed"), 6),
     **dict.fromkeys(("__main__", "__init__"), 7),
 }

@@ -14,8 +14,8 @@ from PIL import Image
 from mmdiff.build import build_model, build_objective, build_scheduler, resolve, resolve_scheduler, state_law
 from mmdiff.config import Config
 from mmdiff.errors import InputError
-from mmdiff.objective import StateLaw
 from mmdiff.schedulers import SCHEDULERS
+from mmdiff.states import LAWS, StateLaw
 
 Configure = Callable[..., Config]
 
@@ -144,6 +144,7 @@ def test_state_laws(configure: Configure) -> None:
     assert laws(configure(*given, own)) == {"image": image, "label": StateLaw(0.7, 0.2)}
     own = "modalities.label.states={aggregated: 0, observed: 0}"  # zero is a value, not "unset"
     assert laws(configure(*given, own)) == {"image": image, "label": StateLaw(0.0, 0.0)}
+    assert laws(configure(*given, "states.law=each_alone")) == {"image": image, "label": StateLaw(0.4, 0.2)}
     assert laws(configure(*given, "states.law=source")) == {"image": StateLaw(0.0, 0.0), "label": StateLaw(1.0, 0.0)}
     assert laws(configure(*given, "states.law=heads")) == {"image": StateLaw(0.0, 0.0), "label": StateLaw(0.0, 0.0)}
 
@@ -174,3 +175,6 @@ def test_the_objective_has_the_configs_numbers(configure: Configure) -> None:
     assert objective.loss_weights == {"label": 0.3}
     assert (objective.min_snr_gamma, objective.terminal_weight, objective.seed) == (5, 0.25, 9)
     assert objective.schedule_scales["label"].requires_grad
+    assert objective.law is LAWS["independent"]
+    config = resolve(configure("states.law=each_alone"), rows())
+    assert build_objective(config, build_model(config), build_scheduler(config)).law is LAWS["each_alone"]

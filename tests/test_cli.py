@@ -165,13 +165,16 @@ def test_a_damaged_pipeline_is_refused(cli: Cli, run_copy: Path, tmp_path: Path,
 
 BAD_SAMPLING = {
     "--observe label=12": "observed.label = 12: is outside 0 … 9",
-    "--observe label=three": "label = 'three': write a class id",
+    "--observe label=three": "observed.label = 'three': write a class id, 0 … 9",
+    "--observe label=3 --observe label=4": "--observe = 'label=4': label is observed twice",
     "--observe label": "--observe = 'label': write modality=value",
     "--observe depth=3": "--observe = 'depth=3': no such modality; choose from image, label",
-    "--observe image=wide.png": "observed.image = '17x16': expected 16x16",
     "--observe image=colour.png": "observed.image = 'RGB': has another mode than the L",
-    "--observe image=text.png": "image = 'text.png': cannot be read as an image",
-    "--observe image=nowhere.png": "image = 'nowhere.png': cannot be read as an image",
+    "--observe image=text.png": "observed.image = 'text.png': cannot be read as an image",
+    "--observe image=nowhere.png": "observed.image = 'nowhere.png': no such file",
+    "--guidance two": "--guidance = 'two': is no number ≥ 0",
+    "--guidance label=2": "guidance_scale.label = 2.0: this modality is not observed",
+    "--out grid": "--out = 'grid': is no PNG",
     "--solver EulerScheduler": "solver = 'EulerScheduler': ",
     "--steps 51": "num_inference_steps = 51: ",
 }
@@ -182,7 +185,6 @@ def test_sample_refuses_bad_input(
     cli: Cli, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Image.new("L", (17, 16)).save("wide.png")
     Image.new("RGB", (16, 16)).save("colour.png")
     Path("text.png").write_text("no image")
     answer = cli("sample", finished_run, "--num", 2, "--out", "grid.png", *arguments.split())

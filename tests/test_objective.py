@@ -137,8 +137,9 @@ def test_l0_is_the_closed_form() -> None:
 
 @pytest.mark.parametrize("parts", [2, 4])
 @pytest.mark.parametrize("weight", [BUMP, {"schedule": "learned", "scale": 1.0}])
-def test_parts_of_a_batch_average_to_the_whole(parts: int, weight: dict[str, Any]) -> None:
-    objective = build(MIXED, StateLaw(0.0, 0.25), weight, min_snr_gamma=5.0)
+@pytest.mark.parametrize("law", ["independent", "each_alone"])
+def test_parts_of_a_batch_average_to_the_whole(parts: int, weight: dict[str, Any], law: str) -> None:
+    objective = build(MIXED, StateLaw(0.0, 0.25), weight, min_snr_gamma=5.0, law=law)
     whole, at = batch(missing={"label": [1, 6]}), where()
     outputs, expected = gradients(objective, (whole, at))
     pieces = [rows(whole, at, chosen) for chosen in torch.arange(8).chunk(parts)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Generator, Tensor, nn
@@ -26,6 +27,7 @@ class Modality(nn.Module, ABC):
 
     A *value* is the tensor that travels in a batch, *params* are what the head predicts: the parameters of
     p_θ(x_i | z_t). Encodings have mean square 1 over the data, so that a weight's `scale` means the same everywhere.
+    In a model of half precision only `decode` computes in it: all else takes and gives float32.
 
     Args:
         shape: the diffusion space and the widths of the backbone's outputs.
@@ -88,7 +90,9 @@ class Modality(nn.Module, ABC):
 
     @abstractmethod
     def parse(self, text: str) -> Any:
-        """A command line's text -> raw value.
+        """A command line's text (a number, a name, the path of a file) -> raw value.
+
+        Images of another size are cut to the centre and resized, whatever `resize` says: a person shows one file.
 
         Raises:
             InputError: when it cannot be read.
@@ -97,6 +101,17 @@ class Modality(nn.Module, ABC):
     @abstractmethod
     def postprocess(self, value: Tensor) -> list[Any]:
         """Values (B, …) -> what a person wants: PIL images, class ids, vectors; a list of B."""
+
+    def save(self, shown: Any, stem: Path) -> Path:
+        """Write one of what `postprocess` gives as a file that `parse` reads back.
+
+        Args:
+            shown: the thing.
+            stem: the file's path without its ending, which is added here.
+        """
+        path = stem.with_name(f"{stem.name}.txt")
+        path.write_text(f"{shown}\n")
+        return path
 
     def gallery(self) -> Tensor | None:
         """A few values, each worth a row of a sample grid, or None where none stand out: (R, *value_shape)."""

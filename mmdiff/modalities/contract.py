@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -194,6 +196,18 @@ def round_trip(build: Build, shape: Shape) -> None:
     _expect(worst < 0.02, f"preprocess(postprocess(value)) differs from the value by up to {worst:.3g}")
 
 
+def files(build: Build, shape: Shape) -> None:
+    """What `save` writes of `postprocess`, `parse` reads back."""
+    modality = build(shape)
+    shown = modality.postprocess(_values(modality, 2))
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [modality.save(one, Path(folder) / str(index)) for index, one in enumerate(shown)]
+        _expect(len(set(paths)) == 2 and all(path.is_file() for path in paths), f"save gives {paths}, not its file")
+        back = torch.stack([modality.preprocess(modality.parse(str(path))) for path in paths])
+    wanted = torch.stack([modality.preprocess(one) for one in shown])
+    _expect(torch.equal(back, wanted), "parse reads another value than save has written")
+
+
 def save_and_load(build: Build, shape: Shape) -> None:
     """The state dict carries everything that was drawn at random or learned."""
     torch.manual_seed(5)
@@ -210,6 +224,27 @@ def save_and_load(build: Build, shape: Shape) -> None:
         _expect(torch.equal(first, second), f"{name} differs after loading the state dict into a fresh instance")
 
 
+def half_precision(build: Build, shape: Shape) -> None:
+    """With weights in bfloat16 only `decode` computes in it; everything else takes and gives float32."""
+    torch.manual_seed(5)
+    modality = build(shape)
+    examples = _values(modality)
+    encoded = modality.encode(examples)
+    modality = modality.to(torch.bfloat16)
+    rounded = modality.encode(examples)
+    _expect(rounded.dtype == torch.float32, f"encode gives {rounded.dtype}, expected torch.float32")
+    error = float((rounded - encoded).detach().square().mean().sqrt())
+    _expect(error < 0.05, f"with weights in bfloat16 encode is off by {error:.3g} (RMS)")
+    modality.observe(examples), modality.context(examples)
+    _, height, width = shape.space
+    features = torch.randn(_ROWS, shape.features, height // shape.stride, width // shape.stride)
+    params = modality.decode(features.bfloat16(), torch.randn(_ROWS, shape.pooled).bfloat16()).float()
+    modality.check(modality.sample(params, _noise(modality)))
+    modality.check(modality.mode(params))
+    _expect_shape("expected_encoding(params)", modality.expected_encoding(params), (_ROWS, *shape.space))
+    _expect_shape("nll(params, value)", modality.nll(params, examples), (_ROWS,))
+
+
 LAWS: dict[str, Callable[[Build, Shape], None]] = {
     "values": values,
     "encoding": encoding,
@@ -221,5 +256,7 @@ LAWS: dict[str, Callable[[Build, Shape], None]] = {
     "expected encoding": expected_encoding,
     "gradients": gradients,
     "round trip": round_trip,
+    "files": files,
     "save and load": save_and_load,
+    "half precision": half_precision,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,9 @@ from mmdiff.modalities.heads import (
     grid_channels,
     grown,
     height_width,
+    open_array,
+    open_image,
+    save_array,
     to_grid,
     to_space,
 )
@@ -84,13 +88,11 @@ class Dense(Modality):
         return torch.from_numpy(_finite(array))
 
     def parse(self, text: str) -> Any:
-        try:
-            if text.endswith(".npy"):
-                return np.load(text, allow_pickle=False)
-            with PILImage.open(text) as file:
-                return file.copy()
-        except (OSError, ValueError) as error:
-            raise InputError("dense", text, f"cannot be read as .npy or as an image: {error}") from None
+        """A .npy file or an image."""
+        return open_array("dense", text) if text.endswith(".npy") else open_image("dense", text)
+
+    def save(self, shown: np.ndarray, stem: Path) -> Path:
+        return save_array(shown, stem)
 
     def postprocess(self, value: Tensor) -> list[np.ndarray]:
         return list(value.detach().float().cpu().numpy())

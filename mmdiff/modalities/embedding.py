@@ -17,7 +17,7 @@ from torch.nn.functional import normalize, softplus
 from mmdiff.errors import InputError
 from mmdiff.likelihoods import Gaussian, vmf_log_prob, vmf_mean_length, vmf_sample
 from mmdiff.modalities.base import Modality, Shape
-from mmdiff.modalities.heads import as_array
+from mmdiff.modalities.heads import as_array, file_at, open_array, save_array, widened
 
 _ROWS = 10_000  # that the norm's statistics are read from
 
@@ -86,14 +86,17 @@ class Embedding(Modality):
 
     def parse(self, text: str) -> Any:
         """A .npy or .json file, or numbers with commas."""
+        if text.endswith(".npy"):
+            return open_array("embedding", text)
+        path = file_at("embedding", text) if text.endswith(".json") else None
         try:
-            if text.endswith(".npy"):
-                return np.load(text, allow_pickle=False)
-            return json.loads(Path(text).read_text()) if text.endswith(".json") else [float(x) for x in text.split(",")]
+            return json.loads(path.read_text()) if path else [float(x) for x in text.split(",")]
         except (OSError, ValueError) as error:
-            raise InputError(
-                "embedding", text, f"cannot be read as .npy, .json or numbers with commas: {error}"
-            ) from None
+            remedy = f"cannot be read as .npy, .json or numbers with commas: {error}"
+            raise InputError("embedding", text, remedy) from None
+
+    def save(self, shown: np.ndarray, stem: Path) -> Path:
+        return save_array(shown, stem)
 
     def check(self, value: Tensor) -> None:
         super().check(value)
@@ -128,7 +131,7 @@ class Embedding(Modality):
         return nn.functional.interpolate(grid, self.shape.space[1:], mode="nearest")
 
     def encode(self, value: Tensor) -> Tensor:
-        mapped = normalize(value, dim=1) @ self.map.T  # (B, C · rows · columns)
+        mapped = normalize(value, dim=1) @ widened(self.map).T  # (B, C · rows · columns)
         return self._spread(mapped / mapped.square().mean(dim=1, keepdim=True).add(1e-12).sqrt())
 
     @property
@@ -188,9 +191,10 @@ class Embedding(Modality):
         mean = vmf_mean_length(self.dim, concentration)[:, None]  # A_d(κ), (B, 1)
         along = 1 - (self.dim - 1) * mean / concentration[:, None]  # E[w²] of w = μᵀx
         across = (1 - along) / (self.dim - 1)
-        mapped = direction @ self.map.T  # (B, n)
+        weights = widened(self.map)
+        mapped = direction @ weights.T  # (B, n)
         square = mapped.square().sum(dim=1, keepdim=True)
-        total = along * square + across * (self.map.square().sum() - square)  # E‖W x‖²
+        total = along * square + across * (weights.square().sum() - square)  # E‖W x‖²
         return self._spread(mean * mapped / (total / mapped.shape[1]).sqrt())
 
 

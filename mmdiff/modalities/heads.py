@@ -1,13 +1,15 @@
-"""What several modalities share: maps between the diffusion space and maps of another size, and a Gaussian head."""
+"""What several modalities share: files, maps between the diffusion space and maps of another size, a Gaussian head."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image as PILImage
+from PIL import ImageOps
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool3d, avg_pool2d, pixel_shuffle, pixel_unshuffle
 
@@ -26,12 +28,58 @@ def height_width(size: Size) -> tuple[int, int]:
     return size[0], size[1]
 
 
+def file_at(key: str, text: str) -> Path:
+    """A path that a person typed, of a file that is there."""
+    path = Path(text)
+    if not path.is_file():
+        raise InputError(key, text, "no such file")
+    return path
+
+
+def open_image(key: str, text: str) -> PILImage.Image:
+    """An image file, turned upright as a camera's EXIF data say."""
+    path = file_at(key, text)
+    try:
+        with PILImage.open(path) as file:
+            return ImageOps.exif_transpose(file)
+    except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:  # PIL's own families
+        raise InputError(key, text, f"cannot be read as an image: {error}") from None
+
+
+def open_array(key: str, text: str) -> np.ndarray:
+    """A .npy file."""
+    path = file_at(key, text)
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(key, text, f"cannot be read as .npy: {error}") from None
+
+
+def save_array(shown: np.ndarray, stem: Path) -> Path:
+    """Write an array as a .npy file."""
+    path = stem.with_name(f"{stem.name}.npy")
+    np.save(path, shown)
+    return path
+
+
+def save_image(shown: PILImage.Image, stem: Path) -> Path:
+    """Write an image as a PNG file."""
+    path = stem.with_name(f"{stem.name}.png")
+    shown.save(path)
+    return path
+
+
 def as_array(raw: Any) -> np.ndarray:
     """A list, an array or an image as an array; anything else, a ragged list too, as one of no dimension."""
     try:
         return np.asarray(raw) if isinstance(raw, list | tuple | np.ndarray | PILImage.Image) else np.zeros(())
     except ValueError:
         return np.zeros(())
+
+
+def widened(x: Tensor) -> Tensor:
+    """A modality's own weights, float32 at least: in a model of half precision only `decode` computes in it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def to_space(x: Tensor, space: tuple[int, int, int]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from mmdiff.modalities.heads import (
     gaussian_sample,
     grown,
     height_width,
+    open_image,
+    save_image,
     to_space,
 )
 
@@ -125,20 +128,22 @@ class Image(Modality):
         example = next((value for value in values if value is not None), None)
         if not isinstance(example, PILImage.Image):
             raise InputError("image", type(example).__name__, "is no image column; check data.columns")
-        channels = _channels(example.mode)
+        channels = channels_of(example.mode)
         return {"channels": channels, "size": [example.height, example.width]}
 
     def preprocess(self, raw: Any) -> Tensor:
         if not isinstance(raw, PILImage.Image):
             raise InputError("image", type(raw).__name__, "is no image; check data.columns")
-        if _channels(raw.mode) != self.channels:
-            raise InputError("image", raw.mode, f"has another mode than the {_MODES[self.channels]} that was expected")
+        if channels_of(raw.mode) != self.channels:
+            raise InputError(
+                "image", raw.mode, f"has another mode than the {_MODES[self.channels]} that was expected; convert it"
+            )
         if raw.size != (self.width, self.height):
             if not self.resize:
                 raise InputError(
                     "image", f"{raw.width}x{raw.height}", f"expected {self.width}x{self.height}; or set resize: true"
                 )
-            raw = crop_to(raw, self.width, self.height)
+            raw = self._fitted(raw)
         if raw.mode == "I;16":  # PIL's own conversion cuts off instead of scaling
             pixels = np.asarray(raw, dtype=np.float32) / 257
         else:
@@ -147,11 +152,18 @@ class Image(Modality):
         return value[None] if self.channels == 1 else value.permute(2, 0, 1).contiguous()
 
     def parse(self, text: str) -> PILImage.Image:
-        try:
-            with PILImage.open(text) as file:
-                return file.copy()
-        except OSError as error:
-            raise InputError("image", text, f"cannot be read as an image: {error}") from None
+        return self._fitted(open_image("image", text))
+
+    def _fitted(self, raw: PILImage.Image) -> PILImage.Image:
+        """Centre crop to the shape, then bicubic."""
+        if raw.size == (self.width, self.height):
+            return raw
+        if raw.mode not in ("L", "I;16"):
+            raw = raw.convert(_MODES[channels_of(raw.mode)])  # PIL resamples palettes and two levels by nearest
+        return crop_to(raw, self.width, self.height)
+
+    def save(self, shown: PILImage.Image, stem: Path) -> Path:
+        return save_image(shown, stem)
 
     def postprocess(self, value: Tensor) -> list[PILImage.Image]:
         pixels = ((value.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
@@ -213,7 +225,8 @@ class Image(Modality):
         return self.encode(params[:, :-1])
 
 
-def _channels(mode: str) -> int:
+def channels_of(mode: str) -> int:
+    """1 for a grey image of PIL's mode, 3 for a coloured one."""
     if mode not in _GREY + _COLOUR:
         raise InputError("image", mode, "is a mode whose values have no known range; convert it to L, I;16 or RGB")
     return 1 if mode in _GREY else 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Generator, Tensor, nn
 from mmdiff.errors import InputError
 from mmdiff.likelihoods import categorical_log_prob, categorical_sample
 from mmdiff.modalities.base import Modality, Shape
+from mmdiff.modalities.heads import file_at, widened
 
 
 class Label(Modality):
@@ -83,12 +85,27 @@ class Label(Modality):
         return torch.tensor(raw)
 
     def parse(self, text: str) -> int:
+        """A class name, an id, or a .txt file that holds one of them."""
+        if text.endswith(".txt") and text not in (self.names or ()):
+            try:
+                text = file_at("label", text).read_text().rstrip("\n")
+            except UnicodeDecodeError:
+                raise InputError("label", text, "is no text file; it should hold a class id or a name") from None
         if self.names and text in self.names:
             return self.names.index(text)
         try:
             return int(text)
         except ValueError:
-            raise InputError("label", text, f"write a class id, 0 … {self.num_classes - 1}, or a name") from None
+            known = "".join(f", {name}" for name in (self.names or [])[:10])
+            more = ", …" if len(self.names or []) > 10 else ""
+            remedy = f"write a class id, 0 … {self.num_classes - 1}" + (
+                f", or a name: {known[2:]}{more}" if known else ""
+            )
+            raise InputError("label", text, remedy) from None
+
+    def save(self, shown: int, stem: Path) -> Path:
+        """By its name where the classes have names."""
+        return super().save(self.names[shown] if self.names else shown, stem)
 
     def check(self, value: Tensor) -> None:
         super().check(value)
@@ -114,7 +131,9 @@ class Label(Modality):
 
     def _normalised_table(self) -> Tensor:
         """Rows with mean square 1: a learned encoder cannot shrink the noise loss by growing."""
-        table = nn.functional.interpolate(self.table, (self.height, self.width), mode="nearest")  # (K, C, H, W)
+        table = nn.functional.interpolate(
+            widened(self.table), (self.height, self.width), mode="nearest"
+        )  # (K, C, H, W)
         return table / table.square().mean(dim=(1, 2, 3), keepdim=True).add(1e-12).sqrt()
 
     def encode(self, value: Tensor) -> Tensor:

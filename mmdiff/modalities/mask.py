@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,11 @@ from mmdiff.modalities.heads import (
     grid_channels,
     grown,
     height_width,
+    open_image,
+    save_image,
     to_grid,
     to_space,
+    widened,
 )
 from mmdiff.modalities.image import crop_to
 
@@ -105,11 +109,13 @@ class Mask(Modality):
         return value
 
     def parse(self, text: str) -> PILImage.Image:
-        try:
-            with PILImage.open(text) as file:
-                return file.copy()
-        except OSError as error:
-            raise InputError("mask", text, f"cannot be read as an image of class ids: {error}") from None
+        raw = open_image("mask", text)
+        if raw.size == (self.width, self.height):
+            return raw
+        return crop_to(raw, self.width, self.height, PILImage.Resampling.NEAREST)
+
+    def save(self, shown: PILImage.Image, stem: Path) -> Path:
+        return save_image(shown, stem)
 
     def check(self, value: Tensor) -> None:
         super().check(value)
@@ -144,12 +150,13 @@ class Mask(Modality):
 
     def _patterns(self) -> Tensor:
         """(K, C, p, p) with mean square 1 per class."""
-        return self.palette / self.palette.square().mean(dim=(1, 2, 3), keepdim=True).add(1e-12).sqrt()
+        palette = widened(self.palette)
+        return palette / palette.square().mean(dim=(1, 2, 3), keepdim=True).add(1e-12).sqrt()
 
     def _shares(self, value: Tensor) -> Tensor:
         """(B, K, h, w) one-hot; all zero where ignored."""
         classes = torch.arange(self.num_classes, device=value.device)[:, None, None]
-        return (value[:, None] == classes).to(self.palette.dtype)
+        return widened((value[:, None] == classes).to(self.palette.dtype))
 
     def _encode_shares(self, shares: Tensor) -> Tensor:
         """Σ_k shares_k · pattern_k, (B, K, h, w) -> (B, C, H, W)."""

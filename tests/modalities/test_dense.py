@@ -149,14 +149,26 @@ def test_unusable_values_are_refused_in_one_line(raw: Any, text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["nowhere.npy", "nowhere.png", "pickled.npy", "text.png"])
-def test_text_that_is_no_map_is_refused(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ("nowhere.npy", "no such file"),
+        ("nowhere.png", "no such file"),
+        ("pickled.npy", "cannot be read as .npy: "),
+        ("empty.npy", "cannot be read as .npy: "),
+        ("text.png", "cannot be read as an image: "),
+    ],
+)
+def test_text_that_is_no_map_is_refused(
+    text: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     np.save("pickled.npy", np.array([{}]), allow_pickle=True)
+    Path("empty.npy").touch()
     Path("text.png").write_text("no image")
     with pytest.raises(InputError) as caught:
         dense().parse(text)
-    assert str(caught.value).startswith(f"dense = {text!r}: cannot be read as .npy or as an image")
+    assert str(caught.value).startswith(f"dense = {text!r}: {remedy}")
     assert "\n" not in str(caught.value)
 
 

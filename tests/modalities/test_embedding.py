@@ -163,14 +163,28 @@ def test_text_is_a_file_or_numbers(tmp_path: Path) -> None:
         assert embedding().preprocess(embedding().parse(text)).tolist() == numbers
 
 
-@pytest.mark.parametrize("text", ["nowhere.npy", "nowhere.json", "1,x", "", "pickled.npy", "broken.json"])
-def test_text_that_is_no_vector_is_refused(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ("nowhere.npy", "no such file"),
+        ("nowhere.json", "no such file"),
+        ("1,x", "cannot be read as .npy, .json or numbers with commas: "),
+        ("", "cannot be read as .npy, .json or numbers with commas: "),
+        ("pickled.npy", "cannot be read as .npy: "),
+        ("empty.npy", "cannot be read as .npy: "),
+        ("broken.json", "cannot be read as .npy, .json or numbers with commas: "),
+    ],
+)
+def test_text_that_is_no_vector_is_refused(
+    text: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     np.save("pickled.npy", np.array([{}]), allow_pickle=True)
+    Path("empty.npy").touch()
     Path("broken.json").write_text("[1,")
     with pytest.raises(InputError) as caught:
         embedding().parse(text)
-    assert str(caught.value).startswith(f"embedding = {text!r}: cannot be read as .npy, .json or numbers with commas")
+    assert str(caught.value).startswith(f"embedding = {text!r}: {remedy}")
     assert "\n" not in str(caught.value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -36,13 +37,28 @@ def test_unusable_values_are_refused_in_one_line(raw: Any, remedy: str) -> None:
 def test_text_that_is_no_class_id_is_refused(text: str) -> None:
     with pytest.raises(InputError) as caught:
         Label(SHAPE, 5).parse(text)
-    assert str(caught.value) == f"label = {text!r}: write a class id, 0 … 4, or a name"
+    assert str(caught.value) == f"label = {text!r}: write a class id, 0 … 4"
+
+
+def test_a_class_can_be_read_from_a_text_file(tmp_path: Path) -> None:
+    label, plain = Label(SHAPE, 3, names=["cat", "7", "a.txt"]), Label(SHAPE, 20)
+    for shown, written in enumerate(["cat\n", "7\n", "a.txt\n"]):
+        path = label.save(shown, tmp_path / f"{shown}.of 3")
+        assert path == tmp_path / f"{shown}.of 3.txt" and path.read_text() == written
+        assert label.parse(str(path)) == shown
+    assert plain.parse(str(plain.save(12, tmp_path / "plain"))) == 12
+    assert label.parse("a.txt") == 2  # a name comes first
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe")
+    for text, remedy in (("none.txt", "no such file"), ("binary.txt", "is no text file"), ("0.of 3.txt", "write a cl")):
+        with pytest.raises(InputError) as caught:
+            plain.parse(str(tmp_path / text))
+        assert remedy in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_class_can_be_written_by_its_name() -> None:
     label = Label(SHAPE, 3, names=["cat", "7", "dog"])
     assert [label.parse(text) for text in ("cat", "dog", "1", "7")] == [0, 2, 1, 1]  # a name comes first
-    with pytest.raises(InputError, match="label = 'cow': write a class id, 0 … 2, or a name"):
+    with pytest.raises(InputError, match="label = 'cow': write a class id, 0 … 2, or a name: cat, 7, dog"):
         label.parse("cow")
     with pytest.raises(InputError, match=r"names = \['cat'\]: needs 3 entries"):
         Label(SHAPE, 3, names=["cat"])

@@ -83,7 +83,99 @@ def test_a_soft_edge_is_known_from_half_on() -> None:
 def test_resizing_keeps_the_edges_of_a_hole() -> None:
     doubled = PILImage.fromarray(PIXELS.repeat(2, 0).repeat(2, 1))
     modality = masked_image(resize=True)
-    assert torch.equal(modality.preprocess(doubled), modality.preprocess(PILImage.fromarray(PIXELS)))
+    known = modality.preprocess(doubled)[-1]
+    assert torch.equal(known, modality.preprocess(PILImage.fromarray(PIXELS))[-1])
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_resizing_takes_nothing_out_of_the_hole(mode: str) -> None:
+    """Were alpha no weight, the black in the hole would darken its rim; were weights negative, it would brighten it."""
+    pixels = np.full((40, 60, len(mode)), 200, np.uint8)
+    pixels[..., -1] = np.where(np.indices((40, 60)).sum(0) % 17 < 6, 0, 255)
+    pixels[..., :-1] *= pixels[..., -1:] > 0
+    value = masked_image(len(mode) - 1, resize=True).preprocess(PILImage.fromarray(pixels, mode))
+    known = value[-1] > 0
+    assert 10 < int(known.sum()) < 64
+    assert (value[:-1, known] - (200 / 127.5 - 1)).abs().max() < 3 / 127.5
+
+
+# ----------------------------------------------------------------------------------------------------- files
+
+
+def write(folder: Path) -> np.ndarray:
+    """photo.png (RGB, 24x16), its mask, and files that do not go with it; the photo's pixels."""
+    pixels = np.random.default_rng(1).integers(256, size=(16, 24, 3), dtype=np.uint8)
+    hole = np.full((16, 24), 255, np.uint8)
+    hole[4:12, 8:16] = 0
+    PILImage.fromarray(pixels).save(folder / "photo.png")
+    PILImage.fromarray(pixels[..., 0]).save(folder / "grey.png")
+    PILImage.fromarray(hole).save(folder / "mask.png")
+    PILImage.fromarray(hole > 0).save(folder / "bits.png")
+    PILImage.fromarray(hole // 255).save(folder / "ones.png")
+    PILImage.fromarray(hole).convert("RGBA").save(folder / "alpha.png")
+    PILImage.fromarray(hole[:8, :8]).save(folder / "small.png")
+    (folder / "text.png").write_text("no image")
+    return pixels
+
+
+@pytest.mark.parametrize("mask", ["mask.png", "bits.png"])
+def test_a_photo_and_a_mask_are_two_files(mask: str, tmp_path: Path) -> None:
+    pixels = write(tmp_path)
+    modality = MaskedImage(Shape((3, 16, 24), 4, 4), channels=3, size=(16, 24))
+    value = modality.preprocess(modality.parse(f"{tmp_path / 'photo.png'}@{tmp_path / mask}"))
+    known = np.ones((16, 24), bool)
+    known[4:12, 8:16] = False
+    assert np.array_equal(value[-1].numpy() > 0, known)
+    assert np.array_equal(((value[:-1, known] + 1) * 127.5).round().numpy(), pixels[known].T)
+
+
+def test_a_photo_of_another_size_is_cut_to_its_centre_with_its_mask(tmp_path: Path) -> None:
+    write(tmp_path)
+    value = masked_image().preprocess(masked_image().parse(f"{tmp_path / 'photo.png'}@{tmp_path / 'mask.png'}"))
+    assert value[-1].nonzero().tolist() == [
+        [r, c] for r in range(8) for c in range(8) if not (2 <= r < 6 and 2 <= c < 6)
+    ]
+
+
+def test_what_is_transparent_in_the_photo_is_unknown_beside_the_mask(tmp_path: Path) -> None:
+    PILImage.fromarray(PIXELS).save(tmp_path / "photo@2x.png")
+    mask = np.full((8, 8), 255, np.uint8)
+    mask[:4] = 0
+    PILImage.fromarray(mask).save(tmp_path / "mask.png")
+    alone, both = (
+        masked_image().preprocess(masked_image().parse(text))
+        for text in (f"{tmp_path / 'photo@2x.png'}", f"{tmp_path / 'photo@2x.png'}@{tmp_path / 'mask.png'}")
+    )
+    assert torch.equal(alone, masked_image().preprocess(PILImage.fromarray(PIXELS)))
+    assert torch.equal(both[:, 4:], alone[:, 4:]) and not both[:, :4].any() and alone[:, :4].any()
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    {
+        "photo.png": "'photo.png': has no alpha channel that says where it is known; write photo.png@mask.png, bl",
+        "photo.png@": "'photo.png@': names no file after the @; write photo.png@mask.png",
+        "@mask.png": "'': no such file",
+        "photo.png@nowhere.png": "'nowhere.png': no such file",
+        "nowhere.png@mask.png": "'nowhere.png': no such file",
+        "nowhere.png": "'nowhere.png': no such file",
+        "text.png@mask.png": "'text.png': cannot be read as an image: ",
+        "photo.png@text.png": "'text.png': cannot be read as an image: ",
+        "photo.png@small.png": "'photo.png@small.png': the photo and its mask need one size, they have 24x16 and 8x8",
+        "photo.png@alpha.png": "'RGBA': is no mask; store it in black and white, mode L or 1",
+        "photo.png@ones.png": "'photo.png@ones.png': the mask hides every pixel: white (255) is known, black (0) is",
+        "grey.png@mask.png": "'L': has another mode than RGB or RGBA; convert it",
+    }.items(),
+)
+def test_files_that_do_not_fit_are_refused_in_one_line(
+    text: str, complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path)
+    with pytest.raises(InputError) as caught:
+        masked_image().parse(text)
+    assert str(caught.value).startswith(f"masked_image = {complaint}")
+    assert "\n" not in str(caught.value)
 
 
 # -------------------------------------------------------------------------------------------- encoding and likelihood

@@ -1,0 +1,76 @@
+"""Laws by which training draws the state of every modality: absent, aggregated or observed (README, Theory, section 4).
+
+A law is a pure function of counter-based uniforms, so that accumulation, several processes and a resumed run draw the
+same states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+#: (stream, columns) -> (B, columns) uniform numbers in (0, 1), a function of (seed, step, stream, position) alone.
+Uniforms = Callable[[str, int], Tensor]
+
+
+class StateLaw(NamedTuple):
+    """A modality's probabilities of its two flags; what they mean together is the law's."""
+
+    aggregated: float
+    observed: float
+
+
+class Flags(NamedTuple):
+    """{modality: (B,) bool} each, the anchor included; neither flag is *absent*."""
+
+    aggregated: dict[str, Tensor]
+    observed: dict[str, Tensor]
+
+
+def independent(uniforms: Uniforms, laws: Mapping[str, StateLaw], anchor: str) -> Flags:
+    """Every flag by itself: P(flags) is the product over all modalities and both flags.
+
+    Args:
+        uniforms: see `Uniforms`.
+        laws: {modality: StateLaw}, the anchor included.
+        anchor: its name.
+    """
+    drawn = {name: uniforms(f"states/{name}", 2) for name in sorted(laws)}  # (B, 2)
+    return Flags(
+        {name: u[:, 0] < laws[name].aggregated for name, u in drawn.items()},
+        {name: u[:, 1] < laws[name].observed for name, u in drawn.items()},
+    )
+
+
+def each_alone(uniforms: Uniforms, laws: Mapping[str, StateLaw], anchor: str) -> Flags:
+    """At most one modality is observed, and then alone; the aggregated flags are as in `independent`.
+
+    With a the anchor's `observed` and p_i that of the auxiliary modality i of N: the anchor is observed with
+    probability a; otherwise one auxiliary modality is picked uniformly and observed with its own probability. So
+    P({anchor}) = a, P({i}) = (1 − a) p_i / N and P(∅) = (1 − a)(1 − Σ_i p_i / N).
+    """
+    auxiliary = sorted(set(laws) - {anchor})
+    u = uniforms("alone", 3)  # (B, 3): whether the anchor, which other, whether that
+    others = u[:, 0] >= laws[anchor].observed
+    picked = (u[:, 1] * len(auxiliary)).long()  # (B,)
+    observed = {
+        name: others & (picked == index) & (u[:, 2] < laws[name].observed) for index, name in enumerate(auxiliary)
+    }
+    return Flags(independent(uniforms, laws, anchor).aggregated, {**observed, anchor: ~others})
+
+
+class Law(NamedTuple):
+    """``given`` makes a modality's probabilities of what a config sets, ``draw`` draws all flags at once."""
+
+    given: Callable[[StateLaw], StateLaw]
+    draw: Callable[[Uniforms, Mapping[str, StateLaw], str], Flags]
+
+
+LAWS: dict[str, Law] = {
+    "independent": Law(lambda set_by_config: set_by_config, independent),
+    "each_alone": Law(lambda set_by_config: set_by_config, each_alone),
+    "source": Law(lambda _: StateLaw(1.0, 0.0), independent),  # always aggregated
+    "heads": Law(lambda _: StateLaw(0.0, 0.0), independent),  # always absent
+}
