@@ -289,6 +289,6 @@ def test_only_modalities_with_weight_are_flagged_as_aggregated(weight: dict[str,
     before = elbo(model, process, real_values(), torch.Generator().manual_seed(0)).nats
     flag = 2 * model.names.index("label")  # (aggregated, observed) of every modality, by name
     with torch.no_grad():
-        model.backbone.flags.weight[:, flag] += 1.0
+        model.backbone.flags[0].weight[:, flag] += 1.0
     after = elbo(model, process, real_values(), torch.Generator().manual_seed(0)).nats
     assert torch.equal(before, after) is not aggregated
