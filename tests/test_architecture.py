@@ -18,7 +18,7 @@ LAYERS = {
     **dict.fromkeys(("errors", "randomness", "likelihoods", "config"), 0),
     **dict.fromkeys(("data", "modalities", "schedulers", "backbones", "losses"), 1),
     "model": 2,
-    **dict.fromkeys(("objective", "conditioning", "pipeline"), 3),
+    **dict.fromkeys(("objective", "conditioning", "steering", "reading", "replacement", "pipeline"), 3),
     **dict.fromkeys(("build", "evaluation"), 4),
     **dict.fromkeys(("training", "plots", "report"), 5),
     **dict.fromkeys(("cli", "evaluation.speed"), 6),

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmdiff.conditioning import FEEDS, aggregated_names, fed_encoding, feed_for, guidance_scales, guided
+from mmdiff.conditioning import FEEDS, aggregated_names, feed_for, guidance_scales
 from mmdiff.errors import InputError
 from mmdiff.modalities import Label, Shape
 from mmdiff.model import MTDiffusionModel, MTDiffusionModelOutput
+from mmdiff.steering import Evaluation, branches, fed_encoding, guided
 
 VALUES = {"label": torch.tensor([2, 0]), "colour": torch.tensor([1, 0])}
 EVERYWHERE = torch.ones(2, dtype=torch.bool)
@@ -49,10 +50,9 @@ def forward(model: MTDiffusionModel, observed: Mapping[str, Tensor]) -> MTDiffus
     return model(SAMPLE, TIMESTEPS, observation)
 
 
-def guide(
-    model: MTDiffusionModel, observed: Mapping[str, Tensor], scales: Mapping[str, float]
-) -> MTDiffusionModelOutput:
-    return guided(model, SAMPLE, TIMESTEPS, VALUES, {"label": EVERYWHERE}, observed, scales)
+def guide(model: MTDiffusionModel, observed: Mapping[str, Tensor], scales: Mapping[str, float]) -> Evaluation:
+    told = branches(model, VALUES, ["label"], observed, tuple(sorted(scales)), like=SAMPLE)
+    return guided(model, SAMPLE, TIMESTEPS, told, scales)
 
 
 @torch.no_grad()
@@ -90,7 +90,8 @@ def test_every_modality_has_its_own_scale() -> None:
 
 def test_gradients_flow_through_guidance() -> None:
     model, sample = build(), SAMPLE.clone().requires_grad_()
-    guided(model, sample, TIMESTEPS, VALUES, {}, BOTH, {"label": 2.0}).prediction.sum().backward()
+    told = branches(model, VALUES, [], BOTH, ("label",), like=SAMPLE)
+    guided(model, sample, TIMESTEPS, told, {"label": 2.0}).prediction.sum().backward()
     assert sample.grad is not None and sample.grad.any()
 
 

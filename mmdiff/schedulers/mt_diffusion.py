@@ -337,6 +337,19 @@ class MTDiffusionScheduler(SchedulerMixin, ConfigMixin):
             return root * u_t - sigma * model_output
         return (u_t - sigma * model_output) / root if self.config.prediction_type == "epsilon" else model_output
 
+    def signal_and_noise(self, timestep: int) -> tuple[Tensor, Tensor]:
+        """(√ā_t, √(1 − ā_t)), the factors of z_0 and of the noise in z_t; float64 scalars on the CPU. −1 is t = 0."""
+        alpha_bar = self._tables["a_bar"][timestep + 1]
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+    def shifted_prediction(self, model_output: Tensor, timestep: int, shift: Tensor) -> Tensor:
+        """The model output that stands for a predicted z_0 moved by ``shift`` (B, C, H, W)."""
+        signal, noise = self.signal_and_noise(timestep)
+        if self.config.prediction_type == "sample":
+            return model_output + shift
+        by = 1 / noise if self.config.prediction_type == "v_prediction" else signal / noise
+        return model_output - by * shift
+
     # ------------------------------------------------------------------------------------------------------ sampling
 
     def set_timesteps(
@@ -353,12 +366,9 @@ class MTDiffusionScheduler(SchedulerMixin, ConfigMixin):
         total = self.config.num_train_timesteps
         if not 1 <= num_inference_steps <= total:
             raise InputError("num_inference_steps", num_inference_steps, f"needs 1 … num_train_timesteps = {total}")
-        self._solver.set_timesteps(num_inference_steps, device="cpu")  # stays here: no host synchronisation in `step`
-        trim_timesteps(self._solver, num_inference_steps, SOLVERS[self.config.solver].multistep)
+        self._start_solver(num_inference_steps, 0)
         if self.config.literal_alpha and float(self._solver.alphas_cumprod[self._solver.timesteps].min()) == 0.0:
             raise InputError("literal_alpha", True, f"ā_t underflows within T = {total} steps; sample with a smaller T")
-        if SOLVERS[self.config.solver].multistep:
-            self._solver.set_begin_index(0)
         if SOLVERS[self.config.solver].has_corrector:
             fixed = (self.config.solver_config or {}).get("disable_corrector", [])
             self._solver.disable_corrector = list(range(num_inference_steps)) if changing_encodings else list(fixed)
@@ -366,6 +376,26 @@ class MTDiffusionScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = len(self.timesteps)
         self._step_index = 0
         self._steps = [*self._solver.timesteps.tolist(), -1]  # −1 is t = 0, where c = 0
+
+    def _start_solver(self, num_inference_steps: int, index: int) -> None:
+        """The solver before step number ``index``, with nothing kept from earlier steps."""
+        multistep = SOLVERS[self.config.solver].multistep
+        self._solver.set_timesteps(num_inference_steps, device="cpu")  # stays here: no host synchronisation in `step`
+        trim_timesteps(self._solver, num_inference_steps, multistep)
+        if multistep:
+            self._solver.set_begin_index(index)
+
+    @property
+    def steps(self) -> list[int]:
+        """The timesteps of the run as Python numbers, and −1, which is t = 0, at the end."""
+        return self._steps
+
+    def rewind(self, count: int) -> None:
+        """Go ``count`` steps back: the last of them are taken again, by a solver that has forgotten them."""
+        if self._step_index is None or not 0 <= count <= self._step_index:
+            raise InputError("count", count, f"{self._step_index or 0} steps are taken")
+        self._step_index -= count
+        self._start_solver(self.num_inference_steps, self._step_index)
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | int | None = None) -> Tensor:
         """The sample itself: variance-preserving solvers scale nothing."""
