@@ -54,7 +54,7 @@ def conditioning_of(
     aggregated: set[str],
     guidance_scale: float | Mapping[str, float] = 1.0,
     self_guidance_scale: float | Mapping[str, float] = 1.0,
-    resampling: tuple[int, int] = (10, 10),
+    resampling: tuple[int, int] = (2, 5),
     denoising: bool = True,
 ) -> Conditioning:
     """The checked plan of a call.

@@ -109,7 +109,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
         guidance_scale: float | Mapping[str, float] = 1.0,
         conditioning: Ways | Mapping[str, Ways] | None = None,
         self_guidance_scale: float | Mapping[str, float] = 1.0,
-        resampling: tuple[int, int] = (10, 10),
+        resampling: tuple[int, int] = (2, 5),
         read_timesteps: Sequence[int] | None = None,
         aggregate: bool | Iterable[str] | None = None,
         feed: str | None = None,
@@ -134,7 +134,8 @@ class MTDiffusionPipeline(DiffusionPipeline):
                 "plug-in", "self-guidance" and "replacement" for all, or {modality: one or several}; by default as
                 trained: observation channels, and c_t for what is aggregated.
             self_guidance_scale: of "self-guidance", one number or {modality: number}; 1 is exact for exact heads.
-            resampling: of "replacement", RePaint's (jump_length, jump_n_sample); (1, 1) takes every step once.
+            resampling: of "replacement", RePaint's (jump_length, jump_n_sample), its own choice being (10, 10) for 250
+                steps; (1, 1) takes every step once.
             read_timesteps: read the heads from the anchor noised to these timesteps, one evaluation each, and average
                 their laws; by default one evaluation, the anchor in its observation channels (where training never
                 showed it there: unnoised, at timestep 0).
