@@ -142,10 +142,14 @@ def evaluate(
     steps: Annotated[str | None, typer.Option(help="numbers of solver steps to compare: 10,20,200")] = None,
     solver: Annotated[str | None, typer.Option(help="another solver than the run's")] = None,
     feed: Annotated[str | None, typer.Option(help="unknown modalities: draw, mean or mode")] = None,
+    conditioning: Annotated[
+        str | None, typer.Option(help="ways to compare: channels,plug-in,self-guidance,replacement,channels+plug-in …")
+    ] = None,
     trust: Trust = False,
 ) -> None:
     """Score every modality and direction of a run; writes evaluation.json and prints the table."""
-    _evaluate(run, overrides or [], _integers("--steps", steps), solver, feed, trust)
+    ways = tuple(conditioning.split(",")) if conditioning else ()
+    _evaluate(run, overrides or [], _integers("--steps", steps), solver, feed, trust, ways)
 
 
 @app.command()
@@ -241,20 +245,26 @@ def _is_main() -> bool:
 
 
 def _evaluate(
-    run: Path, overrides: list[str], steps: tuple[int, ...], solver: str | None, feed: str | None, trust: bool
+    run: Path,
+    overrides: list[str],
+    steps: tuple[int, ...],
+    solver: str | None,
+    feed: str | None,
+    trust: bool,
+    conditioning: tuple[str, ...] = (),
 ) -> None:
     from mmdiff.config import load_config
 
     config: Config = load_config(run / "config.yaml", overrides)
     pipeline = _load(run, solver, trust)
     from mmdiff.build import build_table, open_rows
-    from mmdiff.evaluation import evaluators
+    from mmdiff.evaluation import evaluators, records
     from mmdiff.plots import side_by_side
 
     train, validation = (build_table(config, pipeline.model, rows) for rows in open_rows(config))
-    result = evaluators.evaluate(pipeline, config, train, validation, steps, feed, trust)
-    evaluators.save(result, run / "evaluation.json")
-    typer.echo(evaluators.table(result))
+    result = evaluators.evaluate(pipeline, config, train, validation, steps, feed, trust, conditioning)
+    records.save(result, run / "evaluation.json")
+    typer.echo(records.table(result))
     for name, rows in result.pictures.items():
         typer.echo(f"wrote {side_by_side(rows, run / 'samples' / f'evaluation-{name}.png')}")
 

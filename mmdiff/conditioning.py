@@ -111,6 +111,16 @@ def _able(model: MTDiffusionModel, name: str, aggregated: set[str], denoising: b
     return frozenset(way for way in WAYS if able[way])
 
 
+def usable_ways(model: MTDiffusionModel, name: str, aggregated: set[str]) -> frozenset[str]:
+    """The ways that an auxiliary modality can use while the anchor is denoised."""
+    return _able(model, name, aggregated, True)
+
+
+def ways_of_text(text: str) -> frozenset[str]:
+    """ "channels+self-guidance" -> its ways."""
+    return _as_ways("conditioning", text.split("+"))
+
+
 def _as_trained(able: frozenset[str]) -> frozenset[str]:
     trained = able & {CHANNELS, PLUG_IN}
     return trained or frozenset([way for way in (REPLACEMENT, SELF_GUIDANCE) if way in able][:1])

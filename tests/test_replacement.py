@@ -131,7 +131,7 @@ def test_resampling_brings_replacement_to_the_conditional_law() -> None:
     assert float(found[2].std()) == pytest.approx(std, abs=0.05)
 
 
-# ---------------------------------------------------------------------------------------------- what a value makes known
+# --------------------------------------------------------------------------------------------- what a value makes known
 
 
 def masked_pipeline(latent: bool, observable: list[str] | None = None) -> MTDiffusionPipeline:
