@@ -181,9 +181,10 @@ def speed(
     overrides: Overrides = None,
     rounds: Annotated[int, typer.Option(help="interleaved rounds", min=1)] = 5,
     steps: Annotated[int, typer.Option(help="steps per round", min=1)] = 10,
-    against: Annotated[str, typer.Option(help="bare or anchor")] = "bare",
+    against: Annotated[str, typer.Option(help="bare, anchor or solver")] = "bare",
 ) -> None:
-    """A training step of mmdiff against a bare PyTorch loop, or against the same experiment with its anchor alone."""
+    """A training step of mmdiff against a bare PyTorch loop, or against the same experiment with its anchor alone; or
+    a sampling step against the bare solver."""
     from mmdiff.config import load_config
 
     loaded = load_config(config, overrides)

@@ -203,13 +203,12 @@ class MTDiffusionPipeline(DiffusionPipeline):
         plugged = model.encode({name: values[name] for name in sorted(plan.plugged)})
         z_t, encodings, drawn = self._randn(count, model.space, generator), dict(plugged), {}
         told = branches(model, values, plan.aggregated, plan.channels, plan.left_out, like=z_t)
-        times = scheduler.steps
+        times, timesteps = scheduler.steps, [t.expand(count) for t in scheduler.timesteps]
         schedule = visits(num_inference_steps, *(plan.resampling if plan.known else (1, 1)))
         if plan.known:
             z_t = self._replaced(z_t, times[0], plan, encodings, generator)
         for index, back in self.progress_bar(schedule):
-            t = scheduler.timesteps[index]
-            found = steered(model, scheduler, z_t, t.expand(count), times[index], told, plan, values, plugged)
+            found = steered(model, scheduler, z_t, timesteps[index], times[index], told, plan, values, plugged)
             last = index == num_inference_steps - 1
             drawn = {
                 name: self._draw(name, found.params[name], generator)
@@ -217,7 +216,9 @@ class MTDiffusionPipeline(DiffusionPipeline):
             }
             for name in fed:
                 encodings[name] = fed_encoding(model.modalities[name], found.params[name], feed, drawn.get(name))
-            z_t = scheduler.step(found.prediction, t, z_t, encodings, generator=generator, return_dict=False)[0]
+            z_t = scheduler.step(
+                found.prediction, times[index], z_t, encodings, generator=generator, return_dict=False
+            )[0]
             if plan.known:
                 z_t = self._replaced(z_t, times[index + 1], plan, encodings, generator)
             if back:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -66,5 +67,5 @@ def renoised(
     (signal, sigma), (later_signal, later_sigma) = scheduler.signal_and_noise(now), scheduler.signal_and_noise(then)
     ratio = later_signal / signal
     u = sample - scheduler.aggregate(encodings, now, sample)
-    spread = (later_sigma**2 - (ratio * sigma) ** 2).clamp(min=0).sqrt()
+    spread = math.sqrt(max(0.0, later_sigma**2 - (ratio * sigma) ** 2))
     return ratio * u + spread * noise + scheduler.aggregate(encodings, then, sample)

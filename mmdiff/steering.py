@@ -112,7 +112,7 @@ def steered(
         plugged: encodings of the observed modalities in c_t.
     """
     signal, noise = scheduler.signal_and_noise(now) if plan.guides else (0.0, 1.0)
-    if float(signal) < MIN_SIGNAL:
+    if signal < MIN_SIGNAL:
         return guided(model, sample, timesteps, told, plan.scales)
     with torch.enable_grad():
         z_t = sample.detach().requires_grad_()

@@ -8,6 +8,7 @@ which solvers allow that when encodings change from call to call.
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -188,6 +189,7 @@ class MTDiffusionScheduler(SchedulerMixin, ConfigMixin):
         self._cumulative: dict[str, Tensor] = {}
         self._tables = {"a": _from_zero(self.alphas, 1.0), "a_bar": _from_zero(self.alphas_cumprod, 1.0)}
         self._tables_on: dict[tuple[str, torch.device], Tensor] = {}
+        self._numbers: dict[tuple[int, torch.dtype], tuple[float, float]] = {}
         for name, entry in self._weights.items():
             if entry["schedule"] != "learned":
                 table = weight_schedules.cumulative_weights(self.alphas, entry["schedule"], entry["scale"])
@@ -247,7 +249,7 @@ class MTDiffusionScheduler(SchedulerMixin, ConfigMixin):
 
         Tables count t as the equations do, so that timestep −1 is t = 0. Fractional timesteps are interpolated.
         """
-        if isinstance(timesteps, int):  # a CPU scalar multiplies any device's tensor without a transfer
+        if isinstance(timesteps, int):
             return self._tables[key][timesteps + 1]
         device = like.device
         if (key, device) not in self._tables_on:
@@ -265,12 +267,14 @@ class MTDiffusionScheduler(SchedulerMixin, ConfigMixin):
         return self._weighted_sum("W", encodings, timesteps, like)
 
     def _weighted_sum(self, kind: str, encodings: Encodings | None, timesteps: Tensor | int, like: Tensor) -> Tensor:
-        total = torch.zeros((), dtype=like.dtype, device=like.device)
+        parts = []
         for name in sorted(encodings or {}):
             self.cumulative_weights(name)  # a modality without weights is refused by name
             weight = self._at(f"{kind}/{name}", timesteps, like)
-            total = total + weight.to(encodings[name].dtype) * encodings[name]
-        return total
+            # a number costs no tensor operation, and a scalar of the CPU multiplies any device's tensor
+            scale = float(weight) if isinstance(timesteps, int) else weight.to(encodings[name].dtype)
+            parts.append(scale * encodings[name])
+        return sum(parts[1:], parts[0]) if parts else torch.zeros((), dtype=like.dtype, device=like.device)
 
     # ------------------------------------------------------------------------------------- the equations, in float64
 
@@ -331,16 +335,25 @@ class MTDiffusionScheduler(SchedulerMixin, ConfigMixin):
     ) -> Tensor:
         """The prediction of z_0 that ``model_output`` stands for, from z_t; (B, C, H, W), not clipped."""
         u_t = sample - self.aggregate(encodings, timesteps, sample) if encodings else sample
-        alpha_bar = self._at("a_bar", timesteps, sample).to(sample.dtype)
-        root, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        root, sigma = self._factors(timesteps, sample)
         if self.config.prediction_type == "v_prediction":
             return root * u_t - sigma * model_output
         return (u_t - sigma * model_output) / root if self.config.prediction_type == "epsilon" else model_output
 
-    def signal_and_noise(self, timestep: int) -> tuple[Tensor, Tensor]:
-        """(√ā_t, √(1 − ā_t)), the factors of z_0 and of the noise in z_t; float64 scalars on the CPU. −1 is t = 0."""
-        alpha_bar = self._tables["a_bar"][timestep + 1]
-        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    def signal_and_noise(self, timestep: int) -> tuple[float, float]:
+        """(√ā_t, √(1 − ā_t)), the factors of z_0 and of the noise in z_t; timestep −1 is t = 0."""
+        alpha_bar = float(self._tables["a_bar"][timestep + 1])
+        return math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+
+    def _factors(self, timesteps: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor] | tuple[float, float]:
+        """√ā_t and √(1 − ā_t) in the precision of ``like``, as diffusers has them; numbers for a Python int."""
+        if isinstance(timesteps, int) and (timesteps, like.dtype) in self._numbers:
+            return self._numbers[timesteps, like.dtype]
+        alpha_bar = self._at("a_bar", timesteps, like).to(like.dtype)
+        root, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        if not isinstance(timesteps, int):
+            return root, sigma
+        return self._numbers.setdefault((timesteps, like.dtype), (float(root), float(sigma)))
 
     def shifted_prediction(self, model_output: Tensor, timestep: int, shift: Tensor) -> Tensor:
         """The model output that stands for a predicted z_0 moved by ``shift`` (B, C, H, W)."""
@@ -452,8 +465,7 @@ class MTDiffusionScheduler(SchedulerMixin, ConfigMixin):
 
     def _prediction_of(self, original: Tensor, timestep: int, u_t: Tensor) -> Tensor:
         """The model output that stands for a given z_0: the inverse of `predict_original_sample`."""
-        alpha_bar = self._at("a_bar", timestep, u_t).to(u_t.dtype)
-        root, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        root, sigma = self._factors(timestep, u_t)
         if self.config.prediction_type == "v_prediction":
             return (root * u_t - original) / sigma
         return (u_t - root * original) / sigma if self.config.prediction_type == "epsilon" else original
