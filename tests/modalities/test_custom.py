@@ -209,7 +209,7 @@ def test_the_check_passes_what_is_right(user: User, cli: Callable[..., Any]) -> 
     answer = cli("check-modality", KIND, "channels=1", "size=16", "mean=1.0", "std=0.5")
     assert answer.code == 0, answer.out + answer.err
     shown = answer.out.splitlines()
-    assert len(shown) == 11 and all(line.startswith("ok    ") for line in shown)
+    assert len(shown) == 12 and all(line.startswith("ok    ") for line in shown)
     assert cli("check-modality", "label", "num_classes=3", "--space", "2,8,8").code == 0  # and a built-in one
 
 
@@ -218,7 +218,7 @@ def test_the_check_says_what_is_wrong(user: User, cli: Callable[..., Any]) -> No
     assert answer.code == 1 and answer.err == ""
     wrong = [line for line in answer.out.splitlines() if not line.startswith("ok    ")]
     assert wrong[0].startswith("FAIL  unit variance: the mean square of encode(examples) is 0.01, expected 1")
-    assert len(answer.out.splitlines()) == 11
+    assert len(answer.out.splitlines()) == 12
 
 
 @pytest.mark.parametrize(
