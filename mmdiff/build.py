@@ -198,6 +198,7 @@ def build_model(config: Config) -> MTDiffusionModel:
             modality_config={n: {"kind": m.kind, **m.settings()} for n, m in config.modalities.items()},
             backbone_config={"kind": config.backbone.kind, **config.backbone.settings()},
             anchor=config.anchor,
+            observable=[name for name in sorted(config.modalities) if state_law(config, name).observed > 0],
         )
 
 

@@ -70,6 +70,11 @@ def sample_(
     guidance: Annotated[
         str | None, typer.Option(help="2, or label=2,embedding=1.5; default: the run's sample.guidance_scale")
     ] = None,
+    conditioning: Annotated[
+        str | None,
+        typer.Option(help="how observed values steer: channels, plug-in, self-guidance, replacement, or several"),
+    ] = None,
+    aggregate: Annotated[str | None, typer.Option(help="what enters z_t: all, none, or names with commas")] = None,
     solver: Annotated[str | None, typer.Option(help="another solver than the run's")] = None,
     feed: Annotated[str | None, typer.Option(help="unknown modalities: draw, mean or mode")] = None,
     batch_size: Annotated[
@@ -95,8 +100,11 @@ def sample_(
         "feed": feed or own.feed,
         "max_batch_size": batch_size or own.batch_size,
     }
-    guidance = str(own.guidance_scale) if guidance is None else guidance
-    for line in sample(pipeline, observe or [], num, seed, out, save_each, guidance, settings):
+    if conditioning is not None:
+        settings["conditioning"] = conditioning.split(",")
+    if aggregate is not None:
+        settings["aggregate"] = {"all": True, "none": False}.get(aggregate, aggregate.split(","))
+    for line in sample(pipeline, observe or [], num, seed, out, save_each, guidance or own.scales, settings):
         typer.echo(line)
 
 
@@ -135,10 +143,17 @@ def evaluate(
     steps: Annotated[str | None, typer.Option(help="numbers of solver steps to compare: 10,20,200")] = None,
     solver: Annotated[str | None, typer.Option(help="another solver than the run's")] = None,
     feed: Annotated[str | None, typer.Option(help="unknown modalities: draw, mean or mode")] = None,
+    conditioning: Annotated[
+        str | None, typer.Option(help="ways to compare: channels,plug-in,self-guidance,replacement,channels+plug-in …")
+    ] = None,
+    subsets: Annotated[
+        bool, typer.Option("--subsets", help="score every subset of observed modalities instead")
+    ] = False,
     trust: Trust = False,
 ) -> None:
     """Score every modality and direction of a run; writes evaluation.json and prints the table."""
-    _evaluate(run, overrides or [], _integers("--steps", steps), solver, feed, trust)
+    ways = tuple(conditioning.split(",")) if conditioning else ()
+    _evaluate(run, overrides or [], _integers("--steps", steps), solver, feed, trust, ways, subsets)
 
 
 @app.command()
@@ -170,9 +185,10 @@ def speed(
     overrides: Overrides = None,
     rounds: Annotated[int, typer.Option(help="interleaved rounds", min=1)] = 5,
     steps: Annotated[int, typer.Option(help="steps per round", min=1)] = 10,
-    against: Annotated[str, typer.Option(help="bare or anchor")] = "bare",
+    against: Annotated[str, typer.Option(help="bare, anchor or solver")] = "bare",
 ) -> None:
-    """A training step of mmdiff against a bare PyTorch loop, or against the same experiment with its anchor alone."""
+    """A training step of mmdiff against a bare PyTorch loop, or against the same experiment with its anchor alone; or
+    a sampling step against the bare solver."""
     from mmdiff.config import load_config
 
     loaded = load_config(config, overrides)
@@ -234,20 +250,27 @@ def _is_main() -> bool:
 
 
 def _evaluate(
-    run: Path, overrides: list[str], steps: tuple[int, ...], solver: str | None, feed: str | None, trust: bool
+    run: Path,
+    overrides: list[str],
+    steps: tuple[int, ...],
+    solver: str | None,
+    feed: str | None,
+    trust: bool,
+    conditioning: tuple[str, ...] = (),
+    subsets: bool = False,
 ) -> None:
     from mmdiff.config import load_config
 
     config: Config = load_config(run / "config.yaml", overrides)
     pipeline = _load(run, solver, trust)
     from mmdiff.build import build_table, open_rows
-    from mmdiff.evaluation import evaluators
+    from mmdiff.evaluation import evaluators, records
     from mmdiff.plots import side_by_side
 
     train, validation = (build_table(config, pipeline.model, rows) for rows in open_rows(config))
-    result = evaluators.evaluate(pipeline, config, train, validation, steps, feed, trust)
-    evaluators.save(result, run / "evaluation.json")
-    typer.echo(evaluators.table(result))
+    result = evaluators.evaluate(pipeline, config, train, validation, steps, feed, trust, conditioning, subsets)
+    records.save(result, run / "evaluation.json")
+    typer.echo(records.table(result))
     for name, rows in result.pictures.items():
         typer.echo(f"wrote {side_by_side(rows, run / 'samples' / f'evaluation-{name}.png')}")
 

@@ -1,17 +1,177 @@
-"""How observed values steer sampling (README, Theory, section 4): observation channels, guidance, what is fed back."""
+"""How observed values are asked to steer sampling (README, Theory, section 5): ways, names and scales, checked."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from mmdiff.errors import InputError
-from mmdiff.modalities import Modality
-from mmdiff.model import MTDiffusionModel, MTDiffusionModelOutput
+from mmdiff.modalities import KnownPart, Modality
+from mmdiff.model import MTDiffusionModel
 
+CHANNELS, PLUG_IN, SELF_GUIDANCE, REPLACEMENT = WAYS = ("channels", "plug-in", "self-guidance", "replacement")
 FEEDS = ("draw", "mean", "mode")
+Ways = str | Iterable[str]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What every observed auxiliary modality does to the reverse process.
+
+    Attributes:
+        channels: shown to the network in their observation channels.
+        plugged: whose values stand in c_t; ``fed``: unknown ones that stand in it too, read from their heads.
+        guides: {name: scale of the self-guidance by its head}.
+        scales: {name: scale of the classifier-free guidance}.
+        known: what replacement holds fixed of z_0, by modality; ``resampling``: (jump_length, jump_n_sample).
+    """
+
+    channels: frozenset[str]
+    plugged: frozenset[str]
+    fed: frozenset[str]
+    guides: dict[str, float]
+    scales: dict[str, float]
+    known: dict[str, KnownPart]
+    resampling: tuple[int, int]
+
+    @property
+    def aggregated(self) -> frozenset[str]:
+        """All that stand in c_t."""
+        return self.plugged | self.fed
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """The observed modalities that a branch of their own does without."""
+        return tuple(sorted(set(self.scales) | (set(self.guides) & self.channels)))
+
+
+def conditioning_of(
+    model: MTDiffusionModel,
+    values: Mapping[str, Tensor],
+    conditioning: Ways | Mapping[str, Ways] | None,
+    aggregated: set[str],
+    guidance_scale: float | Mapping[str, float] = 1.0,
+    self_guidance_scale: float | Mapping[str, float] = 1.0,
+    resampling: tuple[int, int] = (2, 5),
+    denoising: bool = True,
+) -> Conditioning:
+    """The checked plan of a call.
+
+    Args:
+        model: the networks.
+        values: of the observed modalities; the anchor's steers nothing, it is read.
+        conditioning: a way or several of `WAYS` for every observed modality that can use it, or {modality: ways}, or
+            None: as trained (the channels where training ever showed the modality as observed, c_t where it is
+            aggregated; where neither holds, replacement or self-guidance).
+        aggregated: modalities that take part in c_t, see `aggregated_names`.
+        guidance_scale, self_guidance_scale, resampling: see the pipeline.
+        denoising: False where the heads are read at once; only channels can be used then.
+
+    Raises:
+        InputError: naming the argument, the value and the remedy.
+    """
+    observed = sorted(set(values) - {model.anchor})
+    denoising = denoising and model.anchor not in values
+    able = {name: _able(model, name, aggregated, denoising) for name in observed}
+    ways = {name: _as_trained(found) for name, found in able.items()}
+    for name in (name for name, found in ways.items() if denoising and not found):
+        raise InputError(f"observed.{name}", "a value", _remedy(able[name]))
+    if isinstance(conditioning, Mapping):
+        ways |= _named(conditioning, able)
+    elif conditioning is not None:
+        ways = _common(_as_ways("conditioning", conditioning), able)
+
+    def using(way: str) -> frozenset[str]:
+        return frozenset(name for name in observed if way in ways[name])
+
+    anchor = model.modalities[model.anchor]
+    known = {name: model.modalities[name].known_part(values[name], anchor) for name in sorted(using(REPLACEMENT))}
+    return Conditioning(
+        channels=using(CHANNELS),
+        plugged=using(PLUG_IN),
+        fed=frozenset(aggregated - set(values)),
+        guides=self_guidance_scales(self_guidance_scale, using(SELF_GUIDANCE)),
+        scales=guidance_scales(guidance_scale, observed, using(CHANNELS)),
+        known=known,
+        resampling=_checked_resampling(resampling),
+    )
+
+
+def _able(model: MTDiffusionModel, name: str, aggregated: set[str], denoising: bool) -> frozenset[str]:
+    """The ways that this modality can use."""
+    modality: Modality = model.modalities[name]
+    able = {
+        CHANNELS: name in model.observable,
+        PLUG_IN: denoising and name in aggregated,
+        SELF_GUIDANCE: denoising and not modality.predicts_anchor,
+        REPLACEMENT: denoising and modality.fixes_anchor,
+    }
+    return frozenset(way for way in WAYS if able[way])
+
+
+def usable_ways(model: MTDiffusionModel, name: str, aggregated: set[str]) -> frozenset[str]:
+    """The ways that an auxiliary modality can use while the anchor is denoised."""
+    return _able(model, name, aggregated, True)
+
+
+def ways_of_text(text: str) -> frozenset[str]:
+    """ "channels+self-guidance" -> its ways."""
+    return _as_ways("conditioning", text.split("+"))
+
+
+def _as_trained(able: frozenset[str]) -> frozenset[str]:
+    trained = able & {CHANNELS, PLUG_IN}
+    return trained or frozenset([way for way in (REPLACEMENT, SELF_GUIDANCE) if way in able][:1])
+
+
+def _as_ways(key: str, given: Ways) -> frozenset[str]:
+    ways = [given] if isinstance(given, str) else list(given)
+    for way in ways:
+        if way not in WAYS:
+            raise InputError(key, way, f"choose from {', '.join(WAYS)}")
+    if not ways:
+        raise InputError(key, ways, f"names no way; choose from {', '.join(WAYS)}, or leave the modality unobserved")
+    return frozenset(ways)
+
+
+def _named(conditioning: Mapping[str, Ways], able: Mapping[str, frozenset[str]]) -> dict[str, frozenset[str]]:
+    """{modality: ways}, all of which it must be able to use."""
+    found = {}
+    for name, given in conditioning.items():
+        if name not in able:
+            raise InputError(f"conditioning.{name}", given, "is no observed auxiliary modality")
+        found[name] = _as_ways(f"conditioning.{name}", given)
+        for way in sorted(found[name] - able[name]):
+            raise InputError(f"conditioning.{name}", way, _remedy(able[name]))
+    return found
+
+
+def _common(ways: frozenset[str], able: Mapping[str, frozenset[str]]) -> dict[str, frozenset[str]]:
+    """The same ways for all: each modality uses those it can; each needs one, and each way a modality."""
+    for name, found in able.items():
+        if not found & ways:
+            raise InputError("conditioning", "+".join(sorted(ways)), f"cannot use observed {name}: {_remedy(found)}")
+    for way in sorted(ways):
+        if able and not any(way in found for found in able.values()):
+            raise InputError("conditioning", way, f"no observed modality can use it: {', '.join(able)}")
+    return {name: found & ways for name, found in able.items()}
+
+
+def _remedy(able: frozenset[str]) -> str:
+    """Why ways fail: channels were not trained, c_t has no weight, a head or the anchor does not allow it."""
+    ways = ", ".join(way for way in WAYS if way in able)
+    return f"here it can use {ways}" if ways else "here nothing can use it; leave it unobserved"
+
+
+def _checked_resampling(resampling: tuple[int, int]) -> tuple[int, int]:
+    jumps = tuple(resampling) if isinstance(resampling, list | tuple) else (resampling,)
+    if len(jumps) != 2 or not all(isinstance(jump, int) and jump >= 1 for jump in jumps):
+        raise InputError(
+            "resampling", resampling, "needs (jump_length, jump_n_sample), two numbers >= 1; (1, 1) is off"
+        )
+    return jumps[0], jumps[1]
 
 
 def feed_for(feed: str | None, stochastic: bool) -> str:
@@ -26,13 +186,6 @@ def feed_for(feed: str | None, stochastic: bool) -> str:
     if feed == "mode" and not stochastic:
         raise InputError("feed", feed, "is wrong with a deterministic solver; use mean, or a stochastic solver")
     return feed
-
-
-def fed_encoding(modality: Modality, params: Tensor, feed: str, drawn: Tensor) -> Tensor:
-    """The encoding of an unknown modality from its head: E(draw), Σ_k p(k) E(k), or E(mode)."""
-    if feed == "mean":
-        return modality.expected_encoding(params)
-    return modality.encode(drawn if feed == "draw" else modality.mode(params))
 
 
 def aggregated_names(aggregate: bool | Iterable[str] | None, weighted: Mapping[str, float]) -> set[str]:
@@ -53,41 +206,33 @@ def aggregated_names(aggregate: bool | Iterable[str] | None, weighted: Mapping[s
     return names
 
 
-def guidance_scales(guidance_scale: float | Mapping[str, float], observed: Iterable[str]) -> dict[str, float]:
-    """{observed modality: scale}, those with scale 1 left out: they need no further evaluation."""
+def guidance_scales(
+    guidance_scale: float | Mapping[str, float], observed: Iterable[str], channels: Iterable[str] | None = None
+) -> dict[str, float]:
+    """{observed modality: scale}, those with scale 1 left out: they need no further evaluation.
+
+    Args:
+        guidance_scale: one number for all, or one per modality.
+        observed: names.
+        channels: those of them that the network is shown; guidance needs that. Default: all.
+    """
     observed = sorted(observed)
+    shown = set(observed if channels is None else channels)
     if not isinstance(guidance_scale, Mapping):
-        return {name: float(guidance_scale) for name in observed if guidance_scale != 1.0}
-    if set(guidance_scale) - set(observed):
-        name = sorted(set(guidance_scale) - set(observed))[0]
-        raise InputError(f"guidance_scale.{name}", guidance_scale[name], "this modality is not observed")
+        if observed and not shown and guidance_scale != 1.0:
+            raise InputError("guidance_scale", guidance_scale, "needs an observed modality in conditioning channels")
+        return {name: float(guidance_scale) for name in observed if name in shown and guidance_scale != 1.0}
+    for name in sorted(set(guidance_scale) - shown):
+        unseen = "needs conditioning channels" if name in observed else "this modality is not observed"
+        raise InputError(f"guidance_scale.{name}", guidance_scale[name], unseen)
     return {name: float(scale) for name, scale in sorted(guidance_scale.items()) if scale != 1.0}
 
 
-def guided(
-    model: MTDiffusionModel,
-    sample: Tensor,
-    timesteps: Tensor,
-    values: Mapping[str, Tensor],
-    aggregated: Mapping[str, Tensor],
-    observed: Mapping[str, Tensor],
-    scales: Mapping[str, float],
-) -> MTDiffusionModelOutput:
-    """Classifier-free guidance, every branch in one batch: full + Σ_i (s_i − 1) (full − full without i).
-
-    With one observed modality this is the usual absent + s (observed − absent). The heads are those of the full branch.
-    """
-    branches = [model.observation(values, aggregated, observed, like=sample)]
-    for name in scales:
-        rest = {other: mask for other, mask in observed.items() if other != name}
-        branches.append(model.observation(values, aggregated, rest, like=sample))
-    if len(branches) == 1:
-        return model(sample, timesteps, branches[0])
-    count = len(branches)
-    observation = type(branches[0])(*(torch.cat(parts) for parts in zip(*branches, strict=True)))
-    output = model(sample.repeat(count, 1, 1, 1), timesteps.repeat(count), observation)
-    full, *without = output.prediction.chunk(count)
-    prediction = full + sum((scale - 1.0) * (full - part) for scale, part in zip(scales.values(), without, strict=True))
-    return MTDiffusionModelOutput(
-        prediction=prediction, params={name: params.chunk(count)[0] for name, params in output.params.items()}
-    )
+def self_guidance_scales(scale: float | Mapping[str, float], guiding: Iterable[str]) -> dict[str, float]:
+    """{self-guiding modality: scale}, by default 1, which is exact for exact heads; those with scale 0 left out."""
+    guiding = sorted(guiding)
+    if not isinstance(scale, Mapping):
+        return {name: float(scale) for name in guiding if scale != 0.0}
+    for name in sorted(set(scale) - set(guiding)):
+        raise InputError(f"self_guidance_scale.{name}", scale[name], "needs conditioning self-guidance")
+    return {name: float(scale.get(name, 1.0)) for name in guiding if scale.get(name, 1.0) != 0.0}

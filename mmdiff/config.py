@@ -6,7 +6,7 @@ Nothing of the package but the error is imported here: a config can be read, che
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from mmdiff.errors import InputError
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Scale = Annotated[float, Field(ge=0)]
 _NUMBERS = (int, float, int | None, float | None)
 
 
@@ -173,8 +174,13 @@ class SampleConfig(_Strict):
 
     steps: int = Field(20, ge=1)  # solver steps
     guidance_scale: float = Field(1.0, ge=0)  # classifier-free, of observed modalities; 1 is off
+    guidance: dict[str, Scale] = {}  # {modality: scale}, over guidance_scale
     feed: Literal["draw", "mean", "mode"] | None = None  # unknown aggregated modalities; none: as fits the solver
     batch_size: int = Field(256, ge=1)
+
+    def scales(self, observed: Iterable[str]) -> dict[str, float]:
+        """{modality: guidance scale} of those that are observed."""
+        return {name: self.guidance.get(name, self.guidance_scale) for name in observed}
 
 
 class LpipsConfig(_Strict):

@@ -54,6 +54,11 @@ def categorical_sample(logits: Tensor, noise: Tensor) -> Tensor:
     return below.sum(dim=1).clamp(max=logits.shape[1] - 1)
 
 
+def mean_logits(logits: list[Tensor]) -> Tensor:
+    """Logits (B, K, ...) of the mean of several categorical laws."""
+    return torch.stack([one.log_softmax(dim=1) for one in logits]).logsumexp(dim=0) - math.log(len(logits))
+
+
 def discretised_gaussian_log_prob(mean: Tensor, variance: Tensor, value: Tensor, levels: int = 256) -> Tensor:
     """log mass of quantised values under N(mean, variance), the edge bins taking the tails: (B, ...), nats.
 

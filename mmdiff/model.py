@@ -36,11 +36,16 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
         modality_config: {name: {"kind": one of MODALITIES or an import path, …constructor arguments}}.
         backbone_config: {"kind": one of BACKBONES, …constructor arguments}.
         anchor: the modality x_0 that is diffused; its encoder fixes the diffusion space.
+        observable: the modalities that training shows as observed, which sampling then does too; None: all.
     """
 
     @register_to_config
     def __init__(
-        self, modality_config: dict[str, dict[str, Any]], backbone_config: dict[str, Any], anchor: str = "image"
+        self,
+        modality_config: dict[str, dict[str, Any]],
+        backbone_config: dict[str, Any],
+        anchor: str = "image",
+        observable: list[str] | None = None,
     ) -> None:
         super().__init__()
         if anchor not in modality_config:
@@ -55,6 +60,7 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
         shape = Shape(space, *backbone.widths(**backbone_settings))
         self.anchor = anchor
         self.names = tuple(kinds)  # sorted: nothing depends on the order of a dict in a file
+        self.observable = frozenset(self.names if observable is None else observable)
         self.auxiliary = tuple(name for name in self.names if name != anchor)
         self.modalities = nn.ModuleDict()
         for name, (modality, settings) in kinds.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,16 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from mmdiff.batches import in_batches
-from mmdiff.conditioning import aggregated_names, fed_encoding, feed_for, guidance_scales, guided
+from mmdiff.conditioning import Conditioning, Ways, aggregated_names, conditioning_of, feed_for
 from mmdiff.errors import InputError
 from mmdiff.modalities import Modality
 from mmdiff.model import MTDiffusionModel
+from mmdiff.reading import heads, heads_of_noised_anchor, read_levels
+from mmdiff.replacement import renoised, replaced, visits
 from mmdiff.schedulers import SCHEDULERS, MTScheduler
+from mmdiff.steering import branches, fed_encoding, steered
 
+_HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -69,11 +73,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
             InputError: when the folder holds another pipeline, or names custom modalities that are not trusted; nothing
                 of it is imported or run.
         """
-        hub = {
-            k: v
-            for k, v in kwargs.items()
-            if k in ("revision", "token", "cache_dir", "local_files_only", "force_download")
-        }
+        hub = {key: value for key, value in kwargs.items() if key in _HUB_ARGUMENTS}
         index = cls.load_config(pretrained_model_name_or_path, **hub)
         for name, known in (("model", (MTDiffusionModel,)), ("scheduler", tuple(SCHEDULERS.values()))):
             homes = [[component.__module__, component.__name__] for component in known]
@@ -104,6 +104,10 @@ class MTDiffusionPipeline(DiffusionPipeline):
         observed: Mapping[str, Any] | None = None,
         num_inference_steps: int = 20,
         guidance_scale: float | Mapping[str, float] = 1.0,
+        conditioning: Ways | Mapping[str, Ways] | None = None,
+        self_guidance_scale: float | Mapping[str, float] = 1.0,
+        resampling: tuple[int, int] = (2, 5),
+        read_timesteps: Sequence[int] | None = None,
         aggregate: bool | Iterable[str] | None = None,
         feed: str | None = None,
         generator: Generators = None,
@@ -122,7 +126,17 @@ class MTDiffusionPipeline(DiffusionPipeline):
                 fix. With the anchor observed, one network evaluation reads the rest.
             num_inference_steps: solver steps. 0: nothing is denoised; what is unobserved is read from the heads in one
                 evaluation at t = T, the anchor from the head of an observed modality that predicts it (masked image).
-            guidance_scale: classifier-free guidance, one number or {observed modality: number}; 1 is off.
+            guidance_scale: classifier-free guidance, one number or {observed modality: number}; 1 is off. Needs the way
+                "channels".
+            conditioning: how observed values steer (README, Theory, section 5): one or several of "channels",
+                "plug-in", "self-guidance" and "replacement" for all, or {modality: one or several}; by default as
+                trained: observation channels, and c_t for what is aggregated.
+            self_guidance_scale: of "self-guidance", one number or {modality: number}; 1 is exact for exact heads.
+            resampling: of "replacement", RePaint's (jump_length, jump_n_sample), its own choice being (10, 10) for 250
+                steps; (1, 1) takes every step once.
+            read_timesteps: read the heads from the anchor noised to these timesteps, one evaluation each, and average
+                their laws; by default one evaluation, the anchor in its observation channels (where training never
+                showed it there: unnoised, at timestep 0).
             aggregate: which modalities take part in c_t: True (default: all with weights), False, or names.
             feed: how unknown aggregated modalities are fed back: "draw", "mean" or "mode"; by default "draw" for
                 stochastic and "mean" for deterministic solvers.
@@ -150,7 +164,11 @@ class MTDiffusionPipeline(DiffusionPipeline):
         if max_batch_size is not None and max_batch_size < 1:
             raise InputError("max_batch_size", max_batch_size, "needs one sample or more; leave it out for one batch")
         names = aggregated_names(aggregate, self.peak_weights())
-        scales = guidance_scales(guidance_scale, set(values) - {self.model.anchor})
+        denoising = num_inference_steps != 0
+        plan = conditioning_of(
+            self.model, values, conditioning, names, guidance_scale, self_guidance_scale, resampling, denoising
+        )
+        levels = read_levels(read_timesteps, self.model, len(self.scheduler))
         if max_batch_size is not None and count > max_batch_size:
             samples, draws = in_batches(
                 self,
@@ -159,9 +177,13 @@ class MTDiffusionPipeline(DiffusionPipeline):
                 values,
                 generator,
                 num_inference_steps=num_inference_steps,
+                conditioning=conditioning,
                 guidance_scale=guidance_scale,
+                self_guidance_scale=self_guidance_scale,
+                resampling=resampling,
                 aggregate=names,
                 feed=feed,
+                read_timesteps=read_timesteps,
                 output_type=output_type,
                 final_read=final_read,
                 return_last_draws=return_last_draws,
@@ -171,16 +193,16 @@ class MTDiffusionPipeline(DiffusionPipeline):
         samples = dict(values)
         if self.model.anchor not in values:
             if num_inference_steps == 0:
-                samples |= self._read_hidden_anchor(values)
+                samples |= self._read_hidden_anchor(values, plan.channels)
             else:
-                z_0, draws = self._denoise(values, count, num_inference_steps, scales, names, feed, generator)
+                z_0, draws = self._denoise(values, count, num_inference_steps, plan, feed, generator)
                 samples[self.model.anchor] = self.model.modalities[self.model.anchor].unencode(z_0)
             for name, value in values.items():
                 anchor = self.model.modalities[name].restore(samples[self.model.anchor], value)
                 samples[self.model.anchor] = anchor
         if len(samples) < len(self.model.names):
             read = final_read or self.model.anchor in values
-            samples |= self._read(samples) if read else draws
+            samples |= self._read(samples, plan.channels, levels, generator) if read else draws
         draws = draws if return_last_draws else {}
         samples = {name: self._finish(name, samples[name], output_type) for name in self.model.names}
         draws = {name: self._finish(name, value, output_type) for name, value in draws.items()}
@@ -191,57 +213,70 @@ class MTDiffusionPipeline(DiffusionPipeline):
         values: dict[str, Tensor],
         count: int,
         num_inference_steps: int,
-        scales: dict[str, float],
-        names: set[str],
+        plan: Conditioning,
         feed: str | None,
         generator: Generators,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(z_0, draws of the last step). One reverse step: heads → encodings → the solver on u = z − c → + c."""
-        model, scheduler, device = self.model, self.scheduler, self.model.device
+        model, scheduler = self.model, self.scheduler
         feed = feed_for(feed, scheduler.is_stochastic)
-        unknown = sorted(set(model.auxiliary) - set(values))
-        fed = [name for name in unknown if name in names]
-        everywhere = torch.ones(count, dtype=torch.bool, device=device)
-        aggregated = dict.fromkeys(names, everywhere)
-        observed = dict.fromkeys(values, everywhere)
-        encodings = model.encode({name: value for name, value in values.items() if name in names})
-        scheduler.set_timesteps(num_inference_steps, device=device, changing_encodings=bool(fed))
-        z_t = self._randn(count, model.space, generator)
-        drawn: dict[str, Tensor] = {}
-        for index, t in enumerate(self.progress_bar(scheduler.timesteps)):
-            output = guided(model, z_t, t.expand(count), values, aggregated, observed, scales)
-            last = index == len(scheduler.timesteps) - 1
+        unknown, fed = sorted(set(model.auxiliary) - set(values)), sorted(plan.fed)
+        changing = bool(fed or plan.known)
+        scheduler.set_timesteps(num_inference_steps, device=model.device, changing_encodings=changing)
+        plugged = model.encode({name: values[name] for name in sorted(plan.plugged)})
+        z_t, encodings, drawn = self._randn(count, model.space, generator), dict(plugged), {}
+        told = branches(model, values, plan.aggregated, plan.channels, plan.left_out, like=z_t)
+        times, timesteps = scheduler.steps, [t.expand(count) for t in scheduler.timesteps]
+        schedule = visits(num_inference_steps, *(plan.resampling if plan.known else (1, 1)))
+        if plan.known:
+            z_t = self._replaced(z_t, times[0], plan, encodings, generator)
+        for index, back in self.progress_bar(schedule):
+            found = steered(model, scheduler, z_t, timesteps[index], times[index], told, plan, values, plugged)
+            last = index == num_inference_steps - 1
             drawn = {
-                name: self._draw(name, output.params[name], generator)
+                name: self._draw(name, found.params[name], generator)
                 for name in (unknown if last else fed if feed == "draw" else ())
             }
             for name in fed:
-                encodings[name] = fed_encoding(model.modalities[name], output.params[name], feed, drawn.get(name))
-            z_t = scheduler.step(output.prediction, t, z_t, encodings, generator=generator, return_dict=False)[0]
+                encodings[name] = fed_encoding(model.modalities[name], found.params[name], feed, drawn.get(name))
+            z_t = scheduler.step(
+                found.prediction, times[index], z_t, encodings, generator=generator, return_dict=False
+            )[0]
+            if plan.known:
+                z_t = self._replaced(z_t, times[index + 1], plan, encodings, generator)
+            if back:
+                noise = self._randn(count, model.space, generator)
+                z_t = renoised(scheduler, z_t, times[index + 1], times[index + 1 - back], encodings, noise)
+                scheduler.rewind(back)
         return z_t, drawn
 
-    def _read(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Modes of all unobserved auxiliary modalities given whatever is observed."""
-        modalities = self.model.modalities
-        return {n: modalities[n].mode(params) for n, params in self._heads(values).items() if n not in values}
+    def _replaced(
+        self, z_t: Tensor, now: int, plan: Conditioning, encodings: dict[str, Tensor], generator: Generators
+    ) -> Tensor:
+        noise = self._randn(len(z_t), self.model.space, generator)
+        return replaced(self.scheduler, z_t, now, plan.known.values(), encodings, noise)
 
-    def _read_hidden_anchor(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _read(
+        self, values: dict[str, Tensor], channels: frozenset[str], levels: tuple[int, ...] | None, generator: Generators
+    ) -> dict[str, Tensor]:
+        """Modes of all unobserved auxiliary modalities given the anchor and what else is shown to the network."""
+        model = self.model
+        if levels is None:
+            params = heads(model, self.scheduler, values, channels | {model.anchor})
+        else:
+            noises = (self._randn(len(values[model.anchor]), model.space, generator) for _ in levels)
+            params = heads_of_noised_anchor(model, self.scheduler, values, channels, levels, noises)
+        return {name: model.modalities[name].mode(found) for name, found in params.items() if name not in values}
+
+    def _read_hidden_anchor(self, values: dict[str, Tensor], channels: frozenset[str]) -> dict[str, Tensor]:
         """The same, and the anchor from the head of an observed modality that predicts it."""
         modalities = self.model.modalities
-        able = [name for name in values if modalities[name].predicts_anchor]
+        able = [name for name in sorted(channels) if modalities[name].predicts_anchor]
         if not able:
             raise InputError("num_inference_steps", 0, "needs an observed modality whose head predicts the anchor")
-        heads = self._heads(values)
-        read = {name: modalities[name].mode(params) for name, params in heads.items() if name not in values}
-        return {**read, self.model.anchor: modalities[able[0]].anchor_mode(heads[able[0]])}
-
-    def _heads(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """{auxiliary: params} in one evaluation at t = T: nothing is denoised, z_T is its mean 0, all else absent."""
-        model, count = self.model, len(next(iter(values.values())))
-        z = torch.zeros(count, *model.space, device=model.device, dtype=model.value_dtype)
-        observed = {name: torch.ones(count, dtype=torch.bool, device=model.device) for name in values}
-        timesteps = torch.full((count,), self.scheduler.terminal_timestep, device=model.device)
-        return model(z, timesteps, model.observation(values, {}, observed, like=z)).params
+        params = heads(self.model, self.scheduler, values, channels)
+        read = {name: modalities[name].mode(found) for name, found in params.items() if name not in values}
+        return {**read, self.model.anchor: modalities[able[0]].anchor_mode(params[able[0]])}
 
     def _draw(self, name: str, params: Tensor, generator: Generators) -> Tensor:
         modality: Modality = self.model.modalities[name]

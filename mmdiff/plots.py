@@ -55,7 +55,7 @@ def save_grid(pipeline: MTDiffusionPipeline, path: Path, sample: SampleConfig, s
         output = pipeline(batch_size=COLUMNS**2, **arguments)
     else:
         rows = galleries[name].repeat_interleave(COLUMNS, dim=0)
-        output = pipeline(observed={name: rows}, guidance_scale=sample.guidance_scale, **arguments)
+        output = pipeline(observed={name: rows}, guidance_scale=sample.scales([name]), **arguments)
     images = output.samples[model.anchor]
     path.parent.mkdir(parents=True, exist_ok=True)
     tile(images, COLUMNS, zoom=max(1, 48 // images[0].height)).save(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def sample(
     seed: int,
     out: Path,
     each: Path | None,
-    guidance: str,
+    guidance: str | Callable[[Iterable[str]], dict[str, float]],
     settings: dict[str, Any],
 ) -> list[str]:
     """Draw, and write one grid per modality that can be seen; every sample has a generator of its own.
@@ -38,7 +39,7 @@ def sample(
         seed: sample k depends on (seed, k) alone: not on ``num`` and not on the batch.
         out: the anchor's grid; those of other modalities are named after it.
         each: a folder for one file per modality and sample, or None.
-        guidance: a number, or `modality=number,…`.
+        guidance: a number, or `modality=number,…`, or what gives {modality: scale} of those that are observed.
         settings: further arguments of the pipeline.
 
     Returns:
@@ -51,7 +52,8 @@ def sample(
     if each is not None and each.exists() and (not each.is_dir() or any(each.iterdir())):
         raise InputError("--save-each", str(each), "exists; choose another folder")
     observed = {name: [raw] for name, raw in read_observed(pipeline.model, observe).items()}  # one value for all
-    scales = read_guidance(guidance)
+    shown = set(observed) & set(pipeline.model.observable) - {pipeline.model.anchor}
+    scales = read_guidance(guidance) if isinstance(guidance, str) else guidance(shown)
     output = pipeline(num, observed, guidance_scale=scales, generator=generators(seed, num), **settings)
     lines = []
     out.parent.mkdir(parents=True, exist_ok=True)

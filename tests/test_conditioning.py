@@ -9,10 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmdiff.conditioning import FEEDS, aggregated_names, fed_encoding, feed_for, guidance_scales, guided
+from mmdiff.conditioning import FEEDS, Conditioning, aggregated_names, conditioning_of, feed_for, guidance_scales
 from mmdiff.errors import InputError
 from mmdiff.modalities import Label, Shape
 from mmdiff.model import MTDiffusionModel, MTDiffusionModelOutput
+from mmdiff.pipeline import MTDiffusionPipeline
+from mmdiff.reading import heads_of_noised_anchor, read_levels
+from mmdiff.schedulers import MTDiffusionScheduler
+from mmdiff.steering import Evaluation, branches, fed_encoding, guided, steered
 
 VALUES = {"label": torch.tensor([2, 0]), "colour": torch.tensor([1, 0])}
 EVERYWHERE = torch.ones(2, dtype=torch.bool)
@@ -20,7 +24,7 @@ BOTH = {"label": EVERYWHERE, "colour": EVERYWHERE}
 SAMPLE, TIMESTEPS = torch.linspace(-2, 2, 2 * 64).reshape(2, 1, 8, 8), torch.tensor([3, 11])
 
 
-def build() -> MTDiffusionModel:
+def build(observable: list[str] | None = None) -> MTDiffusionModel:
     """With random numbers where a fresh network has zeros."""
     torch.manual_seed(0)
     model = MTDiffusionModel(
@@ -36,6 +40,7 @@ def build() -> MTDiffusionModel:
             "norm_num_groups": 4,
             "attention_head_dim": 8,
         },
+        observable=observable,
     )
     with torch.no_grad():
         for parameter in model.parameters():
@@ -49,10 +54,9 @@ def forward(model: MTDiffusionModel, observed: Mapping[str, Tensor]) -> MTDiffus
     return model(SAMPLE, TIMESTEPS, observation)
 
 
-def guide(
-    model: MTDiffusionModel, observed: Mapping[str, Tensor], scales: Mapping[str, float]
-) -> MTDiffusionModelOutput:
-    return guided(model, SAMPLE, TIMESTEPS, VALUES, {"label": EVERYWHERE}, observed, scales)
+def guide(model: MTDiffusionModel, observed: Mapping[str, Tensor], scales: Mapping[str, float]) -> Evaluation:
+    told = branches(model, VALUES, ["label"], observed, tuple(sorted(scales)), like=SAMPLE)
+    return guided(model, SAMPLE, TIMESTEPS, told, scales)
 
 
 @torch.no_grad()
@@ -90,7 +94,8 @@ def test_every_modality_has_its_own_scale() -> None:
 
 def test_gradients_flow_through_guidance() -> None:
     model, sample = build(), SAMPLE.clone().requires_grad_()
-    guided(model, sample, TIMESTEPS, VALUES, {}, BOTH, {"label": 2.0}).prediction.sum().backward()
+    told = branches(model, VALUES, [], BOTH, ("label",), like=SAMPLE)
+    guided(model, sample, TIMESTEPS, told, {"label": 2.0}).prediction.sum().backward()
     assert sample.grad is not None and sample.grad.any()
 
 
@@ -179,3 +184,137 @@ def test_guidance_scales(guidance_scale: Any, expected: dict[str, float]) -> Non
 def test_a_scale_for_what_is_not_observed_is_refused() -> None:
     with pytest.raises(InputError, match="guidance_scale.mask = 2.0: this modality is not observed"):
         guidance_scales({"mask": 2.0, "label": 1.0}, {"label"})
+
+
+# ------------------------------------------------------------------------------------------------- ways, by modality
+
+
+def plan(conditioning: Any = None, aggregated: Any = ("label",), **arguments: Any) -> Conditioning:
+    return conditioning_of(build(), VALUES, conditioning, set(aggregated), **arguments)
+
+
+def test_by_default_values_act_as_trained() -> None:
+    found = plan()
+    assert (found.channels, found.plugged, found.fed) == ({"label", "colour"}, {"label"}, set())
+    assert (found.guides, found.known, found.left_out) == ({}, {}, ())
+    unseen = conditioning_of(build(observable=["image"]), VALUES, None, {"label"})
+    assert (unseen.channels, unseen.plugged, unseen.guides) == (set(), {"label"}, {"colour": 1.0})
+    unknown = conditioning_of(build(), {}, None, {"label"})
+    assert unknown.fed == unknown.aggregated == {"label"}
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "channels", "plugged", "guides"),
+    [
+        ("channels", {"label", "colour"}, set(), set()),
+        (["channels", "plug-in"], {"label", "colour"}, {"label"}, set()),
+        ({"self-guidance"}, set(), set(), {"label", "colour"}),
+        (("self-guidance", "plug-in"), set(), {"label"}, {"label", "colour"}),
+        ({"label": "plug-in"}, {"colour"}, {"label"}, set()),
+        ({"label": ["self-guidance"], "colour": ["channels", "self-guidance"]}, {"colour"}, set(), {"label", "colour"}),
+    ],
+)
+def test_ways_for_all_and_by_name(conditioning: Any, channels: set[str], plugged: set[str], guides: set[str]) -> None:
+    found = plan(conditioning)
+    assert (found.channels, found.plugged, set(found.guides)) == (channels, plugged, guides)
+    assert set(found.left_out) == guides & channels
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (
+            {"conditioning": "magic"},
+            "conditioning = 'magic': choose from channels, plug-in, self-guidance, replacement",
+        ),
+        ({"conditioning": []}, "conditioning = []: names no way"),
+        ({"conditioning": {"label": []}}, "conditioning.label = []: names no way"),
+        ({"conditioning": {"mask": "channels"}}, "conditioning.mask = 'channels': is no observed auxiliary modality"),
+        ({"conditioning": "replacement"}, "conditioning = 'replacement': cannot use observed colour: here it can use"),
+        (
+            {"conditioning": ["channels", "replacement"]},
+            "conditioning = 'replacement': no observed modality can use it",
+        ),
+        (
+            {"conditioning": "plug-in"},
+            "conditioning = 'plug-in': cannot use observed colour: here it can use channels,",
+        ),
+        (
+            {"conditioning": {"colour": "plug-in"}},
+            "conditioning.colour = 'plug-in': here it can use channels, self-gui",
+        ),
+        (
+            {"conditioning": {"label": "plug-in"}, "aggregated": ()},
+            "conditioning.label = 'plug-in': here it can use ch",
+        ),
+        ({"conditioning": {"label": ["channels", "replacement"]}}, "conditioning.label = 'replacement': here it can"),
+        ({"conditioning": "self-guidance", "denoising": False}, "conditioning = 'self-guidance': cannot use observed"),
+        (
+            {"conditioning": "self-guidance", "guidance_scale": 2.0},
+            "guidance_scale = 2.0: needs an observed modality in",
+        ),
+        (
+            {"conditioning": {"label": "plug-in"}, "guidance_scale": {"label": 2.0}},
+            "guidance_scale.label = 2.0: needs conditioning channels",
+        ),
+        ({"self_guidance_scale": {"label": 2.0}}, "self_guidance_scale.label = 2.0: needs conditioning self-guidance"),
+        ({"resampling": 3}, "resampling = 3: needs (jump_length, jump_n_sample)"),
+        ({"resampling": (0, 1)}, "resampling = (0, 1): needs (jump_length, jump_n_sample)"),
+        ({"resampling": (1, 2, 3)}, "resampling = (1, 2, 3): needs"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(arguments: dict[str, Any], text: str) -> None:
+    with pytest.raises(InputError) as caught:
+        plan(**arguments)
+    assert text in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_self_guidance_beside_channels_reads_the_branch_that_does_not_see_the_value() -> None:
+    """The gradient of log p(colour | z_t, label), its head where colour is not observed, in total nats."""
+    model, scheduler = build(), MTDiffusionScheduler(num_train_timesteps=20)
+    chosen = conditioning_of(model, VALUES, {"colour": ["channels", "self-guidance"]}, {"label"})
+    encodings = model.encode({"label": VALUES["label"]})
+    told = branches(model, VALUES, chosen.aggregated, chosen.channels, chosen.left_out, like=SAMPLE)
+    times = torch.tensor([4, 4])
+    found = steered(model, scheduler, SAMPLE, times, 4, told, chosen, VALUES, encodings)
+
+    z = SAMPLE.clone().requires_grad_()
+    logits = model(z, times, model.observation(VALUES, {"label": EVERYWHERE}, {"label": EVERYWHERE}, like=z)).params
+    logits["colour"].log_softmax(1)[[0, 1], VALUES["colour"]].sum().backward()
+    full = model(SAMPLE, times, model.observation(VALUES, {"label": EVERYWHERE}, BOTH, like=SAMPLE)).prediction
+    a_bar = scheduler.alphas_cumprod[4]
+    expected = full - ((1 - a_bar).sqrt() / a_bar.sqrt()).float() * z.grad  # v
+    assert z.grad.any()
+    torch.testing.assert_close(found.prediction, expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- reading at noise levels
+
+
+@torch.no_grad()
+def test_read_timesteps_average_the_heads_laws() -> None:
+    model, scheduler = build(), MTDiffusionScheduler(num_train_timesteps=20)
+    pipe = MTDiffusionPipeline(model=model, scheduler=scheduler)
+    generator, image, levels = torch.Generator().manual_seed(0), SAMPLE / 2, (0, 5, 9)
+    probabilities = []
+    for level in levels:
+        noise, times = torch.randn(2, 1, 8, 8, generator=generator), torch.full((2,), level)
+        a_bar = scheduler.alphas_cumprod[level]
+        z_t = (a_bar.sqrt() * image + (1 - a_bar).sqrt() * noise).float()
+        shown = model.observation(VALUES, {}, {"colour": EVERYWHERE}, like=z_t)
+        probabilities.append(model(z_t, times, shown).params["label"].softmax(1))
+    expected = torch.stack(probabilities).mean(0)
+    noises = iter([torch.randn(2, 1, 8, 8, generator=g) for g in [torch.Generator().manual_seed(0)] for _ in levels])
+    values = {"image": image, "colour": VALUES["colour"]}
+    params = heads_of_noised_anchor(model, scheduler, values, ["colour"], levels, noises)
+    torch.testing.assert_close(params["label"].softmax(1), expected, rtol=1e-4, atol=1e-5)
+    read = pipe(observed=values, read_timesteps=levels, generator=torch.Generator().manual_seed(0), output_type="pt")
+    assert torch.equal(read.samples["label"], expected.argmax(1))
+
+
+def test_an_anchor_that_training_never_showed_is_read_unnoised() -> None:
+    assert read_levels(None, build(), 20) is None
+    assert read_levels(None, build(observable=["label"]), 20) == (0,)
+    for bad in ((), (20,), (-1, 3), (0.5,)):
+        with pytest.raises(InputError, match="read_timesteps = .*: needs one or several whole numbers, 0 … 19"):
+            read_levels(bad, build(), 20)

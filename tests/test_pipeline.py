@@ -339,3 +339,33 @@ def test_a_modality_without_weight_cannot_be_aggregated() -> None:
 def test_the_mode_cannot_be_fed_to_a_deterministic_solver() -> None:
     with pytest.raises(InputError, match="feed = 'mode': is wrong with a deterministic solver"):
         sample(build(DPM), feed="mode")
+
+
+# ------------------------------------------------------------------------------------------------------ accelerators
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("solver", ["DDPMScheduler", "DDIMScheduler", DPM])
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"observed": {"label": 1}}, {"observed": {"label": 1}, "guidance_scale": 2.0}, {"feed": "draw"}],
+    ids=["joint", "conditional", "guided", "draw"],
+)
+def test_the_loop_never_waits_for_the_accelerator(solver: str, arguments: dict[str, Any]) -> None:
+    """From the first evaluation to the last, any synchronisation is an error (the generator lives on the device)."""
+    pipe = build(solver).to("cuda")
+    calls: list[int] = []
+
+    def watch(*_: Any) -> None:
+        calls.append(1)
+        torch.cuda.set_sync_debug_mode("error" if len(calls) < STEPS else "default")
+
+    settings = {"batch_size": 2, "final_read": False, "num_inference_steps": STEPS, "output_type": "pt", **arguments}
+    pipe(**settings, generator=Generator("cuda"))  # lazy initialisation and tables
+    handle = pipe.model.register_forward_pre_hook(watch)
+    try:
+        pipe(**settings, generator=Generator("cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        handle.remove()
+    assert len(calls) == STEPS

@@ -3,58 +3,29 @@
 from __future__ import annotations
 
 import itertools
-import json
-import platform
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from datetime import date
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
 from mmdiff.build import state_law
-from mmdiff.conditioning import feed_for
+from mmdiff.conditioning import feed_for, usable_ways, ways_of_text
 from mmdiff.config import Config
 from mmdiff.data import Table
+from mmdiff.errors import InputError
 from mmdiff.evaluation import metrics
 from mmdiff.evaluation.features import distances, extractor
 from mmdiff.evaluation.judges import complete, find_judge
-from mmdiff.evaluation.restored import HoleScores
+from mmdiff.evaluation.records import Evaluation, Row, manifest
+from mmdiff.evaluation.restored import FLOORS, HoleScores
 from mmdiff.evaluation.scores import scorer
 from mmdiff.evaluation.zero_shot import ZeroShot
 from mmdiff.modalities import Label
 from mmdiff.pipeline import MTDiffusionPipeline
 
 PICTURED = 8  # rows of a picture
-
-
-@dataclass
-class Row:
-    """One line of the table: ``direction`` ("joint", "label → image", …), ``of`` whose values are scored, ``setting``
-    (aggregate, steps, seed …) and the scores by name."""
-
-    direction: str
-    of: str
-    setting: dict[str, Any]
-    scores: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Evaluation:
-    """What `evaluate` returns and `evaluation.json` holds; ``pictures`` {name: rows of images side by side}."""
-
-    manifest: dict[str, Any]
-    rows: list[Row]
-    pictures: dict[str, list[list[PILImage.Image]]] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain dicts and lists."""
-        return {"manifest": self.manifest, "rows": [vars(row) for row in self.rows]}
 
 
 def evaluate(
@@ -65,6 +36,8 @@ def evaluate(
     steps: tuple[int, ...] | None = None,
     feed: str | None = None,
     trust_custom_modalities: bool = False,
+    conditioning: Iterable[str] = (),
+    subsets: bool = False,
 ) -> Evaluation:
     """Score every direction: joint, each modality → anchor, anchor → each modality.
 
@@ -75,13 +48,18 @@ def evaluate(
         steps: numbers of solver steps to compare; default `sample.steps`.
         feed: see the pipeline; default `sample.feed`.
         trust_custom_modalities: of runs that serve as judges.
+        conditioning: ways to compare, such as "channels" or "channels+self-guidance", see the pipeline; default: as
+            trained, with and without aggregating.
+        subsets: score every subset of observed modalities instead, see `Scene.subsets`.
     """
     pipeline.set_progress_bar_config(disable=True)
-    scene = Scene(pipeline, config, train, validation, trust_custom_modalities)
-    rows = list(scene.reads()) if state_law(config, config.anchor).observed > 0 else []
+    scene = Scene(pipeline, config, train, validation, trust_custom_modalities, conditioning)
+    reads = state_law(config, config.anchor).observed > 0 and not subsets
+    rows = [*(scene.reads() if reads else ()), *(() if subsets else scene.floors())]
+    draws = scene.subsets if subsets else scene.samples
     for count in steps or (config.sample.steps,):
         for seed in config.evaluate.seeds:
-            for row in scene.samples(count, seed, feed or config.sample.feed):
+            for row in draws(count, seed, feed or config.sample.feed):
                 row.setting |= {"steps": count, "seed": seed}
                 rows.append(row)
     facts = scene.facts | {"feed": feed_for(feed or config.sample.feed, pipeline.scheduler.is_stochastic)}
@@ -92,11 +70,17 @@ class Scene:
     """A model, its real rows, and all that is fitted to them once.
 
     Args:
-        pipeline, config, train, validation, trust: see `evaluate`.
+        pipeline, config, train, validation, trust, conditioning: see `evaluate`.
     """
 
     def __init__(
-        self, pipeline: MTDiffusionPipeline, config: Config, train: Table, validation: Table, trust: bool
+        self,
+        pipeline: MTDiffusionPipeline,
+        config: Config,
+        train: Table,
+        validation: Table,
+        trust: bool,
+        conditioning: Iterable[str] = (),
     ) -> None:
         self.pipeline, self.config, self.model = pipeline, config, pipeline.model
         self.anchor = self.model.anchor
@@ -116,10 +100,25 @@ class Scene:
         self.restoring = [n for n in self.model.auxiliary if modalities[n].predicts_anchor]
         self.facts: dict[str, Any] = {"FID and KID features": self.extractor.name}
         self.pictures: dict[str, list[list[PILImage.Image]]] = {}
+        self._columns: dict[str, dict[str, list[PILImage.Image]]] = {}
+        self.conditioning = self._usable(conditioning)
         self._judge_the_judges()
         if self.restoring:
             self.holes = HoleScores(config, validation, self.anchor)
             self.facts |= self.holes.facts
+
+    def _usable(self, conditioning: Iterable[str]) -> dict[str, list[str]]:
+        """{modality: the ways to compare that it can use}; a way that none can use is refused."""
+        names = [*self.read_out, *self.restoring]
+        able = {name: usable_ways(self.model, name, self._weighted()) for name in names}
+        found = {name: [way for way in conditioning if ways_of_text(way) <= able[name]] for name in names}
+        for way in conditioning:
+            if not any(way in ways for ways in found.values()):
+                raise InputError("--conditioning", way, f"none of {', '.join(names) or 'no modality'} can use it here")
+        return found
+
+    def _weighted(self) -> set[str]:
+        return {name for name, peak in self.pipeline.peak_weights().items() if peak > 0}
 
     def _judge_the_judges(self) -> None:
         for name, judge in self.judges.items():
@@ -156,35 +155,71 @@ class Scene:
     # --------------------------------------------------------------------------------------------- the rest → anchor
 
     def samples(self, steps: int, seed: int, feed: str | None) -> Iterator[Row]:
-        """Joint samples and each modality → anchor, with and without aggregating."""
+        """Joint samples and each modality → anchor: with and without aggregating, or by each way of conditioning."""
         arguments = {"num_inference_steps": steps, "feed": feed}
-        weighted = {name for name, peak in self.pipeline.peak_weights().items() if peak > 0}
-        count = self.config.evaluate.num_samples
-        if state_law(self.config, self.anchor).observed == 1:  # a reader only
+        count, states = self.config.evaluate.num_samples, self.config.states
+        if state_law(self.config, self.anchor).observed == 1 or states.anchor_hidden == 1:  # nothing is denoised
             return
-        denoises = self.config.states.anchor_hidden < 1
-        for aggregate in (True, False)[not weighted :] if denoises else ():
+        aggregates = (True, False)[not self._weighted() :]
+        for aggregate in aggregates:
             setting = {"aggregate": aggregate}
             yield from self._scored("joint", setting, self._draw(count, seed, aggregate=aggregate, **arguments), {})
-            for name in self.read_out:
-                given = self._given(name, count)
-                drawn = self._draw(count, seed, aggregate=aggregate, observed={name: given}, **arguments)
+        settings = {name: [{"conditioning": way} for way in ways] for name, ways in self.conditioning.items()}
+        for name in self.read_out:
+            given = self._given(name, count)
+            default = [{"aggregate": aggregate} for aggregate in aggregates]
+            for setting in settings[name] or (default if not any(settings.values()) else []):
+                drawn = self._draw(count, seed, observed={name: given}, **_asked(setting), **arguments)
                 yield from self._scored(f"{name} → {self.anchor}", setting, drawn, {name: given})
         for name in self.restoring:
-            yield from self._restored(name, seed, arguments)
+            for setting in settings[name] or ([{}] if not any(settings.values()) else []):
+                yield from self._restored(name, seed, ("samples",), setting, **_asked(setting), **arguments)
 
-    def _restored(self, name: str, seed: int, arguments: dict[str, Any]) -> Iterator[Row]:
-        """masked image → anchor, every way and every set of masks; the picture is of the last set."""
-        shown: dict[str, list[PILImage.Image]] = {}
+    def subsets(self, steps: int, seed: int, feed: str | None) -> Iterator[Row]:
+        """Every non-empty proper subset of modalities observed, from held-out rows that have them all.
+
+        A modality that is drawn is scored against its own row's value where the anchor is observed, and against what a
+        judge reads off the generated anchor elsewhere; an observed one, too, against what the judge reads off: does the
+        anchor show what was asked for?
+        """
+        names, count = self.model.names, self.config.evaluate.num_samples
+        held_out = dict(zip(names, complete(self.held_out, *names), strict=True))
+        chosen = torch.arange(count) % len(held_out[self.anchor])
+        truth = {name: values[chosen] for name, values in held_out.items()}
+        for size in range(1, len(names)):
+            for observed in itertools.combinations(names, size):
+                given = {name: truth[name] for name in observed}
+                drawn = self._draw(count, seed, observed=given, num_inference_steps=steps, feed=feed)
+                found, read = drawn | given, self.anchor in observed
+                rest = " + ".join(name for name in names if name not in observed)
+                for name in sorted(set(self.read_out) - set(observed)) if read else self.judges:
+                    pair = found[name], truth[name]
+                    if not read:
+                        pair = self.judges[name].read(drawn[self.anchor].float()), found[name]
+                    scores = scorer(self.model.modalities[name])(self.model.modalities[name], *pair)
+                    setting = {"observed": name in observed}
+                    yield Row(f"{' + '.join(observed)} → {rest}", name, setting, {"n": count} | scores)
+
+    def floors(self) -> Iterator[Row]:
+        """masked image → anchor where nothing is drawn: the mean fill, and the head in one evaluation."""
+        for name in self.restoring if state_law(self.config, self.anchor).observed < 1 else ():
+            yield from self._restored(name, 0, FLOORS, {}, num_inference_steps=0)
+
+    def _restored(
+        self, name: str, seed: int, by: tuple[str, ...], setting: dict[str, Any], **arguments: Any
+    ) -> Iterator[Row]:
+        """masked image → anchor for every set of masks; the picture is of the last set, a column for every way."""
+        shown = self._columns.setdefault(name, {})
         image, masked = self.model.modalities[self.anchor], self.model.modalities[name]
-        ways = self.holes.ways(name, lambda count, **more: self._draw(count, seed, **arguments | more))
-        for setting, value, known, restored in ways:
-            yield Row(f"{name} → {self.anchor}", self.anchor, setting, self.holes.scores(restored, known))
+        ways = self.holes.ways(name, lambda count, **more: self._draw(count, seed, **arguments | more), by)
+        for about, value, known, restored in ways:
+            yield Row(f"{name} → {self.anchor}", self.anchor, about | setting, self.holes.scores(restored, known))
             chosen = _spread(len(value))
             shown["truth"] = image.postprocess(self.holes.truth[chosen])
             shown["masked"] = [_on_grey(picture) for picture in masked.postprocess(value[chosen])]
-            shown[setting["by"]] = image.postprocess(restored[chosen])
-        self.pictures[name] = [list(row) for row in zip(*shown.values(), strict=True)]
+            shown[setting.get("conditioning", about["by"])] = image.postprocess(restored[chosen])
+        if shown:
+            self.pictures[name] = [list(row) for row in zip(*shown.values(), strict=True)]
 
     def _given(self, name: str, count: int) -> Tensor:
         """Values to condition on: the gallery's in turn where there is one, else those of held-out rows."""
@@ -219,9 +254,16 @@ class Scene:
 
     def _draw(self, count: int, seed: int, **arguments: Any) -> dict[str, Tensor]:
         sample = self.config.sample
-        given = set(arguments.get("observed", {})) - {self.anchor}
-        scale = sample.guidance_scale if given and self.anchor not in arguments["observed"] else 1.0
-        return draw(self.pipeline, count, sample.batch_size, seed, guidance_scale=scale, **arguments)
+        given = set(arguments.get("observed", {}))
+        denoised = self.anchor not in given and arguments.get("num_inference_steps") != 0
+        shown = denoised and "channels" in arguments.get("conditioning", ("channels",))
+        scales = sample.scales(given & set(self.model.observable)) if shown else {}
+        return draw(self.pipeline, count, sample.batch_size, seed, guidance_scale=scales, **arguments)
+
+
+def _asked(setting: dict[str, Any]) -> dict[str, Any]:
+    """The pipeline's arguments of a row's setting."""
+    return {k: sorted(ways_of_text(v)) if k == "conditioning" else v for k, v in setting.items()}
 
 
 def draw(pipeline: MTDiffusionPipeline, count: int, batch_size: int, seed: int, **arguments: Any) -> dict[str, Tensor]:
@@ -244,48 +286,6 @@ def draw(pipeline: MTDiffusionPipeline, count: int, batch_size: int, seed: int, 
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def manifest(pipeline: MTDiffusionPipeline, config: Config, train: Table, validation: Table) -> dict[str, Any]:
-    """What a reader needs to believe a number, and to make it again."""
-    return {
-        "date": date.today().isoformat(),
-        "command": " ".join(["mmdiff", *sys.argv[1:]]),
-        "machine": f"{platform.machine()} {platform.system()}, {torch.get_num_threads()} threads, {pipeline.device}",
-        "torch": torch.__version__,
-        "data": config.data.source,
-        "training rows": len(train),
-        "held-out rows": len(validation),
-        "real rows used": config.evaluate.max_rows,
-        "samples": config.evaluate.num_samples,
-        "seeds": config.evaluate.seeds,
-        "solver": pipeline.scheduler.config.solver,
-        "guidance_scale": config.sample.guidance_scale,
-    }
-
-
-def table(evaluation: Evaluation) -> str:
-    """The evaluation as text, seeds averaged."""
-    groups: dict[tuple, list[Row]] = {}
-    for row in evaluation.rows:
-        key = (row.direction, row.of, *(f"{k}={v}" for k, v in row.setting.items() if k != "seed"))
-        groups.setdefault(key, []).append(row)
-    lines = [f"{k}: {v}" for k, v in evaluation.manifest.items()]
-    for (direction, of, *setting), rows in groups.items():
-        lines.append(f"\n{direction}: {of}  ({', '.join([*setting, f'{len(rows)} seed' + 's' * (len(rows) > 1)])})")
-        for name in rows[0].scores:
-            if not name.endswith(", 95 %"):
-                between = _interval([row.scores.get(f"{name}, 95 %") for row in rows])
-                lines.append(f"  {name:<24}{_cell([row.scores[name] for row in rows])}{between}")
-    return "\n".join(lines)
-
-
-def save(evaluation: Evaluation, path: Path) -> None:
-    """Write evaluation.json; an earlier one is kept under a number."""
-    if path.exists():
-        numbers = (path.with_stem(f"{path.stem}-{k}") for k in itertools.count(1))
-        path.rename(next(candidate for candidate in numbers if not candidate.exists()))
-    path.write_text(json.dumps(evaluation.to_json(), indent=1, ensure_ascii=False) + "\n")
-
-
 def _spread(count: int) -> Tensor:
     """Rows for a picture, evenly spread: neighbouring rows of a data set are often alike."""
     return torch.linspace(0, count - 1, min(count, PICTURED)).round().long()
@@ -300,19 +300,3 @@ def _on_grey(picture: PILImage.Image) -> PILImage.Image:
 def _numbers(scores: dict[str, Any]) -> dict[str, float]:
     """Without intervals and lists, to four digits."""
     return {name: round(value, 4) for name, value in scores.items() if isinstance(value, float)}
-
-
-def _interval(values: list[Any]) -> str:
-    """Mean ends of the seeds' intervals."""
-    if values[0] is None:
-        return ""
-    low, high = np.mean(values, axis=0)
-    return f"  [{low:.3f}, {high:.3f}]"
-
-
-def _cell(values: list[Any]) -> str:
-    mean = np.mean(np.asarray(values, dtype=np.float64), axis=0)
-    if mean.ndim:
-        return " ".join(f"{v:.3f}" for v in mean)
-    spread = f"  (seeds {min(values):.3f} … {max(values):.3f})" if len(values) > 1 else ""
-    return f"{mean:.3f}{spread}"

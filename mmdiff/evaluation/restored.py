@@ -17,6 +17,7 @@ from mmdiff.evaluation.judges import complete
 from mmdiff.evaluation.perceptual import Perceptual
 
 SEED = 0  # of the masks: the same for every model
+FLOORS = ("mean fill", "head")  # ways that depend neither on solver steps nor on a seed
 Draw = Callable[..., dict[str, Tensor]]
 
 
@@ -49,25 +50,30 @@ class HoleScores:
             return None, {"LPIPS": f"not measured: {error.remedy}"}  # torchvision's weights are not here
         return found, found.facts()
 
-    def ways(self, name: str, draw: Draw) -> Iterator[tuple[dict[str, Any], Tensor, Tensor, Tensor]]:
+    def ways(
+        self, name: str, draw: Draw, by: tuple[str, ...] = (*FLOORS, "samples")
+    ) -> Iterator[tuple[dict[str, Any], Tensor, Tensor, Tensor]]:
         """(setting, masked value, known pixels, restored images) of every set of masks and every way to restore.
 
         Args:
             name: of the masked image.
             draw: (count, observed=…, …) -> samples.
+            by: which of the mean fill, the head and samples; those are left out that were not trained.
         """
         states, own = self.config.states, self.config.data.masking.get(name, MaskingConfig())
         for title, law in (self.config.evaluate.masks or {name: own}).items():
             known = self._known(f"evaluate.masks.{title}", law)
             value = torch.cat([self.truth * known, known], dim=1)
-            ways = {"mean fill": _mean_fill(self.truth, known)}
-            if states.anchor_hidden > 0:
+            ways = {}
+            if "mean fill" in by:
+                ways["mean fill"] = _mean_fill(self.truth, known)
+            if "head" in by and states.anchor_hidden > 0:
                 ways["head"] = draw(len(value), observed={name: value}, num_inference_steps=0)[self.anchor]
-            if states.anchor_hidden < 1:
+            if "samples" in by and states.anchor_hidden < 1:
                 ways["samples"] = draw(len(value), observed={name: value})[self.anchor]
-            for by, images in ways.items():
+            for way, images in ways.items():
                 restored = torch.where(known > 0, self.truth, images.float().clamp(-1, 1))
-                yield {"masks": title, "law": law.law, "ratio": list(law.ratio), "by": by}, value, known, restored
+                yield {"masks": title, "law": law.law, "ratio": list(law.ratio), "by": way}, value, known, restored
 
     def _known(self, key: str, law: MaskingConfig) -> Tensor:
         """(n, 1, H, W), 1 = known."""

@@ -1,4 +1,4 @@
-"""What the framework costs: `mmdiff`'s training step against a bare PyTorch loop, in process CPU time."""
+"""What the framework costs: a training step against a bare PyTorch loop, a sampling step against the bare solver."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ import statistics
 import time
 from collections.abc import Callable
 from datetime import date
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from mmdiff.backbones import Observation
 from mmdiff.build import Experiment, build
 from mmdiff.config import Config
 from mmdiff.errors import InputError
+from mmdiff.pipeline import MTDiffusionPipeline
+from mmdiff.schedulers import SOLVERS
 from mmdiff.training.loop import Trainer
 from mmdiff.training.process import make_accelerator, set_threads
 
@@ -28,11 +32,13 @@ def compare(config: Config, rounds: int = 5, steps: int = 10, against: str = "ba
         config: of the experiment.
         rounds, steps: rounds of that many steps of A and of B.
         against: B is "bare", a hand-written loop of an ordinary diffusion with the same backbone, or "anchor", the
-            same experiment without its other modalities.
+            same experiment without its other modalities. "solver" measures sampling, see `sampler_overhead`.
     """
-    if against not in ("bare", "anchor"):
-        raise InputError("--against", against, "choose bare or anchor")
+    if against not in ("bare", "anchor", "solver"):
+        raise InputError("--against", against, "choose bare, anchor or solver")
     set_threads(config.train.threads)
+    if against == "solver":
+        return _sampling(config, rounds, steps)
     config = config.model_copy(update={"train": config.train.model_copy(update={"steps": (rounds + 2) * steps})})
     framework = _framework(build(config), config)
     if against == "anchor":
@@ -59,6 +65,96 @@ def compare(config: Config, rounds: int = 5, steps: int = 10, against: str = "ba
             f"ratio   {statistics.median(ratios):9.3f}  (rounds {min(ratios):.3f} … {max(ratios):.3f})",
         ]
     )
+
+
+def _sampling(config: Config, rounds: int, steps: int) -> str:
+    """Joint samples and samples given every other modality, in microseconds per step and batch."""
+    experiment = build(config)
+    pipeline = MTDiffusionPipeline(model=experiment.model.eval(), scheduler=experiment.scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    size, model = config.train.batch_size, experiment.model
+    rows = experiment.validation.all(size).values
+    given = {name: rows[name][torch.arange(size) % len(rows[name])] for name in model.auxiliary}
+    lines = [
+        f"{date.today().isoformat()}, {platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} "
+        f"threads, load {_load()}, batch {size} of {tuple(model.space)}, {pipeline.scheduler.config.solver}, "
+        f"CPU time, median of {rounds} rounds × {steps} steps"
+    ]
+    for title, observed in (("joint", {}), ("given the rest", given)):
+        found = sampler_overhead(pipeline, size, observed, rounds, steps)
+        text = ", ".join(f"{name} {1e6 * seconds:.0f} µs" for name, seconds in found._asdict().items())
+        lines.append(f"{title}: {text} per step")
+    return "\n".join(lines)
+
+
+class SamplerOverhead(NamedTuple):
+    """Seconds of CPU time per step: all of the ``loop``, ``network``, the bare diffusers ``solver``, what is left."""
+
+    loop: float
+    network: float
+    solver: float
+    overhead: float
+
+
+def sampler_overhead(
+    pipeline: MTDiffusionPipeline, size: int, observed: dict[str, Tensor], rounds: int, steps: int
+) -> SamplerOverhead:
+    """What a sampling step costs outside of the network and beyond the solver's own step.
+
+    Runs of ``steps`` and of 2 · ``steps`` steps are timed, so that what is done once per call falls out, as does the
+    final read.
+
+    Args:
+        pipeline: on the CPU, with one thread: only the calling one's time is counted.
+        size: of the batch.
+        observed: values, see the pipeline.
+        rounds: the medians are over these.
+        steps: solver steps.
+    """
+    found = []
+    for index in range(rounds + 1):
+        once, twice = (_timed(pipeline, size, observed, count) for count in (steps, 2 * steps))
+        loop, network = ((b - a) / steps for a, b in zip(once, twice, strict=True))
+        solver = _bare_solver(pipeline, size, steps)
+        if index > 0:  # the first round warms up
+            found.append(SamplerOverhead(loop, network, solver, loop - network - solver))
+    return SamplerOverhead(*map(statistics.median, zip(*found, strict=True)))
+
+
+def _timed(pipeline: MTDiffusionPipeline, size: int, observed: dict[str, Tensor], steps: int) -> tuple[float, float]:
+    """(seconds of a call, seconds of them in the network)."""
+    starts, inside = [], []
+    hooks = [
+        pipeline.model.register_forward_pre_hook(lambda *_: starts.append(time.thread_time())),
+        pipeline.model.register_forward_hook(lambda *_: inside.append(time.thread_time() - starts[-1])),
+    ]
+    start = time.thread_time()
+    pipeline(size, observed, steps, generator=torch.Generator().manual_seed(0), output_type="pt", final_read=False)
+    whole = time.thread_time() - start
+    for hook in hooks:
+        hook.remove()
+    return whole, sum(inside)
+
+
+def _bare_solver(pipeline: MTDiffusionPipeline, size: int, steps: int) -> float:
+    """Seconds per step of the diffusers class alone, on tensors of the same shape."""
+    config = pipeline.scheduler.config
+    options = {key: value for key, value in (config.solver_config or {}).items() if key != "eta"}
+    solver = SOLVERS[config.solver].scheduler(
+        num_train_timesteps=config.num_train_timesteps,
+        beta_schedule=config.beta_schedule,
+        prediction_type=config.prediction_type,
+        timestep_spacing=config.timestep_spacing,
+        **options,
+    )
+    solver.set_timesteps(steps)
+    extra = {"eta": config.solver_config["eta"]} if "eta" in (config.solver_config or {}) else {}
+    z = torch.randn(size, *pipeline.model.space)
+    output = torch.randn_like(z)
+    start = time.thread_time()
+    for t in solver.timesteps:
+        z = solver.step(output, t, z, **extra).prev_sample
+    return (time.thread_time() - start) / steps
 
 
 def _anchor_alone(config: Config) -> Config:

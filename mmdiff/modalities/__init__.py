@@ -8,7 +8,7 @@ import importlib
 from typing import Any
 
 from mmdiff.errors import InputError
-from mmdiff.modalities.base import Modality, Shape
+from mmdiff.modalities.base import KnownPart, Modality, Shape
 from mmdiff.modalities.dense import Dense
 from mmdiff.modalities.embedding import Embedding
 from mmdiff.modalities.image import Image
@@ -30,6 +30,7 @@ __all__ = [
     "Dense",
     "Embedding",
     "Image",
+    "KnownPart",
     "Label",
     "Mask",
     "MaskedImage",

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Generator, Tensor, nn
 
 from mmdiff.errors import InputError
@@ -20,6 +21,13 @@ class Shape(NamedTuple):
     features: int  # channels F of the backbone's feature map
     pooled: int  # width P of the backbone's pooled vector
     stride: int = 1  # s: the feature map is (B, F, H / s, W / s)
+
+
+class KnownPart(NamedTuple):
+    """What of z_0 is known: ``encoding`` (B, C, H, W), right where ``where`` (B, 1, H, W) bool is true."""
+
+    encoding: Tensor
+    where: Tensor
 
 
 class Modality(nn.Module, ABC):
@@ -39,6 +47,8 @@ class Modality(nn.Module, ABC):
     #: Whether the head predicts the anchor and not the modality's own value: its L2 term then counts where the modality
     #: is observed too.
     predicts_anchor: ClassVar[bool] = False
+    #: Whether an observed value fixes parts of the anchor, see `known_part`.
+    fixes_anchor: ClassVar[bool] = False
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -184,6 +194,10 @@ class Modality(nn.Module, ABC):
         """The likeliest value of the anchor, by a head that predicts it."""
         raise NotImplementedError
 
+    def known_part(self, value: Tensor, anchor: Modality) -> KnownPart:
+        """What an observed value fixes of z_0 in diffusion space, and where."""
+        raise NotImplementedError
+
     def restore(self, anchor: Tensor, value: Tensor) -> Tensor:
         """The anchor's value with what an observed value fixes of it, bit-exactly: known pixels pasted back."""
         return anchor
@@ -205,6 +219,10 @@ class Modality(nn.Module, ABC):
     @abstractmethod
     def mode(self, params: Tensor) -> Tensor:
         """argmax p_θ(x_i | z_t)."""
+
+    def average(self, params: list[Tensor]) -> Tensor:
+        """Params of one law that stands for several about the same value, read at different noise levels."""
+        return torch.stack(params).mean(dim=0)
 
     @abstractmethod
     def expected_encoding(self, params: Tensor) -> Tensor:

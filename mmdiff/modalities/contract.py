@@ -172,6 +172,16 @@ def expected_encoding(build: Build, shape: Shape, draws: int = 2000) -> None:
             _expect(gap < allowed, f"expected_encoding is {gap:.3g} (RMS) from the mean over {draws} draws")
 
 
+def average(build: Build, shape: Shape) -> None:
+    """The average of one law with itself is that law."""
+    modality = build(shape)
+    params, examples = _params(modality, shape), _values(modality)
+    averaged = modality.average([params, params])
+    _expect_shape("average([params, params])", averaged, tuple(params.shape))
+    same = _same(modality.nll(averaged, examples), modality.nll(params, examples))
+    _expect(same, "average([params, params]) has another nll than params")
+
+
 def gradients(build: Build, shape: Shape) -> None:
     """Every parameter that is trained is reached by a gradient."""
     modality = build(shape)
@@ -254,6 +264,7 @@ LAWS: dict[str, Callable[[Build, Shape], None]] = {
     "sampling": sampling,
     "mode": mode,
     "expected encoding": expected_encoding,
+    "average": average,
     "gradients": gradients,
     "round trip": round_trip,
     "files": files,

@@ -185,6 +185,12 @@ class Embedding(Modality):
         direction, _, norm = self._law(params)
         return direction * self._norm(norm.mean)
 
+    def average(self, params: list[Tensor]) -> Tensor:
+        """Directions count alike, however long they are predicted."""
+        return super().average(
+            [torch.cat([normalize(p[:, : self.dim], dim=1), p[:, self.dim :]], dim=1) for p in params]
+        )
+
     def expected_encoding(self, params: Tensor) -> Tensor:
         """W E[x] over √(E‖W x‖² / n): exact where W is an isometry, and nearly so where ‖W x‖ hardly varies."""
         direction, concentration, _ = self._law(params)

@@ -12,7 +12,7 @@ from datasets import ClassLabel
 from torch import Generator, Tensor, nn
 
 from mmdiff.errors import InputError
-from mmdiff.likelihoods import categorical_log_prob, categorical_sample
+from mmdiff.likelihoods import categorical_log_prob, categorical_sample, mean_logits
 from mmdiff.modalities.base import Modality, Shape
 from mmdiff.modalities.heads import file_at, widened
 
@@ -171,6 +171,10 @@ class Label(Modality):
 
     def mode(self, params: Tensor) -> Tensor:
         return params.argmax(dim=-1)
+
+    def average(self, params: list[Tensor]) -> Tensor:
+        """Of the probabilities."""
+        return mean_logits(params)
 
     def expected_encoding(self, params: Tensor) -> Tensor:
         return torch.einsum("bk,kchw->bchw", params.softmax(dim=-1), self._normalised_table())

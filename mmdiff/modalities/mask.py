@@ -13,7 +13,7 @@ from PIL import Image as PILImage
 from torch import Generator, Tensor, nn
 
 from mmdiff.errors import InputError
-from mmdiff.likelihoods import categorical_log_prob, categorical_sample
+from mmdiff.likelihoods import categorical_log_prob, categorical_sample, mean_logits
 from mmdiff.modalities.base import Modality, Shape
 from mmdiff.modalities.heads import (
     Size,
@@ -194,6 +194,10 @@ class Mask(Modality):
 
     def mode(self, params: Tensor) -> Tensor:
         return params.argmax(dim=1)
+
+    def average(self, params: list[Tensor]) -> Tensor:
+        """Of the probabilities, pixel by pixel."""
+        return mean_logits(params)
 
     def expected_encoding(self, params: Tensor) -> Tensor:
         return self._encode_shares(params.softmax(dim=1))

@@ -11,9 +11,10 @@ import torch
 from PIL import Image as PILImage
 from PIL import ImageChops
 from torch import Generator, Tensor
+from torch.nn.functional import adaptive_max_pool2d
 
 from mmdiff.errors import InputError
-from mmdiff.modalities.base import Modality, Shape
+from mmdiff.modalities.base import KnownPart, Modality, Shape
 from mmdiff.modalities.heads import (
     GaussianHead,
     Size,
@@ -45,6 +46,7 @@ class MaskedImage(Modality):
 
     aggregable: ClassVar[bool] = False
     predicts_anchor: ClassVar[bool] = True
+    fixes_anchor: ClassVar[bool] = True
 
     def __init__(self, shape: Shape, channels: int, size: Size, resize: bool = False) -> None:
         super().__init__(shape)
@@ -187,6 +189,14 @@ class MaskedImage(Modality):
 
     def expected_encoding(self, params: Tensor) -> Tensor:
         return self.encode(self.mode(params))
+
+    def known_part(self, value: Tensor, anchor: Modality) -> KnownPart:
+        """Known pixels; in a latent space the cells all of whose pixels are known."""
+        pixels, known = value[:, :-1], value[:, -1:]
+        # an autoencoder looks beyond a cell: there the hole is as bright as what is known
+        mean = (pixels * known).sum(dim=(2, 3), keepdim=True) / known.sum(dim=(2, 3), keepdim=True).clamp(min=1)
+        encoding = anchor.encode(torch.where(known > 0, pixels, mean))  # (B, C, H, W)
+        return KnownPart(encoding, adaptive_max_pool2d(1 - known, encoding.shape[2:]) == 0)
 
     def restore(self, anchor: Tensor, value: Tensor) -> Tensor:
         return torch.where(value[:, -1:] > 0, value[:, :-1].to(anchor.dtype), anchor)

@@ -69,6 +69,7 @@ class MTScheduler(GaussianPath):
                 raise InputError(f"solver_config.{key}", config.solver_config[key], remedy)
         self.num_inference_steps: int | None = None
         self._step_index: int | None = None
+        self._numbers: dict[tuple[float, torch.dtype], tuple[float, float]] = {}
         return {name: checked_weight(name, config.weights[name]) for name in sorted(config.weights or {})}
 
     def _check_choice(self, key: str, allowed: tuple[str, ...]) -> None:
@@ -120,7 +121,28 @@ class MTScheduler(GaussianPath):
         coefficients = self._coefficients(timesteps, sample)
         return PREDICTIONS[self.config.prediction_type].original(model_output, u_t, *coefficients)
 
-    def _coefficients(self, timesteps: Tensor | float, like: Tensor) -> tuple[Tensor, Tensor]:
+    def signal_and_noise(self, timestep: float) -> tuple[float, float]:
+        """(s_t, σ_t) as Python numbers, the factors of z_0 and of the noise in z_t."""
+        signal, noise = (float(self._at(key, timestep, self._tables[key])) for key in ("signal", "noise"))
+        return signal, noise
+
+    def shifted_prediction(self, model_output: Tensor, timestep: float, shift: Tensor) -> Tensor:
+        """The model output that stands for a predicted z_0 moved by ``shift`` (B, C, H, W)."""
+        nothing = torch.zeros((), dtype=shift.dtype, device=shift.device)
+        moved = PREDICTIONS[self.config.prediction_type].output(shift, nothing, *self.signal_and_noise(timestep))
+        return model_output + moved  # outputs are linear in (z_0, u_t)
+
+    def _coefficients(self, timesteps: Tensor | float, like: Tensor) -> tuple[Any, Any]:
+        """(s_t, σ_t) in the precision of ``like``; a Python timestep gives numbers, which are kept."""
+        if isinstance(timesteps, Tensor):
+            return self._factors(timesteps, like)
+        key = timesteps, like.dtype
+        if key not in self._numbers:
+            signal, noise = self._factors(timesteps, like)
+            self._numbers[key] = float(signal), float(noise)
+        return self._numbers[key]
+
+    def _factors(self, timesteps: Tensor | float, like: Tensor) -> tuple[Tensor, Tensor]:
         """(s_t, σ_t) in the dtype of ``like``."""
         return self._at("signal", timesteps, like).to(like.dtype), self._at("noise", timesteps, like).to(like.dtype)
 
@@ -140,7 +162,7 @@ class MTScheduler(GaussianPath):
         total = len(self)
         if not 1 <= num_inference_steps <= total:
             raise InputError("num_inference_steps", num_inference_steps, f"needs 1 … num_train_timesteps = {total}")
-        timesteps = self._place_steps(num_inference_steps)
+        timesteps = self._place_steps(num_inference_steps, 0)
         if self._traits.has_corrector:
             fixed = (self.config.solver_config or {}).get("disable_corrector", [])
             self._solver.disable_corrector = list(range(num_inference_steps)) if changing_encodings else list(fixed)
@@ -149,9 +171,22 @@ class MTScheduler(GaussianPath):
         self._step_index = 0
         self._steps = [*timesteps.tolist(), self.first_timestep - 1]  # the last is t = 0, where c = 0
 
-    def _place_steps(self, num_inference_steps: int) -> Tensor:
-        """Set the solver's timesteps, on the CPU: no host synchronisation in `step`. Returns ours, (steps,)."""
+    def _place_steps(self, num_inference_steps: int, index: int) -> Tensor:
+        """The solver before step number ``index``, with nothing kept from earlier steps; its timesteps stay on the CPU:
+        no host synchronisation in `step`. Returns ours, (steps,)."""
         raise NotImplementedError
+
+    @property
+    def steps(self) -> list[Any]:
+        """The timesteps of the run as Python numbers, and at the end the one that stands for t = 0."""
+        return self._steps
+
+    def rewind(self, count: int) -> None:
+        """Go ``count`` steps back: the last of them are taken again, by a solver that has forgotten them."""
+        if self._step_index is None or not 0 <= count <= self._step_index:
+            raise InputError("count", count, f"{self._step_index or 0} steps are taken")
+        self._step_index -= count
+        self._place_steps(self.num_inference_steps, self._step_index)
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
         """The sample itself: the solvers allowed here scale nothing."""

@@ -160,7 +160,7 @@ class MTDiffusionScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
     def _timesteps_at(self, share: Tensor) -> Tensor:
         return (share * len(self)).long()
 
-    def _coefficients(self, timesteps: Tensor | float, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _factors(self, timesteps: Tensor | float, like: Tensor) -> tuple[Tensor, Tensor]:
         """From ā_t rounded to the dtype first, as the solvers do, so that they give a clipped z_0 back as it is."""
         alpha_bar = self._at("a_bar", timesteps, like).to(like.dtype)
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
@@ -177,7 +177,7 @@ class MTDiffusionScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
 
     # ---------------------------------------------------------------------------------------------------- sampling
 
-    def _place_steps(self, num_inference_steps: int) -> Tensor:
+    def _place_steps(self, num_inference_steps: int, index: int) -> Tensor:
         solver, multistep = self._solver, self._traits.multistep
         solver.set_timesteps(num_inference_steps, device="cpu")
         trim_timesteps(solver, num_inference_steps, multistep)
@@ -185,7 +185,7 @@ class MTDiffusionScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
             remedy = f"ā_t underflows within T = {len(self)} steps; sample with a smaller T"
             raise InputError("literal_alpha", True, remedy)
         if multistep:
-            solver.set_begin_index(0)
+            solver.set_begin_index(index)
         return solver.timesteps
 
     def _step_arguments(self, timestep: float) -> dict[str, Any]:

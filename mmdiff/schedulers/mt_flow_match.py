@@ -69,8 +69,8 @@ class MTFlowMatchScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
     def _timesteps_at(self, share: Tensor) -> Tensor:
         return (share * len(self)).float()
 
-    def _place_steps(self, num_inference_steps: int) -> Tensor:
+    def _place_steps(self, num_inference_steps: int, index: int) -> Tensor:
         """The multistep classes cut their timesteps to whole numbers, so ours are read off their σ."""
         self._traits.place(self._solver, num_inference_steps)
-        self._solver.set_begin_index(0)
+        self._solver.set_begin_index(index)
         return self._solver.sigmas[:-1] * len(self)

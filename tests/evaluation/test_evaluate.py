@@ -19,9 +19,10 @@ from mmdiff.build import Experiment, build, build_table, open_rows
 from mmdiff.config import load_config, parse_config
 from mmdiff.data.shapes_rules import read_label
 from mmdiff.errors import InputError
-from mmdiff.evaluation import evaluators
-from mmdiff.evaluation.evaluators import Evaluation, Row, Scene
+from mmdiff.evaluation import evaluators, records
+from mmdiff.evaluation.evaluators import Scene
 from mmdiff.evaluation.metrics import Judge
+from mmdiff.evaluation.records import Evaluation, Row
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.training import train
 
@@ -117,14 +118,17 @@ def test_every_direction_is_scored(five: Setup) -> None:
     expected += [("masked_image → image", "image")] * 6
     assert sorted(directions(five.found)) == sorted(expected)
     ways = [(r.setting["masks"], r.setting["by"]) for r in five.found.rows if r.direction == "masked_image → image"]
-    assert ways == [(masks, by) for masks in MASKS for by in ("mean fill", "head", "samples")]
+    floors = [(masks, by) for masks in MASKS for by in ("mean fill", "head")]
+    assert ways == floors + [(masks, "samples") for masks in MASKS]
 
 
 def test_rows_say_how_many_and_how_sure(five: Setup) -> None:
     for row in five.found.rows:
         reads = row.direction.startswith("image →")
         assert row.scores["n"] == (32 if reads else 16)
-        assert reads or {"steps": 2, "seed": 0}.items() <= row.setting.items()
+        drawn = not reads and row.setting.get("by", "samples") == "samples"
+        assert ({"steps", "seed"} <= set(row.setting)) == drawn
+        assert not drawn or {"steps": 2, "seed": 0}.items() <= row.setting.items()
         intervals = {name.removesuffix(", 95 %"): ends for name, ends in row.scores.items() if name.endswith("95 %")}
         assert intervals or row.of == "image"
         for name, (low, high) in intervals.items():
@@ -163,13 +167,43 @@ def test_samples_are_compared_with_and_without_aggregating() -> None:
     assert settings == [(a, n, seed) for n in (2, 3) for seed in (0, 1) for a in (True, False)]
     scores = [row.scores["KID"] for row in found.rows if (row.direction, row.of) == ("joint", "image")]
     assert len(set(scores)) == len(scores) == 8  # every setting has samples of its own
-    text = evaluators.table(found)
+    text = records.table(found)
     assert text.count("2 seeds)") == 16 and text.count("1 seed)") == 1
     assert "joint: image  (aggregate=True, steps=2, 2 seeds)" in text
 
     experiment.config.evaluate.seeds = [1]
     alone = evaluate(pipeline, experiment).rows  # two steps, by sample.steps
     assert alone[1:] == [row for row in found.rows if row.setting.get("steps") == 2 and row.setting["seed"] == 1]
+
+
+def test_ways_of_conditioning_are_compared_in_one_table() -> None:
+    """Each direction by every way that it can use, on the same noise; what nothing draws is scored once."""
+    tree = shapes("label", "masked_image", states={"anchor_hidden": 0.1}, evaluate={"masks": MASKS, "seeds": [0, 1]})
+    tree["modalities"]["label"]["weight"] = {"schedule": "constant", "scale": 1.0}
+    ways = ["channels", "plug-in", "channels+self-guidance", "replacement"]
+    pipeline, experiment, found = evaluated(tree, conditioning=ways)
+    by = [r.setting["conditioning"] for r in found.rows if (r.direction, r.of) == ("label → image", "image")]
+    assert by == ways[:3] * 2
+    restored = [r.setting for r in found.rows if r.direction == "masked_image → image"]
+    assert [(s["masks"], s["by"], s.get("conditioning")) for s in restored[4:]] == [
+        (masks, "samples", way) for _ in (0, 1) for way in ("channels", "replacement") for masks in MASKS
+    ]
+    assert [s["by"] for s in restored[:4]] == ["mean fill", "head"] * 2 and "seed" not in restored[0]
+    assert [r.setting["aggregate"] for r in found.rows if (r.direction, r.of) == ("joint", "image")] == [
+        True,
+        False,
+    ] * 2
+    assert len(found.pictures["masked_image"][0]) == 6  # truth, masked, mean fill, head, and two ways
+
+    given = torch.arange(16) % 5
+    arguments = {"observed": {"label": given}, "conditioning": ["plug-in"], "num_inference_steps": 2}
+    images = evaluators.draw(pipeline, 16, 256, 1, **arguments)["image"]
+    row = row_of(found, "label → image", "image", conditioning="plug-in", seed=1)
+    assert row.scores["std over samples"] == pytest.approx(float(images.std(dim=0).mean()))
+    for bad, text in (("magic", "conditioning = 'magic'"), ("plug-in+replacement", "none of label, masked_image can")):
+        with pytest.raises(InputError) as caught:
+            evaluate(pipeline, experiment, conditioning=[bad])
+        assert text in str(caught.value) and "\n" not in str(caught.value)
 
 
 # -------------------------------------------------------------------------------------------------------- whose scores
@@ -302,8 +336,9 @@ def test_the_manifest_and_the_table_say_how(five: Setup) -> None:
     assert five.found.manifest["FID and KID features"] == "pixels, PCA 32"
     assert five.found.manifest["LPIPS"].startswith("not measured: torchvision's weights cannot be had")
     assert five.found.manifest["solver"] == five.experiment.config.scheduler.solver
-    text = evaluators.table(five.found)
-    assert "masked_image → image: image  (masks=half, law=half, ratio=[0.5, 0.5], by=head, steps=2, 1 seed)" in text
+    text = records.table(five.found)
+    assert "masked_image → image: image  (masks=half, law=half, ratio=[0.5, 0.5], by=samples, steps=2, 1 seed)" in text
+    assert "masked_image → image: image  (masks=half, law=half, ratio=[0.5, 0.5], by=head, 1 seed)" in text
     assert "image → mask: mask  (1 seed)" in text
     json.dumps(five.found.to_json(), allow_nan=False)
 
@@ -312,7 +347,7 @@ def test_saving_never_overwrites(digits: Setup, tmp_path: Path) -> None:
     path = tmp_path / "evaluation.json"
     for solver in ("first", "second", "third"):
         manifest = digits.found.manifest | {"solver": solver}
-        evaluators.save(Evaluation(manifest, digits.found.rows), path)
+        records.save(Evaluation(manifest, digits.found.rows), path)
     names = ("evaluation-1.json", "evaluation-2.json", path.name)
     saved = [json.loads((tmp_path / name).read_text()) for name in names]
     assert [entry["manifest"]["solver"] for entry in saved] == ["first", "second", "third"]

@@ -55,7 +55,22 @@ def test_the_other_side_can_be_chosen(shapes: Config, against: str) -> None:
 
 
 def test_another_side_is_refused(shapes: Config, cli: Cli, tiny_file: Path) -> None:
-    with pytest.raises(InputError, match="--against = 'nothing': choose bare or anchor"):
+    with pytest.raises(InputError, match="--against = 'nothing': choose bare, anchor or solver"):
         compare(shapes, rounds=1, steps=1, against="nothing")
     answer = cli("benchmark", "speed", tiny_file, "--against", "nothing")
-    assert answer.code == 2 and "choose bare or anchor" in answer.complaint
+    assert answer.code == 2 and "choose bare, anchor or solver" in answer.complaint
+
+
+def test_the_solver_as_the_other_side_measures_sampling(cli: Cli, tiny_file: Path, tmp_path: Path) -> None:
+    answer = cli(
+        "benchmark", "speed", tiny_file, "train.batch_size=2", "--against", "solver", "--rounds", 1, "--steps", 3
+    )
+    assert answer.code == 0, answer.err
+    pattern = (
+        r"^(joint|given the rest): loop (\d+) µs, network (\d+) µs, solver (\d+) µs, overhead (-?\d+) µs per step$"
+    )
+    found = re.findall(pattern, answer.out, re.MULTILINE)
+    assert [title for title, *_ in found] == ["joint", "given the rest"]
+    for loop, network, solver, overhead in (map(int, numbers) for _, *numbers in found):
+        assert network > 0 and solver > 0 and abs(loop - network - solver - overhead) <= 3
+    assert not (tmp_path / "run").exists()

@@ -136,6 +136,11 @@ class Raising(Depth):
         return {"mean": features}["log_std"]
 
 
+class Summing(Depth):
+    def average(self, params: list[Tensor]) -> Tensor:
+        return sum(params[1:], params[0])
+
+
 BROKEN = {
     OtherType: ("values", "examples are torch.float32, the placeholder torch.int64"),
     WrongShape: ("encoding", "encode(value) gives shape (64, 1, 8, 4), expected (64, 1, 8, 8)"),
@@ -150,6 +155,7 @@ BROKEN = {
     MixedDraws: ("sampling", "sample depends on the other rows of the batch"),
     WrongMode: ("mode", "a draw is likelier than the mode, by "),
     EncodingOfTheMode: ("expected encoding", "expected_encoding is "),
+    Summing: ("average", "average([params, params]) has another nll than params"),
     Idle: ("gradients", "no finite gradient reaches the parameter spare"),
     Coarse: ("round trip", "preprocess(postprocess(value)) differs from the value by up to 0."),
     Rounding: ("files", "parse reads another value than save has written"),
