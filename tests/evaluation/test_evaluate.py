@@ -491,3 +491,49 @@ def test_a_column_of_a_file_is_scored_where_it_is_there(tmp_path: Path) -> None:
     pipeline = MTDiffusionPipeline(model=experiment.model.eval(), scheduler=experiment.scheduler)
     (row,) = evaluate(pipeline, experiment).rows
     assert row.scores["n"] == sum(label is not None for label in labels[1::2])
+
+
+# -------------------------------------------------------------------------------------------------------- all subsets
+
+
+def test_every_subset_of_observed_modalities_is_scored(five: Setup) -> None:
+    """30 = 2⁵ − 2 subsets; the joint is the empty one, and of all five nothing is left to draw."""
+    found = evaluate(five.pipeline, five.experiment, subsets=True)
+    scored = {row.direction for row in found.rows}
+    names = set(five.pipeline.model.names)
+    for direction in scored:
+        given, rest = (set(side.split(" + ")) for side in direction.split(" → "))
+        assert given | rest == names and not given & rest
+    # of image and all that can be read only the masked image is left, and nothing judges it
+    assert len(scored) == 30 - 1
+    for row in found.rows:
+        given = row.direction.split(" → ")[0].split(" + ")
+        assert row.setting["observed"] == (row.of in given) and row.scores["n"] == 16
+        assert "image" not in given or row.of not in given  # an observed value is no prediction
+
+
+def test_observed_values_of_a_subset_come_from_the_same_row(five: Setup) -> None:
+    """With the image given its own label is the truth: a judge that is right agrees with the given label."""
+    _, experiment, _ = five
+    held_out = experiment.validation.all()
+    assert torch.equal(read_label(held_out.values["image"][:16]), held_out.values["label"][:16])
+    found = evaluate(five.pipeline, experiment, subsets=True)
+    (row,) = [
+        r for r in found.rows if r.direction == "image → embedding + label + mask + masked_image" and r.of == "label"
+    ]
+    drawn = evaluators.draw(five.pipeline, 16, 256, 0, observed={"image": held_out.values["image"][:16]})["label"]
+    assert row.scores["accuracy"] == pytest.approx((drawn == held_out.values["label"][:16]).double().mean().item())
+
+
+def test_guidance_may_differ_by_modality() -> None:
+    scene = scene_of(
+        shapes("label", "embedding", sample={"steps": 2, "guidance_scale": 1.5, "guidance": {"label": 3.0}})
+    )
+    torch.nn.init.normal_(
+        scene.pipeline.model.backbone.unet.conv_out.weight
+    )  # a fresh network gives 0 whatever it sees
+    given = {"label": torch.arange(4), "embedding": scene.held_out.values["embedding"][:4]}
+    seen = scene._draw(4, 0, observed=given, num_inference_steps=2)["image"]
+    for scales, same in (({"label": 3.0, "embedding": 1.5}, True), ({"label": 1.5, "embedding": 1.5}, False)):
+        arguments = {"observed": dict(given), "guidance_scale": scales, "num_inference_steps": 2}
+        assert torch.equal(seen, evaluators.draw(scene.pipeline, 4, 256, 0, **arguments)["image"]) is same
