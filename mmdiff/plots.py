@@ -55,7 +55,8 @@ def save_grid(pipeline: MTDiffusionPipeline, path: Path, sample: SampleConfig, s
         output = pipeline(batch_size=COLUMNS**2, **arguments)
     else:
         rows = galleries[name].repeat_interleave(COLUMNS, dim=0)
-        output = pipeline(observed={name: rows}, guidance_scale=sample.scales([name]), **arguments)
+        scales = sample.scales({name} & set(model.observable))
+        output = pipeline(observed={name: rows}, guidance_scale=scales, **arguments)
     images = output.samples[model.anchor]
     path.parent.mkdir(parents=True, exist_ok=True)
     tile(images, COLUMNS, zoom=max(1, 48 // images[0].height)).save(path)

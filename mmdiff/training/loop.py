@@ -108,9 +108,9 @@ def train(config: Config, progress: bool = True) -> Path:
     if stopping:
         accelerator.print(f"stopped at step {done} of {config.train.steps}; continue with train.resume=auto")
     elif tracker:
-        tracker.image("samples", trainer.save_grid(grid, config.sample), config.train.steps)
         with trainer.ema.swapped_in():
             trainer.pipeline().save_pretrained(folder / "pipeline")
+        tracker.image("samples", trainer.save_grid(grid, config.sample), config.train.steps)
     if tracker:
         tracker.close()
         plots.curves(folder / "metrics.jsonl", folder / "curves.png")

@@ -16,6 +16,7 @@ from torch import nn
 
 from mmdiff.config import Config, TrainConfig, load_config
 from mmdiff.errors import InputError
+from mmdiff.states import LAWS
 from mmdiff.training import train
 from mmdiff.training.ema import Ema
 from mmdiff.training.loop import TrainingError, learning_rate
@@ -51,6 +52,14 @@ def test_the_config_in_the_folder_is_resolved(finished_run: Path) -> None:
     config = load_config(finished_run / "config.yaml")
     assert config.modalities["image"].settings() == {"channels": 1, "size": [16, 16]}
     assert config.modalities["label"].settings() == {"num_classes": 10, "names": list("0123456789")}
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_every_law_of_states_ends_with_a_pipeline_and_a_grid(configure: Configure, law: str) -> None:
+    """Whatever training showed, sampling is steered by what it can use; guidance where there is nothing to guide is off."""
+    folder = train(configure("train.steps=2", f"states.law={law}", "sample.guidance_scale=2"))
+    assert names(folder / "samples") == ["step-2.png"]
+    assert (folder / "pipeline" / "model_index.json").is_file()
 
 
 def test_the_grid_has_a_row_per_class(finished_run: Path) -> None:
