@@ -89,13 +89,22 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
-    """U Vᵀ of a matrix U S Vᵀ, roughly: (rows, columns), singular values near 1; bfloat16 on an accelerator."""
+    """U Vᵀ of a matrix U S Vᵀ, roughly: (rows, columns), singular values near 1; bfloat16 on an accelerator.
+
+    A Newton–Schulz step is X ← (a I + b A + c A²) X with A = X Xᵀ, a polynomial in A, so all steps are taken on A, whose
+    side is the shorter one, and X is multiplied once.
+    """
     x = matrix.bfloat16() if matrix.is_cuda else matrix.float()
     tall = len(x) > x.shape[1]
     x = x.mT if tall else x
     x = x / (x.norm() + 1e-7)
+    square = x @ x.mT  # A
+    unit = torch.eye(len(square), dtype=x.dtype, device=x.device)
+    total = unit
     a, b, c = _QUINTIC
     for _ in range(_STEPS):
-        square = x @ x.mT
-        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
+        step = torch.addmm(torch.add(a * unit, square, alpha=b), square, square, alpha=c)
+        total = step @ total
+        square = step @ square @ step
+    x = total @ x
     return x.mT if tall else x

@@ -56,7 +56,7 @@ def test_the_config_in_the_folder_is_resolved(finished_run: Path) -> None:
 
 @pytest.mark.parametrize("law", LAWS)
 def test_every_law_of_states_ends_with_a_pipeline_and_a_grid(configure: Configure, law: str) -> None:
-    """Whatever training showed, sampling is steered by what it can use; guidance where there is nothing to guide is off."""
+    """Sampling is steered by what training showed; guidance where there is nothing to guide is off."""
     folder = train(configure("train.steps=2", f"states.law={law}", "sample.guidance_scale=2"))
     assert names(folder / "samples") == ["step-2.png"]
     assert (folder / "pipeline" / "model_index.json").is_file()
