@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -102,10 +103,15 @@ class Scene:
         self.pictures: dict[str, list[list[PILImage.Image]]] = {}
         self._columns: dict[str, dict[str, list[PILImage.Image]]] = {}
         self.conditioning = self._usable(conditioning)
+        self.validation = validation
         self._judge_the_judges()
-        if self.restoring:
-            self.holes = HoleScores(config, validation, self.anchor)
-            self.facts |= self.holes.facts
+
+    @cached_property
+    def holes(self) -> HoleScores:
+        """Made when first needed: LPIPS looks for weights."""
+        holes = HoleScores(self.config, self.validation, self.anchor)
+        self.facts |= holes.facts
+        return holes
 
     def _usable(self, conditioning: Iterable[str]) -> dict[str, list[str]]:
         """{modality: the ways to compare that it can use}; a way that none can use is refused."""
