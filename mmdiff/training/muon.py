@@ -91,8 +91,8 @@ class Muon(torch.optim.Optimizer):
 def orthogonalised(matrix: Tensor) -> Tensor:
     """U Vᵀ of a matrix U S Vᵀ, roughly: (rows, columns), singular values near 1; bfloat16 on an accelerator.
 
-    A Newton–Schulz step is X ← (a I + b A + c A²) X with A = X Xᵀ, a polynomial in A: all steps are taken on A, whose side
-    is the shorter one, and X is multiplied once.
+    A Newton–Schulz step is X ← (a I + b A + c A²) X with A = X Xᵀ, a polynomial in A: all steps are taken on A,
+    whose side is the shorter one, and X is multiplied once.
     """
     x = matrix.bfloat16() if matrix.is_cuda else matrix.float()
     tall = len(x) > x.shape[1]
