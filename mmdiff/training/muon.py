@@ -58,7 +58,9 @@ class Muon(torch.optim.Optimizer):
 
     def _orthogonal(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         for p in parameters:
-            buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+            buffer = self.state[p]["momentum"]
             buffer.lerp_(p.grad, 1 - group["momentum"])
             update = p.grad.lerp(buffer, group["momentum"]).flatten(1)  # Nesterov's look ahead
             size = 0.2 * max(update.shape) ** 0.5

@@ -45,6 +45,19 @@ def test_a_kernel_moves_as_far_as_under_adamw() -> None:
     assert kernel.square().mean().sqrt().item() == pytest.approx(0.2 * 1e-2, rel=0.2)
 
 
+def test_the_momentum_is_nesterovs() -> None:
+    """m ← μ m + (1 − μ) g, and the direction is that of (1 − μ) g + μ m: written out for three gradients."""
+    gradients = torch.randn(3, 16, 20, generator=torch.Generator().manual_seed(0))
+    kernel, expected, momentum = nn.Parameter(torch.zeros(16, 20)), torch.zeros(16, 20), torch.zeros(16, 20)
+    optimizer = Muon([kernel], [], lr=1.0, weight_decay=0.0, momentum=0.8)
+    for gradient in gradients:
+        kernel.grad = gradient.clone()
+        optimizer.step()
+        momentum = 0.8 * momentum + 0.2 * gradient
+        expected -= 0.2 * 20**0.5 * orthogonalised(0.2 * gradient + 0.8 * momentum)
+    assert torch.allclose(kernel, expected, atol=1e-4)
+
+
 def test_weight_decay_is_decoupled() -> None:
     kernel = nn.Parameter(torch.ones(16, 16))
     kernel.grad = torch.zeros(16, 16)
