@@ -86,12 +86,13 @@ def curves(metrics: Path, path: Path) -> Path:
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     names = [n for n in lines[0] if n == "loss" or n.startswith("l")]
     names = [n for n in names if n != "learning_rate"]
-    figure = _figure(6.0, 3.2)
+    figure = _figure(7.0, 3.2)
     axis = figure.subplots()
     for name in names:
         axis.plot([line["step"] for line in lines], [line[name] for line in lines], label=name)
-    axis.set(xlabel="step", yscale="symlog", title="terms of the loss")
-    axis.legend()
+    axis.set_yscale("symlog", linthresh=0.01)  # densities have negative terms
+    axis.set(xlabel="step", title="terms of the loss")
+    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small")  # beside the curves, not on them
     figure.savefig(path, dpi=110)
     return path
 
