@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -224,17 +224,18 @@ class MTDiffusionPipeline(DiffusionPipeline):
         changing = bool(fed or plan.known)
         scheduler.set_timesteps(num_inference_steps, device=model.device, changing_encodings=changing)
         plugged = model.encode({name: values[name] for name in sorted(plan.plugged)})
-        z_t, encodings, drawn = self._randn(count, model.space, generator), dict(plugged), {}
+        randn = self._noise(count, generator)
+        z_t, encodings, drawn = randn(model.space), dict(plugged), {}
         told = branches(model, values, plan.aggregated, plan.channels, plan.left_out, like=z_t)
         times, timesteps = scheduler.steps, [t.expand(count) for t in scheduler.timesteps]
         schedule = visits(num_inference_steps, *(plan.resampling if plan.known else (1, 1)))
         if plan.known:
-            z_t = self._replaced(z_t, times[0], plan, encodings, generator)
+            z_t = replaced(scheduler, z_t, times[0], plan.known.values(), encodings, randn(model.space))
         for index, back in self.progress_bar(schedule):
             found = steered(model, scheduler, z_t, timesteps[index], times[index], told, plan, values, plugged)
             last = index == num_inference_steps - 1
             drawn = {
-                name: self._draw(name, found.params[name], generator)
+                name: self._draw(name, found.params[name], randn)
                 for name in (unknown if last else fed if feed == "draw" else ())
             }
             for name in fed:
@@ -243,18 +244,11 @@ class MTDiffusionPipeline(DiffusionPipeline):
                 found.prediction, times[index], z_t, encodings, generator=generator, return_dict=False
             )[0]
             if plan.known:
-                z_t = self._replaced(z_t, times[index + 1], plan, encodings, generator)
+                z_t = replaced(scheduler, z_t, times[index + 1], plan.known.values(), encodings, randn(model.space))
             if back:
-                noise = self._randn(count, model.space, generator)
-                z_t = renoised(scheduler, z_t, times[index + 1], times[index + 1 - back], encodings, noise)
+                z_t = renoised(scheduler, z_t, times[index + 1], times[index + 1 - back], encodings, randn(model.space))
                 scheduler.rewind(back)
         return z_t, drawn
-
-    def _replaced(
-        self, z_t: Tensor, now: int, plan: Conditioning, encodings: dict[str, Tensor], generator: Generators
-    ) -> Tensor:
-        noise = self._randn(len(z_t), self.model.space, generator)
-        return replaced(self.scheduler, z_t, now, plan.known.values(), encodings, noise)
 
     def _read(
         self, values: dict[str, Tensor], channels: frozenset[str], levels: tuple[int, ...] | None, generator: Generators
@@ -264,7 +258,8 @@ class MTDiffusionPipeline(DiffusionPipeline):
         if levels is None:
             params = heads(model, self.scheduler, values, channels | {model.anchor})
         else:
-            noises = (self._randn(len(values[model.anchor]), model.space, generator) for _ in levels)
+            randn = self._noise(len(values[model.anchor]), generator)
+            noises = (randn(model.space) for _ in levels)
             params = heads_of_noised_anchor(model, self.scheduler, values, channels, levels, noises)
         return {name: model.modalities[name].mode(found) for name, found in params.items() if name not in values}
 
@@ -278,16 +273,17 @@ class MTDiffusionPipeline(DiffusionPipeline):
         read = {name: modalities[name].mode(found) for name, found in params.items() if name not in values}
         return {**read, self.model.anchor: modalities[able[0]].anchor_mode(params[able[0]])}
 
-    def _draw(self, name: str, params: Tensor, generator: Generators) -> Tensor:
+    def _draw(self, name: str, params: Tensor, randn: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
         modality: Modality = self.model.modalities[name]
-        return modality.sample(params, self._randn(len(params), modality.noise_shape, generator))
+        return modality.sample(params, randn(modality.noise_shape))
 
-    def _randn(self, count: int, shape: tuple[int, ...], generator: Generators) -> Tensor:
+    def _noise(self, count: int, generator: Generators) -> Callable[[tuple[int, ...]], Tensor]:
+        """shape -> standard normal noise (count, *shape). What it needs is looked up once: diffusers searches all
+        modules for its offloading hooks whenever a model is asked for its device."""
         if isinstance(generator, list) and len(generator) == 1:
             generator = generator[0]
-        return randn_tensor(
-            (count, *shape), generator=generator, device=self.model.device, dtype=self.model.value_dtype
-        )
+        device, dtype = self.model.device, self.model.value_dtype
+        return lambda shape: randn_tensor((count, *shape), generator=generator, device=device, dtype=dtype)
 
     def peak_weights(self) -> dict[str, float]:
         """{modality: max_t W_t}."""

@@ -14,6 +14,7 @@ from mmdiff.errors import InputError
 
 DEFAULT_CHANNELS = (64, 128, 256)
 GRID_CHANNELS = 16
+CONTEXT_CHANNELS = 8
 
 
 class UNet(Backbone):
@@ -31,6 +32,9 @@ class UNet(Backbone):
         dropout: in the ResNet blocks.
         pooled_grid: g; ``pooled`` also holds 16 channels of the bottleneck on a g×g grid, so that heads can read where
             something is: an aggregated vector is a pattern in space. 0: only means over space.
+        context_grid: g; the input also holds 8 channels on a g×g grid, a function of the flags and the context alone:
+            an observed vector can say where something is, as ``pooled_grid`` lets a head read it. 0: vectors only join
+            the time embedding.
         input_skip: add a learned, time-dependent multiple of z_t, per channel, to the prediction, which then needs not
             carry the noise of every pixel through the network; starts at 0.
         time_scale_shift: "default" adds the time embedding, "scale_shift" also multiplies (ADM).
@@ -50,6 +54,7 @@ class UNet(Backbone):
         norm_num_groups: int = 8,
         dropout: float = 0.0,
         pooled_grid: int = 0,
+        context_grid: int = 0,
         input_skip: bool = False,
         time_scale_shift: str = "default",
         gradient_checkpointing: bool = False,
@@ -62,7 +67,7 @@ class UNet(Backbone):
         self.patch_size = patch_size
         self.unet = UNet2DModel(
             sample_size=(height // patch_size, width // patch_size),
-            in_channels=(channels + observation_channels) * patch_size**2,
+            in_channels=(channels + observation_channels) * patch_size**2 + (CONTEXT_CHANNELS if context_grid else 0),
             out_channels=channels * patch_size**2,
             block_out_channels=tuple(block_out_channels),
             layers_per_block=layers_per_block,
@@ -88,6 +93,17 @@ class UNet(Backbone):
         self.flags = nn.Sequential(
             nn.Linear(num_flags, width, bias=False), nn.SiLU(), nn.Linear(width, width, bias=False)
         )
+        self.place = None
+        if context_grid:
+            rows, columns = height // patch_size, space[2] // patch_size
+            if rows % context_grid or columns % context_grid:
+                raise InputError("backbone.context_grid", context_grid, f"must divide {rows}x{columns}")
+            self.place = nn.Sequential(
+                nn.SiLU(),
+                nn.Linear(width, CONTEXT_CHANNELS * context_grid**2, bias=False),
+                nn.Unflatten(1, (CONTEXT_CHANNELS, context_grid, context_grid)),
+                nn.Upsample((rows, columns), mode="nearest"),
+            )
         nn.init.zeros_(self.unet.conv_out.weight)  # start from the prediction 0, whose loss is the target's variance
         nn.init.zeros_(self.unet.conv_out.bias)
 
@@ -101,9 +117,13 @@ class UNet(Backbone):
     def forward(self, sample: Tensor, timestep: Tensor, observation: Observation) -> BackboneOutput:
         unet = self.unet
         emb = unet.time_proj(timestep).to(sample.dtype)  # (B, c0)
-        emb = unet.time_embedding(emb) + self.flags(observation.flags.to(sample.dtype))  # (B, 4 c0)
+        told = self.flags(observation.flags.to(sample.dtype))  # (B, 4 c0)
+        emb = unet.time_embedding(emb) + told
         x = torch.cat([sample, observation.channels], dim=1)  # (B, C + O, H, W)
-        h = unet.conv_in(pixel_unshuffle(x, self.patch_size))  # (B, c0, H / p, W / p)
+        h = pixel_unshuffle(x, self.patch_size)  # (B, (C + O) p², H / p, W / p)
+        if self.place is not None:
+            h = torch.cat([h, self.place(told)], dim=1)  # + 8 channels
+        h = unet.conv_in(h)  # (B, c0, H / p, W / p)
         skips = (h,)
         for block in unet.down_blocks:
             h, outputs = block(hidden_states=h, temb=emb)

@@ -17,7 +17,7 @@ from torch.nn.functional import normalize, softplus
 from mmdiff.errors import InputError
 from mmdiff.likelihoods import Gaussian, vmf_log_prob, vmf_mean_length, vmf_sample
 from mmdiff.modalities.base import Modality, Shape
-from mmdiff.modalities.heads import as_array, file_at, open_array, save_array, widened
+from mmdiff.modalities.heads import as_array, file_at, open_array, repeated, save_array, widened
 
 _ROWS = 10_000  # that the norm's statistics are read from
 
@@ -128,7 +128,7 @@ class Embedding(Modality):
     def _spread(self, mapped: Tensor) -> Tensor:
         """(B, C · rows · columns) -> (B, C, H, W)."""
         grid = mapped.reshape(-1, *self.grid)
-        return nn.functional.interpolate(grid, self.shape.space[1:], mode="nearest")
+        return repeated(grid, self.shape.space[1:])
 
     def encode(self, value: Tensor) -> Tensor:
         mapped = normalize(value, dim=1) @ widened(self.map).T  # (B, C · rows · columns)

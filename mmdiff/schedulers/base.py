@@ -69,7 +69,6 @@ class MTScheduler(GaussianPath):
                 raise InputError(f"solver_config.{key}", config.solver_config[key], remedy)
         self.num_inference_steps: int | None = None
         self._step_index: int | None = None
-        self._numbers: dict[tuple[float, torch.dtype], tuple[float, float]] = {}
         return {name: checked_weight(name, config.weights[name]) for name in sorted(config.weights or {})}
 
     def _check_choice(self, key: str, allowed: tuple[str, ...]) -> None:
@@ -136,11 +135,8 @@ class MTScheduler(GaussianPath):
         """(s_t, σ_t) in the precision of ``like``; a Python timestep gives numbers, which are kept."""
         if isinstance(timesteps, Tensor):
             return self._factors(timesteps, like)
-        key = timesteps, like.dtype
-        if key not in self._numbers:
-            signal, noise = self._factors(timesteps, like)
-            self._numbers[key] = float(signal), float(noise)
-        return self._numbers[key]
+        key = "signal, noise", timesteps, like.dtype
+        return self._once(key, lambda: tuple(map(float, self._factors(timesteps, like))))
 
     def _factors(self, timesteps: Tensor | float, like: Tensor) -> tuple[Tensor, Tensor]:
         """(s_t, σ_t) in the dtype of ``like``."""

@@ -189,4 +189,7 @@ class MTDiffusionScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
         return solver.timesteps
 
     def _step_arguments(self, timestep: float) -> dict[str, Any]:
-        return {"eta": safe_eta(self._solver, self._eta, timestep)} if self._eta > 0 else {}
+        if self._eta == 0:
+            return {}
+        key = "eta", timestep, self.num_inference_steps
+        return {"eta": self._once(key, lambda: safe_eta(self._solver, self._eta, timestep))}

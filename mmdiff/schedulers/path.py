@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class GaussianPath:
         self.path, self._weights = path, dict(weights)
         self._cumulative: dict[str, Tensor] = {}
         self._tables_on: dict[tuple[str, torch.device], Tensor] = {}
+        self._numbers: dict[tuple[Any, ...], Any] = {}  # what Python timesteps gave before
         self._tables = {
             "signal": _from_zero(path.signal, 1.0),
             "noise": _from_zero(path.noise, 0.0),
@@ -49,6 +50,7 @@ class GaussianPath:
         self._tables[f"W/{name}"] = _from_zero(cumulative, 0.0)
         self._tables[f"w/{name}"] = _from_zero(weight_schedules.step_weights(self.path, cumulative), 0.0)
         self._tables_on = {key: table for key, table in self._tables_on.items() if not key[0].endswith(f"/{name}")}
+        self._numbers = {key: number for key, number in self._numbers.items() if not key[0].endswith(f"/{name}")}
 
     def set_learned_weights(self, learned: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Replace W_t of learned schedules by the table of live parameters, through which gradients flow.
@@ -106,12 +108,24 @@ class GaussianPath:
         return self._weighted_sum("W", encodings, timesteps, like)
 
     def _weighted_sum(self, kind: str, encodings: Encodings | None, timesteps: Tensor | float, like: Tensor) -> Tensor:
-        total = torch.zeros((), dtype=like.dtype, device=like.device)
-        for name in sorted(encodings or {}):
-            self.cumulative_weights(name)  # a modality without weights is refused by name
-            weight = self._at(f"{kind}/{name}", timesteps, like)
-            total = total + weight.to(encodings[name].dtype) * encodings[name]
-        return total
+        names = sorted(encodings or {})
+        terms = [self._weight(kind, name, timesteps, encodings[name]) * encodings[name] for name in names]
+        return sum(terms[1:], start=terms[0]) if terms else torch.zeros((), dtype=like.dtype, device=like.device)
+
+    def _weight(self, kind: str, name: str, timesteps: Tensor | float, like: Tensor) -> Any:
+        """W_t or w_t in the dtype of ``like``; a Python timestep gives a number."""
+        self.cumulative_weights(name)  # a modality without weights is refused by name
+        key = f"{kind}/{name}"
+        if isinstance(timesteps, Tensor):
+            return self._at(key, timesteps, like).to(like.dtype)
+        return self._once((key, timesteps, like.dtype), lambda: self._at(key, timesteps, like).to(like.dtype).item())
+
+    def _once(self, key: tuple[Any, ...], found: Callable[[], Any]) -> Any:
+        """``found()``, asked for once: every step of a sampling loop needs some numbers, each of which costs several
+        tensor operations."""
+        if key not in self._numbers:
+            self._numbers[key] = found()
+        return self._numbers[key]
 
     def _step_variance(self, timesteps: Tensor, like: Tensor) -> Tensor:
         """σ_t² − ρ_t² σ_{t−1}², the noise that one transition adds; 1 − a_t on the variance-preserving path."""
