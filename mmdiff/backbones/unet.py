@@ -93,17 +93,7 @@ class UNet(Backbone):
         self.flags = nn.Sequential(
             nn.Linear(num_flags, width, bias=False), nn.SiLU(), nn.Linear(width, width, bias=False)
         )
-        self.place = None
-        if context_grid:
-            rows, columns = height // patch_size, space[2] // patch_size
-            if rows % context_grid or columns % context_grid:
-                raise InputError("backbone.context_grid", context_grid, f"must divide {rows}x{columns}")
-            self.place = nn.Sequential(
-                nn.SiLU(),
-                nn.Linear(width, CONTEXT_CHANNELS * context_grid**2, bias=False),
-                nn.Unflatten(1, (CONTEXT_CHANNELS, context_grid, context_grid)),
-                nn.Upsample((rows, columns), mode="nearest"),
-            )
+        self.place = _place(width, context_grid, (space[1] // patch_size, space[2] // patch_size))
         nn.init.zeros_(self.unet.conv_out.weight)  # start from the prediction 0, whose loss is the target's variance
         nn.init.zeros_(self.unet.conv_out.bias)
 
@@ -141,6 +131,22 @@ class UNet(Backbone):
         if self.skip is not None:
             prediction = prediction + self.skip(nn.functional.silu(emb))[:, :, None, None] * sample
         return BackboneOutput(prediction, features, pooled)
+
+
+def _place(width: int, grid: int, size: tuple[int, int]) -> nn.Module | None:
+    """(B, width) -> (B, 8, *size), constant in every cell of a grid."""
+    if grid == 0:
+        return None
+    if grid < 0 or size[0] % grid or size[1] % grid:
+        raise InputError(
+            "backbone.context_grid", grid, f"must divide {size[0]}x{size[1]}, the size in patches; 0 is off"
+        )
+    return nn.Sequential(
+        nn.SiLU(),
+        nn.Linear(width, CONTEXT_CHANNELS * grid**2, bias=False),
+        nn.Unflatten(1, (CONTEXT_CHANNELS, grid, grid)),
+        nn.Upsample(size, mode="nearest"),
+    )
 
 
 def _check(space: tuple, channels: Any, attention: list[bool], groups: int, head_dim: int, patch: int) -> None:

@@ -29,6 +29,7 @@ CASES = [
     Case("unet", (2, 8, 8), {**UNET, "patch_size": 2}),
     Case("unet", (1, 8, 16), {**UNET, "pooled_grid": 2}),
     Case("unet", (3, 8, 8), {**UNET, "patch_size": 2, "input_skip": True}),
+    Case("unet", (2, 8, 16), {**UNET, "patch_size": 2, "context_grid": 2}),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.kind}-{CASES.index(case)}")
 Inputs = tuple[Tensor, Tensor, Observation]

@@ -87,6 +87,8 @@ def test_widths_follow_the_levels(patch_size: int, expected: tuple[int, int, int
         (SPACE, {"block_out_channels": [8, 12], "attention": [False, False]}, "multiple of attention_head_dim = 8"),
         (SPACE, {"patch_size": 3}, "backbone.patch_size = 3: its square must divide block_out_channels[0] = 8"),
         (SPACE, {"patch_size": 0}, "backbone.patch_size = 0: "),
+        (SPACE, {"context_grid": 3}, "backbone.context_grid = 3: must divide"),
+        (SPACE, {"context_grid": -1}, "backbone.context_grid = -1: must divide"),
     ],
 )
 def test_impossible_settings_are_refused(space: tuple[int, int, int], settings: dict[str, Any], text: str) -> None:
@@ -94,3 +96,13 @@ def test_impossible_settings_are_refused(space: tuple[int, int, int], settings: 
         UNet(space, OBSERVED, FLAGS, **{**TINY, **settings})
     assert text in str(caught.value)
     assert str(caught.value).startswith("backbone.")
+
+
+@torch.no_grad()
+def test_with_a_context_grid_a_vector_can_say_where_and_no_vector_says_nothing() -> None:
+    backbone = unet(context_grid=2)
+    nothing, told = (backbone.place(backbone.flags(flags)) for flags in (torch.zeros(1, FLAGS), torch.eye(FLAGS)[:1]))
+    assert nothing.shape == (1, 8, *SPACE[1:]) and not nothing.any()
+    cells = told.unfold(2, 4, 4).unfold(3, 4, 4)  # (1, 8, 2, 2, 4, 4)
+    assert torch.equal(cells, cells[..., :1, :1].expand_as(cells))
+    assert len(cells[0, 0, :, :, 0, 0].unique()) == 4
