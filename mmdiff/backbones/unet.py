@@ -14,7 +14,7 @@ from mmdiff.errors import InputError
 
 DEFAULT_CHANNELS = (64, 128, 256)
 GRID_CHANNELS = 16
-CONTEXT_CHANNELS = 8
+CONTEXT_CHANNELS, CONTEXT_WIDTH = 8, 512
 
 
 class UNet(Backbone):
@@ -93,7 +93,7 @@ class UNet(Backbone):
         self.flags = nn.Sequential(
             nn.Linear(num_flags, width, bias=False), nn.SiLU(), nn.Linear(width, width, bias=False)
         )
-        self.place = _place(width, context_grid, (space[1] // patch_size, space[2] // patch_size))
+        self.place = _place(num_flags, context_grid, (space[1] // patch_size, space[2] // patch_size))
         nn.init.zeros_(self.unet.conv_out.weight)  # start from the prediction 0, whose loss is the target's variance
         nn.init.zeros_(self.unet.conv_out.bias)
 
@@ -107,12 +107,12 @@ class UNet(Backbone):
     def forward(self, sample: Tensor, timestep: Tensor, observation: Observation) -> BackboneOutput:
         unet = self.unet
         emb = unet.time_proj(timestep).to(sample.dtype)  # (B, c0)
-        told = self.flags(observation.flags.to(sample.dtype))  # (B, 4 c0)
-        emb = unet.time_embedding(emb) + told
+        flags = observation.flags.to(sample.dtype)  # (B, V)
+        emb = unet.time_embedding(emb) + self.flags(flags)  # (B, 4 c0)
         x = torch.cat([sample, observation.channels], dim=1)  # (B, C + O, H, W)
         h = pixel_unshuffle(x, self.patch_size)  # (B, (C + O) p², H / p, W / p)
         if self.place is not None:
-            h = torch.cat([h, self.place(told)], dim=1)  # + 8 channels
+            h = torch.cat([h, self.place(flags)], dim=1)  # + 8 channels
         h = unet.conv_in(h)  # (B, c0, H / p, W / p)
         skips = (h,)
         for block in unet.down_blocks:
@@ -133,17 +133,22 @@ class UNet(Backbone):
         return BackboneOutput(prediction, features, pooled)
 
 
-def _place(width: int, grid: int, size: tuple[int, int]) -> nn.Module | None:
-    """(B, width) -> (B, 8, *size), constant in every cell of a grid."""
+def _place(num_flags: int, grid: int, size: tuple[int, int]) -> nn.Module | None:
+    """(B, num_flags) -> (B, 8, *size), constant in every cell of a grid and 0 for zeros: no layer has a bias."""
     if grid == 0:
         return None
     if grid < 0 or size[0] % grid or size[1] % grid:
-        raise InputError(
-            "backbone.context_grid", grid, f"must divide {size[0]}x{size[1]}, the size in patches; 0 is off"
-        )
+        raise InputError("backbone.context_grid", grid, f"must divide {size[0]}x{size[1]} patches; 0 is off")
+    layers: list[nn.Module] = []
+    for before in (num_flags, CONTEXT_WIDTH):
+        layers += [
+            nn.Linear(before, CONTEXT_WIDTH, bias=False),
+            nn.SiLU(),
+            nn.LayerNorm(CONTEXT_WIDTH, elementwise_affine=False),
+        ]
     return nn.Sequential(
-        nn.SiLU(),
-        nn.Linear(width, CONTEXT_CHANNELS * grid**2, bias=False),
+        *layers,
+        nn.Linear(CONTEXT_WIDTH, CONTEXT_CHANNELS * grid**2, bias=False),
         nn.Unflatten(1, (CONTEXT_CHANNELS, grid, grid)),
         nn.Upsample(size, mode="nearest"),
     )
