@@ -29,7 +29,7 @@ from mmdiff.randomness import fold
 
 PROTOCOL = 1  # of the scores; stored parts of another one are not taken
 TUNING = 16  # training images on which a method's free settings are chosen, holes of every law and size
-CHOSEN_BY = "LPIPS, hole"
+CHOSEN_BY = "LPIPS, hole"  # their mean
 RAW = "not pasted"
 
 
@@ -168,8 +168,10 @@ class Benchmark:
         seconds = (time.perf_counter() - started) / len(truth)
         fills = _bytes(images)  # as a picture is kept, so that a stored one has the scores that are stored with it
         images = _floats(fills, truth)
-        scores = per_image(pasted(images, truth, known), truth, known, self.perceptual)
-        raw = per_image(images, truth, known, self.perceptual)
+        restored = pasted(images, truth, known)
+        scores = per_image(restored, truth, known, self.perceptual)
+        untouched = torch.equal(images, restored)  # most methods put known pixels back by themselves
+        raw = scores if untouched else per_image(images, truth, known, self.perceptual)
         return Cell(fills, scores | {f"{k}, {RAW}": v for k, v in raw.items()}, seconds, evaluations)
 
     def _filled(self, entry: Entry, truth: Tensor, known: Tensor, seed: int) -> tuple[Tensor, float]:
@@ -213,8 +215,9 @@ class Benchmark:
         if not path.is_file():
             found = []
             for trial in tqdm(trials, desc=f"{entry.label}: settings", leave=False, disable=len(trials) < 4):
-                tried = self._computed(entry._replace(setting=entry.setting | trial), truth, known, 0)
-                found.append(trial | {CHOSEN_BY: float(tried.scores[CHOSEN_BY].mean())})
+                images, _ = self._filled(entry._replace(setting=entry.setting | trial), truth, known, 0)
+                distance = self.perceptual.hole(pasted(images, truth, known), truth, 1 - known)
+                found.append(trial | {CHOSEN_BY: float(distance.mean())})
             best = min(range(len(trials)), key=lambda index: found[index][CHOSEN_BY])
             _write_json(
                 {"chosen": trials[best], "with": entry.setting, "training images": len(truth), "trials": found}, path
@@ -288,7 +291,7 @@ def _short(value: Any) -> str:
 def _write(cell: Cell, path: Path, key: str) -> None:
     """Whole or not at all."""
     tensors = {"fills": cell.fills} | {f"scores/{name}": values for name, values in cell.scores.items()}
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}  # some are the same
     facts = {"key": key, "seconds": repr(cell.seconds), "evaluations": repr(cell.evaluations)}
     _whole(path, lambda partial: save_file(tensors, partial, metadata=facts))
 
