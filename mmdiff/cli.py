@@ -9,23 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mmdiff.arguments import ConfigPath, Overrides, RunPath, Trust, integers
+from mmdiff.benchmark import benchmark
+
 if TYPE_CHECKING:
     from mmdiff.config import Config, SampleConfig
-    from mmdiff.pipeline import MTDiffusionPipeline
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Multimodal, multitask diffusion: one model for several kinds of data at once.",
 )  # fmt: skip
-benchmark = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure against peers.")
 app.add_typer(benchmark, name="benchmark")
-
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example train.steps=600")]
-ConfigPath = Annotated[Path, typer.Argument(help="an experiment's YAML file")]
-Trust = Annotated[
-    bool, typer.Option("--trust-custom-modalities", help="import the modalities that the run names by import path")
-]
-RunPath = Annotated[Path, typer.Argument(help="a run folder")]
 
 
 @app.command()
@@ -90,10 +84,10 @@ def sample_(
     trust: Trust = False,
 ) -> None:
     """Sample from a run and write a grid."""
-    pipeline = _load(run, solver, trust)
     own = _sample_config(run)
-    from mmdiff.sampling import prepare, sample
+    from mmdiff.sampling import load, prepare, sample
 
+    pipeline = load(run, solver, trust)
     prepare(pipeline, dtype, compiled)
     settings = {
         "num_inference_steps": steps or own.steps,
@@ -120,7 +114,7 @@ def check_modality(
     from mmdiff.config import parse_overrides
     from mmdiff.errors import InputError
 
-    chosen, numbers = OmegaConf.to_container(parse_overrides(settings or [])), _integers("--space", space)
+    chosen, numbers = OmegaConf.to_container(parse_overrides(settings or [])), integers("--space", space)
     if len(numbers) != 3 or min(numbers) < 1 or numbers[1] % 2 or numbers[2] % 2:
         raise InputError("--space", space, "write channels,height,width, the sides even: 3,16,16")
     from mmdiff.build import check_settings
@@ -153,7 +147,7 @@ def evaluate(
 ) -> None:
     """Score every modality and direction of a run; writes evaluation.json and prints the table."""
     ways = tuple(conditioning.split(",")) if conditioning else ()
-    _evaluate(run, overrides or [], _integers("--steps", steps), solver, feed, trust, ways, subsets)
+    _evaluate(run, overrides or [], integers("--steps", steps), solver, feed, trust, ways, subsets)
 
 
 @app.command()
@@ -177,24 +171,6 @@ def show(
         from mmdiff.plots import weight_schedules
 
         typer.echo(f"wrote {weight_schedules(scheduler, plot)}")
-
-
-@benchmark.command()
-def speed(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    rounds: Annotated[int, typer.Option(help="interleaved rounds", min=1)] = 5,
-    steps: Annotated[int, typer.Option(help="steps per round", min=1)] = 10,
-    against: Annotated[str, typer.Option(help="bare, anchor or solver")] = "bare",
-) -> None:
-    """A training step of mmdiff against a bare PyTorch loop, or against the same experiment with its anchor alone; or
-    a sampling step against the bare solver."""
-    from mmdiff.config import load_config
-
-    loaded = load_config(config, overrides)
-    from mmdiff.evaluation.speed import compare
-
-    typer.echo(compare(loaded, rounds, steps, against))
 
 
 def main() -> None:
@@ -262,11 +238,12 @@ def _evaluate(
     from mmdiff.config import load_config
 
     config: Config = load_config(run / "config.yaml", overrides)
-    pipeline = _load(run, solver, trust)
     from mmdiff.build import build_table, open_rows
     from mmdiff.evaluation import evaluators, records
     from mmdiff.plots import side_by_side
+    from mmdiff.sampling import load
 
+    pipeline = load(run, solver, trust)
     train, validation = (build_table(config, pipeline.model, rows) for rows in open_rows(config))
     result = evaluators.evaluate(pipeline, config, train, validation, steps, feed, trust, conditioning, subsets)
     records.save(result, run / "evaluation.json")
@@ -275,45 +252,8 @@ def _evaluate(
         typer.echo(f"wrote {side_by_side(rows, run / 'samples' / f'evaluation-{name}.png')}")
 
 
-def _load(run: Path, solver: str | None, trust: bool) -> MTDiffusionPipeline:
-    """The pipeline of a run folder, or a pipeline folder itself."""
-    from mmdiff.errors import InputError
-
-    folder = run / "pipeline" if (run / "pipeline").is_dir() else run
-    if not (folder / "model_index.json").is_file():
-        raise InputError("run", str(run), "holds no finished pipeline; train it to the end, or name another folder")
-    import torch
-    from diffusers.utils import logging
-    from safetensors import SafetensorError
-
-    from mmdiff.pipeline import MTDiffusionPipeline
-    from mmdiff.training.process import set_threads
-
-    set_threads(0)
-    logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said below, in one line
-    try:
-        pipeline = MTDiffusionPipeline.from_pretrained(folder, trust_custom_modalities=trust)
-    except InputError:
-        raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError("run", str(run), f"its pipeline is damaged, {type(error).__name__}: {error}") from None
-    if solver is not None:
-        scheduler = pipeline.scheduler
-        pipeline.scheduler = type(scheduler).from_config(scheduler.config, solver=solver, solver_config=None)
-    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _sample_config(run: Path) -> SampleConfig:
     """The run's own `sample` settings; a bare pipeline folder has none."""
     from mmdiff.config import SampleConfig, load_config
 
     return load_config(run / "config.yaml").sample if (run / "config.yaml").is_file() else SampleConfig()
-
-
-def _integers(key: str, text: str | None) -> tuple[int, ...]:
-    from mmdiff.errors import InputError
-
-    try:
-        return tuple(int(part) for part in text.split(",")) if text else ()
-    except ValueError:
-        raise InputError(key, text, "write whole numbers with commas: 10,20,200") from None

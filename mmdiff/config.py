@@ -49,7 +49,7 @@ class _Open(_Base):
 class MaskingConfig(_Strict):
     """Random holes in the anchor: a fresh one whenever a row is visited in training, one per row in evaluation."""
 
-    law: str = "squares"  # squares, box, half, checkerboard, free-form
+    law: str = "squares"  # squares, box, half, checkerboard, free-form; mixed: one of them per row
     ratio: tuple[float, float] = (0.1, 0.75)  # range of the share of hidden pixels, or one number
 
     @field_validator("ratio", mode="before")

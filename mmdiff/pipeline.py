@@ -112,6 +112,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
         feed: str | None = None,
         generator: Generators = None,
         output_type: str = "pil",
+        paste_back: bool = True,
         final_read: bool = True,
         return_last_draws: bool = False,
         max_batch_size: int | None = None,
@@ -126,8 +127,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
                 fix. With the anchor observed, one network evaluation reads the rest.
             num_inference_steps: solver steps. 0: nothing is denoised; what is unobserved is read from the heads in one
                 evaluation at t = T, the anchor from the head of an observed modality that predicts it (masked image).
-            guidance_scale: classifier-free guidance, one number or {observed modality: number}; 1 is off. Needs the way
-                "channels".
+            guidance_scale: classifier-free, a number or {observed modality: number}; 1 is off. Needs the way channels.
             conditioning: how observed values steer (README, Theory, section 5): one or several of "channels",
                 "plug-in", "self-guidance" and "replacement" for all, or {modality: one or several}; by default as
                 trained: observation channels, and c_t for what is aggregated.
@@ -143,11 +143,11 @@ class MTDiffusionPipeline(DiffusionPipeline):
             generator: one, or a list of one per sample, with which results do not depend on the batch's split. One
                 is drawn from batch by batch: another split gives other samples of the same law.
             output_type: "pil" (what a person wants) or "pt" (tensors: images in [−1, 1], class ids).
+            paste_back: put what observed values fix of the anchor (known pixels) back into it; False: as it was drawn.
             final_read: read unobserved modalities from the finished anchor in one more evaluation; False returns the
                 draws of the last denoising step.
             return_last_draws: report those draws beside the final read.
-            max_batch_size: compute in batches of at most so many samples, under one progress bar; default: at once.
-                Guidance evaluates a batch once more for every guided modality.
+            max_batch_size: how many samples are computed at once; guidance evaluates them once more for each modality.
             return_dict: False returns the tuple (samples, last_draws).
 
         Raises:
@@ -185,6 +185,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
                 feed=feed,
                 read_timesteps=read_timesteps,
                 output_type=output_type,
+                paste_back=paste_back,
                 final_read=final_read,
                 return_last_draws=return_last_draws,
             )
@@ -197,9 +198,8 @@ class MTDiffusionPipeline(DiffusionPipeline):
             else:
                 z_0, draws = self._denoise(values, count, num_inference_steps, plan, feed, generator)
                 samples[self.model.anchor] = self.model.modalities[self.model.anchor].unencode(z_0)
-            for name, value in values.items():
-                anchor = self.model.modalities[name].restore(samples[self.model.anchor], value)
-                samples[self.model.anchor] = anchor
+            for name, value in values.items() if paste_back else ():
+                samples[self.model.anchor] = self.model.modalities[name].restore(samples[self.model.anchor], value)
         if len(samples) < len(self.model.names):
             read = final_read or self.model.anchor in values
             samples |= self._read(samples, plan.channels, levels, generator) if read else draws

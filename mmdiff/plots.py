@@ -28,6 +28,27 @@ def side_by_side(rows: list[list[Image.Image]], path: Path) -> Path:
     return path
 
 
+def titled(titles: list[str], rows: list[list[Image.Image]], path: Path) -> Path:
+    """Columns with titles, written upwards; images of one size."""
+    from matplotlib.font_manager import findfont
+    from PIL import ImageDraw, ImageFont
+
+    grid = tile(
+        [image.convert("RGB") for row in rows for image in row], len(titles), zoom=max(1, 64 // rows[0][0].height)
+    )
+    font = ImageFont.truetype(findfont("DejaVu Sans"), 12)
+    step, height = grid.width // len(titles), 8 + max(int(font.getlength(title)) for title in titles)
+    strip = Image.new("RGB", (height, grid.width), "white")  # turned by 90°
+    draw = ImageDraw.Draw(strip)
+    for index, title in enumerate(titles):
+        draw.text((4, (index + 0.5) * step), title, fill="black", font=font, anchor="lm")
+    canvas = Image.new("RGB", (grid.width, grid.height + height), "white")
+    canvas.paste(strip.rotate(90, expand=True), (0, 0))
+    canvas.paste(grid, (0, height))
+    canvas.save(path)
+    return path
+
+
 def tile(images: list[Image.Image], columns: int, gap: int = 2, zoom: int = 1) -> Image.Image:
     """Images of one size in rows of ``columns``, with a gap so that they do not run into each other."""
     width, height = images[0].width * zoom, images[0].height * zoom

@@ -8,16 +8,47 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 from PIL import Image
+from safetensors import SafetensorError
 
 from mmdiff.errors import InputError
 from mmdiff.model import MTDiffusionModel
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.plots import tile
 from mmdiff.randomness import fold
+from mmdiff.training.process import set_threads
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _LONGEST = 2000  # characters of what is printed per modality
+
+
+def load(run: Path, solver: str | None = None, trust: bool = False) -> MTDiffusionPipeline:
+    """The pipeline of a run folder, or a pipeline folder itself, on the accelerator if there is one.
+
+    Args:
+        run: the folder.
+        solver: another one than the run's.
+        trust: import the modalities that it names by import path.
+
+    Raises:
+        InputError: it holds no finished pipeline, or a damaged one.
+    """
+    folder = run / "pipeline" if (run / "pipeline").is_dir() else run
+    if not (folder / "model_index.json").is_file():
+        raise InputError("run", str(run), "holds no finished pipeline; train it to the end, or name another folder")
+    set_threads(0)
+    logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said below, in one line
+    try:
+        pipeline = MTDiffusionPipeline.from_pretrained(folder, trust_custom_modalities=trust)
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError("run", str(run), f"its pipeline is damaged, {type(error).__name__}: {error}") from None
+    if solver is not None:
+        scheduler = pipeline.scheduler
+        pipeline.scheduler = type(scheduler).from_config(scheduler.config, solver=solver, solver_config=None)
+    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def sample(

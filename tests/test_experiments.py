@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 
 from mmdiff.build import build_model, needs_data, resolve
-from mmdiff.config import Config, load_config, parse_config
+from mmdiff.config import Config, first_difference, load_config, parse_config
 from mmdiff.data.sources import EMBEDDED
 from mmdiff.training import train
 from mmdiff.training.dry_run import dry_run
 
 ROOT = Path(__file__).parents[1]
-EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
+EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.yaml"))
+RESTORATION = ("multitask", "reconstruct", "unconditional", "conditional")
 DATA = ROOT.parent / "shared" / "data"
 TOY = {
     "block_out_channels": [8, 16],
@@ -58,7 +59,23 @@ def test_there_are_experiments() -> None:
     assert {path.stem for path in EXPERIMENTS} >= {
         *("digits", "shapes_all", "camvid_mask", "cifar10_label", "cifar10_masked", "clip_embedding"),
         *("imagenet64_label", "imagenet64_masked", "cityscapes_mask", "imagenet64_clip"),
+        *(f"{data}_{method}" for data in ("cifar10", "shapes") for method in RESTORATION),
     }
+
+
+@pytest.mark.parametrize("data", ["cifar10", "shapes"])
+@pytest.mark.parametrize("method", RESTORATION[1:])
+def test_restoration_methods_share_all_but_what_they_are_about(data: str, method: str) -> None:
+    """The same backbone, data, scheduler, optimizer, steps, samples and averages for each: no baseline is starved."""
+    folder = ROOT / "experiments" / "restoration"
+    one, other = (
+        resolve(without_data(load_config(folder / f"{data}_{name}.yaml")), None) for name in (RESTORATION[0], method)
+    )
+    own = {"name", "states", "train.learning_rate", "modalities.masked_image"}
+    if method == "unconditional":
+        own.add("data.masking.masked_image")  # nothing is masked in its training
+    assert first_difference(one, other, ignore=own) is None
+    assert one.train.learning_rate == other.train.learning_rate  # where the sweeps start
 
 
 @each_experiment
@@ -68,7 +85,7 @@ def test_it_is_a_record_named_after_its_file(path: Path) -> None:
     assert all(line.startswith("#") for line in header.splitlines())
     for entry in ("command", "data", "hardware", "expected", "measured"):
         assert re.search(rf"^# {entry} ", header, flags=re.MULTILINE), entry
-    assert f"experiments/{path.name}" in header
+    assert path.relative_to(ROOT).as_posix() in header
 
 
 @each_experiment

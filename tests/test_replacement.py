@@ -190,6 +190,28 @@ def test_known_pixels_come_back_bit_by_bit(latent: bool, ways: Any) -> None:
     assert not torch.equal(found["image"][~known], value[:, :-1][~known])
 
 
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("size", [None, 1])
+def test_pasting_back_can_be_left_out(steps: int, size: int | None) -> None:
+    """What is drawn or read stays as it is; pasted back afterwards it is the pipeline's own answer."""
+    value, pipe = masked(8), masked_pipeline(False)
+    drawn, pasted = (
+        pipe(
+            observed={"masked": value},
+            num_inference_steps=steps,
+            output_type="pt",
+            generator=[Generator().manual_seed(k) for k in range(2)],
+            max_batch_size=size,
+            paste_back=paste_back,
+            final_read=False,
+        ).samples["image"]
+        for paste_back in (False, True)
+    )
+    known = value[:, -1:].expand_as(drawn) > 0
+    assert not torch.isclose(drawn[known], value[:, :-1][known]).any()
+    assert torch.equal(torch.where(known, value[:, :-1], drawn), pasted)
+
+
 @torch.no_grad()
 def test_a_latent_cell_is_known_where_all_its_pixels_are() -> None:
     for latent, cell in ((True, 4), (False, 1)):

@@ -30,7 +30,7 @@ def known_masks(
 
     Args:
         law: a key of `LAWS`; the units are a square (squares), a row or a column (box, half), a cell of the 8 × 8 grid
-            (checkerboard), a pixel (free-form).
+            (checkerboard), a pixel (free-form); of mixed those of the law that a position gets.
         ratio: share of hidden pixels, inside (0, 1); a pair (low, high) draws it uniformly for every sample.
         height, width: pixels.
         seed: of the run.
@@ -116,6 +116,13 @@ def _free_form(seed: int, positions: Tensor, height: int, width: int, share: Ten
     return nearest
 
 
+def _mixed(seed: int, positions: Tensor, height: int, width: int, share: Tensor) -> Tensor:
+    """One of the other laws, each equally often: what a model learns that shall restore any hole."""
+    which = (len(_PURE) * uniform(seed, 0, "holes/law", positions)).long()[:, None, None]  # (B, 1, 1)
+    fields = [law(seed, positions, height, width, share).reshape(-1, height, width) for law in _PURE.values()]
+    return sum(torch.where(which == index, field, 0.0) for index, field in enumerate(fields))  # (B, H, W)
+
+
 def _squared_distance(y: Tensor, x: Tensor, start: Tensor, end: Tensor) -> Tensor:
     """From the pixels y (H, 1), x (1, W) to segments between start (B, 2) and end (B, 2): (B, H, W)."""
     along = end - start
@@ -132,10 +139,11 @@ def _centres(size: int, positions: Tensor) -> Tensor:
 
 
 Law = Callable[[int, Tensor, int, int, Tensor], Tensor]
-LAWS: dict[str, Law] = {
+_PURE: dict[str, Law] = {
     "squares": _squares,
     "box": _box,
     "half": _half,
     "checkerboard": _checkerboard,
     "free-form": _free_form,
 }
+LAWS: dict[str, Law] = {**_PURE, "mixed": _mixed}

@@ -46,11 +46,7 @@ class Evaluation:
 
 def manifest(pipeline: MTDiffusionPipeline, config: Config, train: Table, validation: Table) -> dict[str, Any]:
     """What a reader needs to believe a number, and to make it again."""
-    return {
-        "date": date.today().isoformat(),
-        "command": " ".join(["mmdiff", *sys.argv[1:]]),
-        "machine": f"{platform.machine()} {platform.system()}, {torch.get_num_threads()} threads, {pipeline.device}",
-        "torch": torch.__version__,
+    return circumstances(pipeline.device) | {
         "data": config.data.source,
         "training rows": len(train),
         "held-out rows": len(validation),
@@ -60,6 +56,16 @@ def manifest(pipeline: MTDiffusionPipeline, config: Config, train: Table, valida
         "solver": pipeline.scheduler.config.solver,
         "guidance_scale": config.sample.guidance_scale,
         "guidance": config.sample.guidance,
+    }
+
+
+def circumstances(device: torch.device) -> dict[str, Any]:
+    """When, by which command and on what machine."""
+    return {
+        "date": date.today().isoformat(),
+        "command": " ".join(["mmdiff", *sys.argv[1:]]),
+        "machine": f"{platform.machine()} {platform.system()}, {torch.get_num_threads()} threads, {device}",
+        "torch": torch.__version__,
     }
 
 
@@ -81,10 +87,15 @@ def table(evaluation: Evaluation) -> str:
 
 def save(evaluation: Evaluation, path: Path) -> None:
     """Write evaluation.json; an earlier one is kept under a number."""
+    make_room(path)
+    path.write_text(json.dumps(evaluation.to_json(), indent=1, ensure_ascii=False) + "\n")
+
+
+def make_room(path: Path) -> None:
+    """A file that stands there is kept under a number."""
     if path.exists():
         numbers = (path.with_stem(f"{path.stem}-{k}") for k in itertools.count(1))
         path.rename(next(candidate for candidate in numbers if not candidate.exists()))
-    path.write_text(json.dumps(evaluation.to_json(), indent=1, ensure_ascii=False) + "\n")
 
 
 def _interval(values: list[Any]) -> str:

@@ -13,6 +13,7 @@ from mmdiff.data import Table
 from mmdiff.data.masking import known_masks
 from mmdiff.errors import InputError
 from mmdiff.evaluation import metrics
+from mmdiff.evaluation.inpainting import mean_fill
 from mmdiff.evaluation.judges import complete
 from mmdiff.evaluation.perceptual import Perceptual
 
@@ -66,14 +67,14 @@ class HoleScores:
             value = torch.cat([self.truth * known, known], dim=1)
             ways = {}
             if "mean fill" in by:
-                ways["mean fill"] = _mean_fill(self.truth, known)
+                ways["mean fill"] = mean_fill(None, self.truth, known)
             if "head" in by and states.anchor_hidden > 0:
                 ways["head"] = draw(len(value), observed={name: value}, num_inference_steps=0)[self.anchor]
             if "samples" in by and states.anchor_hidden < 1:
                 ways["samples"] = draw(len(value), observed={name: value})[self.anchor]
             for way, images in ways.items():
-                restored = torch.where(known > 0, self.truth, images.float().clamp(-1, 1))
-                yield {"masks": title, "law": law.law, "ratio": list(law.ratio), "by": way}, value, known, restored
+                about = {"masks": title, "law": law.law, "ratio": list(law.ratio), "by": way}
+                yield about, value, known, pasted(images, self.truth, known)
 
     def _known(self, key: str, law: MaskingConfig) -> Tensor:
         """(n, 1, H, W), 1 = known."""
@@ -84,17 +85,32 @@ class HoleScores:
 
     def scores(self, restored: Tensor, known: Tensor) -> dict[str, Any]:
         """LPIPS, PSNR and SSIM, in the hole and on the whole (of which all but the hidden share is the truth)."""
-        hole, found = 1 - known, {"n": len(restored), "hidden share": float(1 - known.mean())}
-        if self.perceptual is not None:
-            found |= metrics.scored("LPIPS, hole", self.perceptual.hole(restored, self.truth, hole))
-            found |= metrics.scored("LPIPS, whole", self.perceptual.whole(restored, self.truth))
-        for title, where in (("hole", hole), ("whole", None)):
-            found |= metrics.scored(f"PSNR, {title}", metrics.psnr(restored, self.truth, where))
-            found |= metrics.scored(f"SSIM, {title}", metrics.ssim(restored, self.truth, where))
+        found = {"n": len(restored), "hidden share": float(1 - known.mean())}
+        for name, values in per_image(restored, self.truth, known, self.perceptual).items():
+            found |= metrics.scored(name, values)
         return found
 
 
-def _mean_fill(truth: Tensor, known: Tensor) -> Tensor:
-    """The floor: holes filled with the mean of what is known, per image and channel."""
-    mean = (truth * known).sum(dim=(2, 3), keepdim=True) / known.sum(dim=(2, 3), keepdim=True).clamp(min=1)
-    return mean.expand_as(truth)
+def pasted(images: Tensor, truth: Tensor, known: Tensor) -> Tensor:
+    """Images (n, C, H, W) of any method, clipped to [−1, 1], with the known pixels of the truth bit by bit."""
+    restored = torch.where(known > 0, truth, images.to(truth.dtype).clamp(-1, 1))
+    assert torch.equal(restored * known, truth * known)
+    return restored
+
+
+def per_image(restored: Tensor, truth: Tensor, known: Tensor, perceptual: Perceptual | None) -> dict[str, Tensor]:
+    """{"LPIPS, hole": (n,), …}: LPIPS (where there are weights), PSNR and SSIM, on the hole and on the whole.
+
+    Args:
+        restored, truth: (n, C, H, W) in [−1, 1].
+        known: (n, 1, H, W), 0 in the hole.
+        perceptual: the LPIPS to use, or None.
+    """
+    hole, found = 1 - known, {}
+    if perceptual is not None:
+        found["LPIPS, hole"] = perceptual.hole(restored, truth, hole)
+        found["LPIPS, whole"] = perceptual.whole(restored, truth)
+    for title, where in (("hole", hole), ("whole", None)):
+        found[f"PSNR, {title}"] = metrics.psnr(restored, truth, where)
+        found[f"SSIM, {title}"] = metrics.ssim(restored, truth, where)
+    return found

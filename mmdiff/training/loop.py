@@ -259,6 +259,21 @@ def claim_folder(folder: Path, config: Config, trainer: Trainer, accelerator: Ac
         raise InputError(
             "output", str(folder), "exists; choose another output=…, or continue it with train.resume=auto"
         )
+    check_started_alike(folder, config)
+    newest = checkpoints(folder / "checkpoints")[-1:]
+    return trainer.load(newest[0]) if newest else (0, Window())
+
+
+def check_started_alike(folder: Path, config: Config) -> None:
+    """A run folder can be taken for this experiment's.
+
+    Args:
+        folder: that exists.
+        config: resolved.
+
+    Raises:
+        InputError: it is no run folder, or its run was started with other settings.
+    """
     if not (folder / "config.yaml").is_file():
         raise InputError("output", str(folder), "exists and is no run folder (no config.yaml); choose another output=…")
     found = first_difference(resolve_scheduler(load_config(folder / "config.yaml")), config, ignore=RESUMABLE)
@@ -267,8 +282,6 @@ def claim_folder(folder: Path, config: Config, trainer: Trainer, accelerator: Ac
         raise InputError(
             key, now, f"the run in {folder} was started with {before!r}; restore it or choose another output=…"
         )
-    newest = checkpoints(folder / "checkpoints")[-1:]
-    return trainer.load(newest[0]) if newest else (0, Window())
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

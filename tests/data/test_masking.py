@@ -23,7 +23,9 @@ UNITS = {
     "half": WIDTH,
     "checkerboard": (HEIGHT // 8) * (WIDTH // 8),
     "free-form": 1,
+    "mixed": WIDTH,  # the largest of them
 }
+PURE = [law for law in LAWS if law != "mixed"]
 every_law = pytest.mark.parametrize("law", LAWS)
 
 
@@ -90,12 +92,19 @@ def test_masks_are_made_on_the_device_of_the_positions(law: str) -> None:
     assert masks.device.type == "meta" and masks.shape == (3, 1, HEIGHT, WIDTH)
 
 
+def test_mixed_holes_are_of_each_law_equally_often() -> None:
+    mixed = holes("mixed", (0.2, 0.6), 2000)
+    same = torch.stack([(mixed == holes(law, (0.2, 0.6), 2000)).flatten(1).all(dim=1) for law in PURE])
+    assert same.any(dim=0).all()
+    assert float((same.float().mean(dim=1) - 1 / len(PURE)).abs().max()) < 0.04  # 4 standard errors
+
+
 def test_laws_differ() -> None:
-    for one, other in itertools.combinations(LAWS, 2):
+    for one, other in itertools.combinations(PURE, 2):
         assert float((holes(one) == holes(other)).flatten(1).all(dim=1).float().mean()) < 0.05
 
 
-@pytest.mark.parametrize("law", [law for law in LAWS if law not in ("box", "free-form")])
+@pytest.mark.parametrize("law", [law for law in PURE if law not in ("box", "free-form")])
 def test_every_pixel_is_hidden_equally_often_where_the_law_is_homogeneous(law: str) -> None:
     often = holes(law, 0.5, 4000).float().mean(dim=0)
     quarters = often.unfold(0, HEIGHT // 2, HEIGHT // 2).unfold(1, WIDTH // 2, WIDTH // 2).mean(dim=(2, 3))

@@ -1,0 +1,41 @@
+"""Arguments that several commands take, and numbers that a person types with commas."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmdiff.errors import InputError
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example train.steps=600")]
+ConfigPath = Annotated[Path, typer.Argument(help="an experiment's YAML file")]
+RunPath = Annotated[Path, typer.Argument(help="a run folder")]
+Trust = Annotated[
+    bool, typer.Option("--trust-custom-modalities", help="import the modalities that the run names by import path")
+]
+
+
+def integers(key: str, text: str | None) -> tuple[int, ...]:
+    """ "10,20,200" -> (10, 20, 200); nothing -> ().
+
+    Raises:
+        InputError: naming the option.
+    """
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise InputError(key, text, "write whole numbers with commas: 10,20,200") from None
+
+
+def numbers(key: str, text: str) -> tuple[float, ...]:
+    """ "0.25,0.5" -> (0.25, 0.5).
+
+    Raises:
+        InputError: naming the option.
+    """
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(key, text, "write numbers with commas: 0.25,0.5") from None

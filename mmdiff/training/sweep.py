@@ -1,0 +1,84 @@
+"""A learning-rate sweep of short runs, then the whole training at the best rate; what is finished is not repeated."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from mmdiff.build import build_model, build_objective, build_scheduler, build_table, open_rows, resolve
+from mmdiff.config import Config, load_config
+from mmdiff.errors import InputError
+from mmdiff.objective import Where
+from mmdiff.training.checkpoint import checkpoints
+from mmdiff.training.loop import TrainingError, check_started_alike, train
+
+SHARE = 4  # a short run takes a quarter of the steps
+ROWS, DRAWS = 256, 4  # held-out rows, and times and states drawn for each, of the validation loss
+
+
+def swept(config: Config, factors: Sequence[float], folder: Path, progress: bool = True) -> Path:
+    """Train an experiment at the best of several learning rates; returns the run folder.
+
+    Short runs stand in ``folder/sweeps/NAME/rate-…`` with their curves, the run is ``folder/runs/NAME``, and its
+    ``sweep.json`` holds their validation losses. Called again, it continues what was interrupted.
+
+    Args:
+        config: of the experiment; its `output` and `train.resume` do not count.
+        factors: of `train.learning_rate`; a single one is taken without a sweep.
+        folder: for all of it.
+        progress: show progress bars.
+
+    Raises:
+        InputError: no positive factor, or a folder holds another run.
+        TrainingError: training was told to stop, or cannot go on.
+    """
+    if not factors or min(factors) <= 0:
+        raise InputError("--sweep", list(factors), "needs factors of the learning rate, numbers > 0")
+    rates = [config.train.learning_rate * factor for factor in factors]
+    steps = max(1, config.train.steps // SHARE)
+    losses = {}
+    for rate in rates if len(rates) > 1 else ():
+        short = _trained(config, rate, steps, folder / "sweeps" / config.name / f"rate-{rate:g}", progress)
+        known = short / "validation.json"
+        if not known.is_file():
+            known.write_text(json.dumps({"loss": validation_loss(short)}) + "\n")
+        losses[rate] = json.loads(known.read_text())["loss"]
+    best = min(losses, key=losses.__getitem__) if losses else rates[0]
+    run = _trained(config, best, config.train.steps, folder / "runs" / config.name, progress)
+    record = {"chosen": best, "steps": steps, "validation loss by learning rate": losses}
+    (run / "sweep.json").write_text(json.dumps(record, indent=1) + "\n")
+    return run
+
+
+def _trained(config: Config, rate: float, steps: int, folder: Path, progress: bool) -> Path:
+    settings = config.train.model_copy(update={"learning_rate": rate, "steps": steps, "resume": "auto"})
+    config = config.model_copy(update={"train": settings, "output": str(folder)})
+    if (folder / "pipeline" / "model_index.json").is_file():
+        check_started_alike(folder, resolve(config, open_rows(config)[0]))
+        return folder
+    train(config, progress)
+    if not (folder / "pipeline" / "model_index.json").is_file():
+        raise TrainingError(f"stopped in {folder}; the same command continues it")
+    return folder
+
+
+@torch.no_grad()
+def validation_loss(run: Path) -> float:
+    """The training loss of a finished run's averaged weights on held-out rows; rows, times and states are the same in
+    every run of one seed."""
+    config = load_config(run / "config.yaml")
+    _, held_out = open_rows(config)
+    model = build_model(config)
+    objective = build_objective(config, model, build_scheduler(config)).eval()
+    averages = load_file(checkpoints(run / "checkpoints")[-1] / "ema.safetensors")
+    objective.load_state_dict(objective.state_dict() | averages)
+    batch = build_table(config, model, held_out.select(list(range(min(ROWS, len(held_out)))))).all()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch, count = batch.to(device), len(next(iter(batch.present.values())))
+    positions = torch.arange(count, device=device)
+    losses = [objective.to(device)(batch, Where(draw, positions, count)).loss for draw in range(DRAWS)]
+    return float(torch.stack(losses).mean())
