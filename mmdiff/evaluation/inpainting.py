@@ -19,6 +19,7 @@ from torch import Tensor
 from mmdiff.build import state_law
 from mmdiff.config import Config
 from mmdiff.modalities import MaskedImage
+from mmdiff.modalities.masked_image import smooth_fill
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.schedulers import MTDiffusionScheduler
 from mmdiff.schedulers.predictions import PREDICTIONS
@@ -135,17 +136,7 @@ def mean_fill(run: None, pixels: Tensor, known: Tensor, generators: Generators =
 
 def blur(run: None, pixels: Tensor, known: Tensor, generators: Generators = (), width: float = 1 / 16) -> Tensor:
     """Means of known pixels, weighted by a Gaussian of the distance; ``width`` σ as a part of the shorter side."""
-    sides = pixels.shape[2:]
-    rows, columns = (_gaussian(side, width * min(sides)).to(pixels.device) for side in sides)
-    weight = rows @ known.double() @ columns  # (n, 1, H, W)
-    filled = rows @ (pixels * known).double() @ columns / weight.clamp(min=torch.finfo(torch.float64).tiny)
-    return filled.to(pixels.dtype)
-
-
-def _gaussian(side: int, sigma: float) -> Tensor:
-    """(side, side) float64, with tails: what is far counts where nothing is near."""
-    places = torch.arange(side, dtype=torch.float64)
-    return torch.exp(-0.5 * ((places[:, None] - places) / sigma).square().clamp(max=600))
+    return smooth_fill(pixels, known, width)
 
 
 def telea(run: None, pixels: Tensor, known: Tensor, generators: Generators) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -42,17 +42,21 @@ class MaskedImage(Modality):
     Args:
         shape: the surroundings, see `Modality`.
         channels, size, resize: as the anchor's, see `Image`.
+        fill: what the backbone sees in an observed hole, beside the hole channel: "zero", or "smooth", a fill from the
+            pixels around it (see `smooth_fill`), which leaves a short training only the rest to learn.
     """
 
     aggregable: ClassVar[bool] = False
     predicts_anchor: ClassVar[bool] = True
     fixes_anchor: ClassVar[bool] = True
 
-    def __init__(self, shape: Shape, channels: int, size: Size, resize: bool = False) -> None:
+    def __init__(self, shape: Shape, channels: int, size: Size, resize: bool = False, fill: str = "zero") -> None:
         super().__init__(shape)
         if channels not in _MODES:
             raise InputError("channels", channels, "an image has 1 (grey) or 3 (RGB) channels")
-        self.channels, self.resize = channels, resize
+        if fill not in FILLS:
+            raise InputError("fill", fill, f"choose {' or '.join(FILLS)}")
+        self.channels, self.resize, self.fill = channels, resize, FILLS[fill]
         self.height, self.width = height_width(size)
         self.head = GaussianHead(shape, channels, (self.height, self.width))
 
@@ -154,8 +158,9 @@ class MaskedImage(Modality):
         return grid_channels(self.channels + 1, (self.height, self.width), self.shape.space)
 
     def observe(self, value: Tensor) -> Tensor:
-        """Known pixels and the hole channel (patches as channels, where the diffusion space is coarser)."""
-        return to_grid(torch.cat([value[:, :-1] * value[:, -1:], value[:, -1:]], dim=1), self.shape.space)
+        """Known pixels, the fill, and the hole channel (patches as channels, where the diffusion space is coarser)."""
+        pixels, known = value[:, :-1], value[:, -1:]
+        return to_grid(torch.cat([self.fill(pixels * known, known), known], dim=1), self.shape.space)
 
     def decode(self, features: Tensor, pooled: Tensor) -> Tensor:
         """(B, channels + 1, height, width): the mean of the whole image, and log σ in the last channel."""
@@ -200,6 +205,33 @@ class MaskedImage(Modality):
 
     def restore(self, anchor: Tensor, value: Tensor) -> Tensor:
         return torch.where(value[:, -1:] > 0, value[:, :-1].to(anchor.dtype), anchor)
+
+
+def smooth_fill(pixels: Tensor, known: Tensor, width: float = 1 / 32) -> Tensor:
+    """Means of known pixels, weighted by a Gaussian of the distance, (B, C, H, W); known pixels are blurred, too.
+
+    Args:
+        pixels: (B, C, H, W), 0 in the hole.
+        known: (B, 1, H, W), 1 = known.
+        width: σ as a part of the shorter side.
+    """
+    sides = pixels.shape[2:]
+    rows, columns = (_gaussian(side, width * min(sides)).to(pixels.device) for side in sides)
+    weight = rows @ known.double() @ columns  # (B, 1, H, W)
+    filled = rows @ (pixels * known).double() @ columns / weight.clamp(min=torch.finfo(torch.float64).tiny)
+    return filled.to(pixels.dtype)
+
+
+def _gaussian(side: int, sigma: float) -> Tensor:
+    """(side, side) float64, with tails: what is far counts where nothing is near."""
+    places = torch.arange(side, dtype=torch.float64)
+    return torch.exp(-0.5 * ((places[:, None] - places) / sigma).square().clamp(max=600))
+
+
+FILLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "zero": lambda pixels, known: pixels,
+    "smooth": lambda pixels, known: torch.where(known > 0, pixels, smooth_fill(pixels, known)),
+}
 
 
 def _known(text: str, mask: PILImage.Image, size: tuple[int, int]) -> PILImage.Image:

@@ -140,8 +140,8 @@ def masked_pictures(size: int) -> list[PILImage.Image]:
     return [PILImage.fromarray(array) for array in pixels]
 
 
-def _masked_image(size: int) -> Callable[[Shape], Modality]:
-    return lambda shape: MaskedImage(shape, channels=3, size=size)
+def _masked_image(size: int, fill: str = "zero") -> Callable[[Shape], Modality]:
+    return lambda shape: MaskedImage(shape, channels=3, size=size, fill=fill)
 
 
 # ------------------------------------------------------------------------------------------------------- labels
@@ -302,6 +302,10 @@ CASES = [
     Case(
         "masked-image", (3, 8, 8), _masked_image(8), masked(8), masked_pictures(8), PNG, hole_law, saved, same_pixels,
         asked=hidden_everywhere,
+    ),
+    Case(
+        "masked-smooth", (3, 8, 8), _masked_image(8, "smooth"), masked(8), masked_pictures(8), PNG, hole_law, saved,
+        same_pixels, asked=hidden_everywhere,
     ),
     Case(
         "masked-latent", (4, 8, 8), _masked_image(64), masked(64), masked_pictures(64), PNG, hole_law, saved,

@@ -36,6 +36,31 @@ def values(count: int = 2, channels: int = 3) -> Tensor:
     return torch.cat([pixels * known, known], dim=1)
 
 
+def test_a_smooth_fill_is_the_weighted_mean_of_known_pixels_and_leaves_those_alone() -> None:
+    modality, value = masked_image(fill="smooth"), values().double()
+    pixels, known = value[:, :3], value[:, 3:]
+    seen = modality.observe(value)
+    assert torch.equal(seen[:, 3:], known) and torch.equal(seen[:, :3] * known, pixels)
+    places = torch.cartesian_prod(torch.arange(8.0), torch.arange(8.0)).double()  # (64, 2)
+    weights = torch.exp(-0.5 * (torch.cdist(places, places) / (8 / 32)).square()) * known.flatten(2)  # (B, 64, 64)
+    means = torch.einsum("bpq,bcq->bcp", weights, pixels.flatten(2)) / weights.sum(2)[:, None]
+    hole = ~known.bool().expand_as(pixels)
+    torch.testing.assert_close(seen[:, :3][hole], means.reshape(pixels.shape)[hole], rtol=1e-9, atol=1e-9)
+
+
+def test_a_constant_image_is_filled_with_its_constant_and_an_unknown_one_with_zeros() -> None:
+    known = torch.zeros(2, 1, 8, 8)
+    known[0, 0, 3, 5] = 1.0
+    seen = masked_image(fill="smooth").observe(torch.cat([0.25 * known.expand(2, 3, 8, 8), known], dim=1))
+    torch.testing.assert_close(seen[0, :3], torch.full((3, 8, 8), 0.25))
+    assert not seen[1].any()
+
+
+def test_an_unknown_fill_is_refused() -> None:
+    with pytest.raises(InputError, match="fill = 'blurred': choose zero or smooth"):
+        masked_image(fill="blurred")
+
+
 # ---------------------------------------------------------------------------------------------------- raw values
 
 
