@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mmdiff.benchmarks import benchmark
+
 if TYPE_CHECKING:
     from mmdiff.config import Config, SampleConfig
     from mmdiff.pipeline import MTDiffusionPipeline
@@ -17,7 +19,6 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Multimodal, multitask diffusion: one model for several kinds of data at once.",
 )  # fmt: skip
-benchmark = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure against peers.")
 app.add_typer(benchmark, name="benchmark")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example train.steps=600")]
@@ -177,24 +178,6 @@ def show(
         from mmdiff.plots import weight_schedules
 
         typer.echo(f"wrote {weight_schedules(scheduler, plot)}")
-
-
-@benchmark.command()
-def speed(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    rounds: Annotated[int, typer.Option(help="interleaved rounds", min=1)] = 5,
-    steps: Annotated[int, typer.Option(help="steps per round", min=1)] = 10,
-    against: Annotated[str, typer.Option(help="bare, anchor or solver")] = "bare",
-) -> None:
-    """A training step of mmdiff against a bare PyTorch loop, or against the same experiment with its anchor alone; or
-    a sampling step against the bare solver."""
-    from mmdiff.config import load_config
-
-    loaded = load_config(config, overrides)
-    from mmdiff.evaluation.speed import compare
-
-    typer.echo(compare(loaded, rounds, steps, against))
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ LAYERS = {
     **dict.fromkeys(("build", "evaluation"), 4),
     **dict.fromkeys(("training", "plots", "report"), 5),
     "sampling": 6,
-    **dict.fromkeys(("cli", "evaluation.speed"), 6),
+    **dict.fromkeys(("cli", "benchmarks", "evaluation.speed"), 6),
     **dict.fromkeys(("__main__", "__init__"), 7),
 }
 
