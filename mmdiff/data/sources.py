@@ -11,14 +11,14 @@ import datasets
 import torch
 from torch import Tensor
 
-from mmdiff.data import digits, shapes
+from mmdiff.data import digits, shape_bags
 from mmdiff.data.masking import known_masks
 from mmdiff.data.sampler import Visit
 from mmdiff.errors import InputError
 from mmdiff.randomness import uniform
 
 ROW = "__row__"
-EMBEDDED: dict[str, Callable[..., Mapping[str, Rows]]] = {"digits": digits.load, "shapes": shapes.load}
+EMBEDDED: dict[str, Callable[..., Mapping[str, Rows]]] = {"digits": digits.load, "shapes": shape_bags.load}
 
 
 class Rows(Protocol):
