@@ -15,7 +15,7 @@ from mmdiff.training import train
 from mmdiff.training.dry_run import dry_run
 
 ROOT = Path(__file__).parents[1]
-EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
+EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.yaml"))
 DATA = ROOT.parent / "shared" / "data"
 TOY = {
     "block_out_channels": [8, 16],
@@ -48,6 +48,7 @@ def without_data(config: Config) -> Config:
         "mask": {"num_classes": 7, "size": 32},
         "label": {"num_classes": 10},
         "embedding": {"dim": 32},
+        "image_set": {"channels": 3, "size": 32, "max_images": 3},
     }
     for entry in tree["modalities"].values():
         entry.update({**stated[entry["kind"]], **entry})
@@ -57,7 +58,7 @@ def without_data(config: Config) -> Config:
 def test_there_are_experiments() -> None:
     assert {path.stem for path in EXPERIMENTS} >= {
         *("digits", "shapes_all", "camvid_mask", "cifar10_label", "cifar10_masked", "clip_embedding"),
-        *("imagenet64_label", "imagenet64_masked", "cityscapes_mask", "imagenet64_clip"),
+        *("shapes_views", "imagenet64_label", "imagenet64_masked", "cityscapes_mask", "imagenet64_clip"),
     }
 
 
@@ -68,7 +69,7 @@ def test_it_is_a_record_named_after_its_file(path: Path) -> None:
     assert all(line.startswith("#") for line in header.splitlines())
     for entry in ("command", "data", "hardware", "expected", "measured"):
         assert re.search(rf"^# {entry} ", header, flags=re.MULTILINE), entry
-    assert f"experiments/{path.name}" in header
+    assert path.relative_to(ROOT).as_posix() in header
 
 
 @each_experiment

@@ -206,11 +206,9 @@ class Table(torch.utils.data.Dataset):
         for index in indices:
             row = self.rows[int(index)]
             for name, column in self.columns.items():
-                raw = row.get(column)
-                present[name].append(raw is not None)
-                values[name].append(
-                    self.placeholders[name] if raw is None else self._value(name, raw, row.get(ROW, index))
-                )
+                raw, there = row.get(column), not _missing(row.get(column))
+                present[name].append(there)
+                values[name].append(self._value(name, raw, row.get(ROW, index)) if there else self.placeholders[name])
         return Batch(
             {name: torch.stack(items) for name, items in values.items()},
             {name: torch.tensor(mask) for name, mask in present.items()},
@@ -222,6 +220,11 @@ class Table(torch.utils.data.Dataset):
         except InputError as error:
             key = f"data.columns.{name}={self.columns[name]}, row {index}: {error.key}"
             raise InputError(key, error.value, error.remedy) from None
+
+
+def _missing(raw: object) -> bool:
+    """None, and a set of which nothing is there."""
+    return raw is None or (isinstance(raw, list) and all(item is None for item in raw))
 
 
 class StandIn(torch.utils.data.Dataset):
