@@ -5,14 +5,14 @@ Nothing is stored: a row is a pure function of (seed, split, index), and only th
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import datasets
 import numpy as np
 from PIL import Image
 
+from mmdiff.data.made_rows import MadeRows
 from mmdiff.errors import InputError
 from mmdiff.randomness import fold
 
@@ -166,8 +166,8 @@ def _embedding(mean: np.ndarray, uniform: np.ndarray) -> list[float]:
 # --------------------------------------------------------------------------------------------------------------- rows
 
 
-class Shapes(Sequence):
-    """Rows of one split, made when they are asked for, with the part of `datasets.Dataset` that the package uses.
+class Shapes(MadeRows):
+    """Rows of one split.
 
     Columns: ``image`` (RGB), ``mask`` (L; 0 = background, 1 + colour), ``label`` (shape), ``color``, ``x``, ``y``,
     ``radius`` (parts of the side), ``caption``, ``embedding`` (32 floats) and ``views`` (RGB images of an object of
@@ -182,46 +182,15 @@ class Shapes(Sequence):
     """
 
     def __init__(self, split: str, rows: int, size: int, views: int, seed: int) -> None:
+        super().__init__(rows, self.types)
         self.size, self.views = size, views
         self._keys = {name: fold(seed, 0, f"shapes/{split}/{name}") for name in ("object", "embedding", "views")}
-        self._indices: Sequence[int] = range(rows)
-        self.column_names = list(self.makers)
 
-    @property
-    def features(self) -> datasets.Features:
-        """The types of the selected columns."""
-        return datasets.Features({name: self.types[name] for name in self.column_names})
-
-    def select_columns(self, column_names: str | list[str]) -> Shapes:
-        """The same rows with some of the columns.
-
-        Raises:
-            InputError: for a column that is not there.
-        """
-        names = [column_names] if isinstance(column_names, str) else list(column_names)
-        for name in names:
-            if name not in self.column_names:
-                raise InputError("column", name, f"the rows have {', '.join(self.column_names)}")
-        return self._with(self._indices, names)
-
-    def select(self, indices: Sequence[int]) -> Shapes:
-        """Some of the rows, in the order of ``indices``."""
-        return self._with([self._indices[index] for index in indices], self.column_names)
-
-    def _with(self, indices: Sequence[int], column_names: list[str]) -> Shapes:
-        chosen = object.__new__(type(self))
-        chosen.__dict__ |= self.__dict__ | {"_indices": indices, "column_names": list(column_names)}
-        return chosen
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self._indices[operator.index(index)]  # IndexError outside
+    def make(self, row: int, names: list[str]) -> dict[str, Any]:
         uniform = row_uniform(self._keys["object"], row, 8)
         label, color = int(uniform[0] * len(SHAPES)), int(uniform[1] * len(COLORS))
         thing = Thing(label, color, *draw_place(uniform[2:5]))
-        return {name: self.makers[name](self, row, thing, uniform[5:]) for name in self.column_names}
+        return {name: self.makers[name](self, row, thing, uniform[5:]) for name in names}
 
     def _image(self, row: int, thing: Thing, backdrop: np.ndarray) -> Image.Image:
         return Image.fromarray(render(thing, backdrop, self.size))

@@ -27,11 +27,6 @@ def read_label(images: Tensor) -> Tensor:
     return torch.from_numpy(read_object(images).label).to(images.device)
 
 
-def read_color(images: Tensor) -> Tensor:
-    """Images (n, 3, H, W) in [−1, 1] -> (n,) int64, the colour that most coloured pixels have."""
-    return torch.from_numpy(read_object(images).color).to(images.device)
-
-
 def read_kind(images: Tensor) -> Tensor:
     """Images (n, 3, H, W) in [−1, 1] -> (n,) int64, shape and colour in one: label · 6 + colour."""
     found = read_object(images)
@@ -46,7 +41,6 @@ def read_embedding(images: Tensor) -> Tensor:
 RULES: dict[str, Callable[[Tensor], Tensor]] = {
     "mask": read_mask,
     "label": read_label,
-    "color": read_color,
     "kind": read_kind,
     "embedding": read_embedding,
 }

@@ -11,14 +11,13 @@ import datasets
 import torch
 from torch import Tensor
 
-from mmdiff.data import digits, shape_bags
+from mmdiff.data import abo, bags, digits, shape_bags
 from mmdiff.data.masking import known_masks
 from mmdiff.data.sampler import Visit
 from mmdiff.errors import InputError
 from mmdiff.randomness import uniform
 
 ROW = "__row__"
-EMBEDDED: dict[str, Callable[..., Mapping[str, Rows]]] = {"digits": digits.load, "shapes": shape_bags.load}
 
 
 class Rows(Protocol):
@@ -34,6 +33,19 @@ class Rows(Protocol):
     def select(self, indices: list[int]) -> Rows: ...
 
     def select_columns(self, names: list[str]) -> Rows: ...
+
+
+def _bags(source: str, **options: Any) -> Mapping[str, Rows]:
+    """Any other source as bags of its views, see `mmdiff.data.bags.load`."""
+    return bags.load(_load(source, {}), **options)
+
+
+EMBEDDED: dict[str, Callable[..., Mapping[str, Rows]]] = {
+    "abo": abo.load,
+    "bags": _bags,
+    "digits": digits.load,
+    "shapes": shape_bags.load,
+}
 
 
 class Holes(NamedTuple):
@@ -73,7 +85,7 @@ def open_splits(
     """The training rows and the held-out rows of a source.
 
     Args:
-        source: an embedded set ("digits", "shapes"), a hub name, a local folder, or a parquet file or glob.
+        source: a key of `EMBEDDED`, a hub name, a local folder, or a parquet file or glob.
         split, validation_split: names of the two splits.
         holdout: k; instead of a validation split hold out the training rows with index % k == k − 1.
         options: arguments of the embedded set, or of `datasets.load_dataset`.

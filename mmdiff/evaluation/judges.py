@@ -60,7 +60,7 @@ def _run(name: str, folder: Path, trust: bool) -> Judge:
     pipeline.set_progress_bar_config(disable=True)
     model = pipeline.model
     if name not in model.generated:
-        raise InputError(key, str(folder), f"does not read {name}, but {', '.join(model.generated)}")
+        raise InputError(key, str(folder), f"does not know {name}, but {', '.join(model.generated)}")
 
     def read(images: Tensor) -> Tensor:
         parts = [
