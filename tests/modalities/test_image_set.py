@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import open_clip
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import Generator, Tensor
 
 from mmdiff.build import build
 from mmdiff.config import Config, parse_config
+from mmdiff.data import Table
 from mmdiff.errors import InputError
 from mmdiff.modalities import ImageSet, Shape
 from mmdiff.modalities.contract import check_modality
@@ -112,7 +114,7 @@ def test_order_and_what_stands_in_gaps_change_nothing(fusion: str) -> None:
     images = [photo(level) for level in (10, 90, 200)]
     one, other = (modality.preprocess(raw).double()[None] for raw in (images, images[::-1]))
     torch.testing.assert_close(modality.context(one), modality.context(other), rtol=1e-12, atol=1e-12)
-    weights, back = modality.weights(one), modality.weights(other)
+    weights, back = modality.weights(one).detach(), modality.weights(other).detach()
     torch.testing.assert_close(weights[:, :3], back[:, :3].flip(1), rtol=1e-12, atol=1e-12)
     assert weights.shape == (1, 4) and weights[0, 3] == 0 and float(weights.sum()) == pytest.approx(1)
 
@@ -285,6 +287,22 @@ def test_an_absent_set_changes_nothing(config: Config) -> None:
     loss = experiment.objective(batch, where).loss
     batch.values["image_set"][:] = torch.nan
     assert torch.equal(experiment.objective(batch, where).loss, loss)
+
+
+def test_a_set_of_nothing_is_missing() -> None:
+    columns = {"photos": [[photo(3), None], None, [], [None, None], [photo(1), photo(2)]]}
+    features = datasets.Features({"photos": datasets.List(datasets.Image())})
+    modality = image_set()
+    table = Table(
+        datasets.Dataset.from_dict(columns, features=features),
+        columns={"image_set": "photos"},
+        preprocess={"image_set": modality.preprocess},
+        placeholders={"image_set": modality.placeholder()},
+    )
+    batch = table.all()
+    assert batch.present["image_set"].tolist() == [True, False, False, False, True]
+    assert torch.equal(batch.values["image_set"][0], modality.preprocess([photo(3)]))
+    assert torch.equal(batch.values["image_set"][2], modality.placeholder())
 
 
 def test_weighting_it_is_refused(tree: dict[str, Any]) -> None:
