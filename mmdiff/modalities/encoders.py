@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -109,16 +110,20 @@ def small_resnet(channels: int, name: str = "resnet18", widths: tuple[int, ...] 
         widths: channels of its four stages.
     """
     import timm
-    from timm.layers import GroupNorm1
 
     if not timm.is_model(name):
         raise InputError("encoder.name", name, "no model of timm; see timm.list_models('resnet*')")
     settings = {"channels": tuple(widths), "layers": (1,) * len(widths), "stem_width": widths[0]}
-    more = {"norm_layer": GroupNorm1, "zero_init_last": False}  # else half of the layers start without gradients
+    more = {"norm_layer": _by_groups, "zero_init_last": False}  # else half of the layers start without gradients
     try:
         return timm.create_model(name, in_chans=channels, num_classes=0, **settings, **more)
     except TypeError as error:
         raise InputError("encoder.name", name, f"is no ResNet of timm: {error}") from None
+
+
+def _by_groups(channels: int, **_: Any) -> nn.Module:
+    """Normalisation of groups of eight channels: on bags of shapes it learns faster than one group of all."""
+    return nn.GroupNorm(channels // math.gcd(8, channels), channels)
 
 
 ENCODERS: dict[str, Callable[..., nn.Module]] = {"resnet": small_resnet, "open_clip": ClipTower}
