@@ -177,7 +177,7 @@ def _weight(name: str, entry: ModalityConfig, kind: type[Modality]) -> WeightCon
         raise InputError(
             f"modalities.{name}.weight.schedule",
             entry.weight.schedule,
-            f"{kind.__name__} lives in the anchor's own subspace and is never aggregated; leave weight out",
+            f"{kind.__name__} is observed or absent, never aggregated; leave weight out",
         )
     return WeightConfig(schedule="none")
 
@@ -191,15 +191,17 @@ def _clip_sample(config: Config, modalities: dict[str, ModalityConfig]) -> bool:
 
 
 def build_model(config: Config) -> MTDiffusionModel:
-    """The model with weights drawn from train.seed."""
+    """The model with weights drawn from train.seed, or read from the files that its settings name."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold(config.train.seed, 0, "weights"))
-        return MTDiffusionModel(
+        model = MTDiffusionModel(
             modality_config={n: {"kind": m.kind, **m.settings()} for n, m in config.modalities.items()},
             backbone_config={"kind": config.backbone.kind, **config.backbone.settings()},
             anchor=config.anchor,
             observable=[name for name in sorted(config.modalities) if state_law(config, name).observed > 0],
         )
+    model.load_initial_weights()
+    return model
 
 
 def build_scheduler(config: Config) -> MTScheduler:
@@ -228,7 +230,7 @@ def build_objective(config: Config, model: MTDiffusionModel, scheduler: MTSchedu
         model,
         scheduler,
         state_laws={name: state_law(config, name) for name in config.modalities},
-        loss_weights={name: config.modalities[name].loss_weight for name in config.auxiliary()},
+        loss_weights={name: config.modalities[name].loss_weight for name in model.generated},
         law=config.states.law,
         terminal_weight=config.loss.terminal,
         anchor_hidden=config.states.anchor_hidden,

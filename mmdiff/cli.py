@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mmdiff.arguments import ConfigPath, Overrides, RunPath, Trust, integers
-from mmdiff.benchmark import benchmark
+from mmdiff.benchmarks import benchmark
 
 if TYPE_CHECKING:
     from mmdiff.config import Config, SampleConfig

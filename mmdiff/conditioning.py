@@ -105,7 +105,7 @@ def _able(model: MTDiffusionModel, name: str, aggregated: set[str], denoising: b
     able = {
         CHANNELS: name in model.observable,
         PLUG_IN: denoising and name in aggregated,
-        SELF_GUIDANCE: denoising and not modality.predicts_anchor,
+        SELF_GUIDANCE: denoising and modality.generated and not modality.predicts_anchor,
         REPLACEMENT: denoising and modality.fixes_anchor,
     }
     return frozenset(way for way in WAYS if able[way])

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from mmdiff.backbones import BACKBONES, Backbone, Observation
 from mmdiff.errors import InputError
-from mmdiff.modalities import Modality, Shape, find_modality, is_custom
+from mmdiff.modalities import Modality, Shape, custom_kinds, find_modality
 
 _HUB_ARGUMENTS = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
 @dataclass
 class MTDiffusionModelOutput(BaseOutput):
-    """``prediction`` (B, C, H, W) of u_t; ``params`` {auxiliary modality: parameters of p_θ(x_i | z_t)}."""
+    """``prediction`` (B, C, H, W) of u_t; ``params`` {auxiliary modality with a head: parameters of p_θ(x_i | z_t)}."""
 
     prediction: Tensor
     params: dict[str, Tensor]
@@ -70,6 +70,7 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
         for name in self.auxiliary:
             with _prefixed(f"modalities.{name}"):
                 self.modalities[name].check_anchor(self.modalities[anchor])
+        self.generated = tuple(name for name in self.auxiliary if self.modalities[name].generated)
         observed = sum(modality.observation_channels for modality in self.modalities.values())
         width = sum(2 + modality.context_width for modality in self.modalities.values())
         self.backbone = backbone(space, observed, width, **backbone_settings)
@@ -91,14 +92,20 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
         """
         if not trust_custom_modalities:
             hub = {key: value for key, value in kwargs.items() if key in _HUB_ARGUMENTS}
-            for name, entry in cls.load_config(pretrained_model_name_or_path, **hub)["modality_config"].items():
-                if is_custom(entry.get("kind")):
-                    remedy = "is code of its author's; pass trust_custom_modalities=True to import it"
-                    raise InputError(f"modalities.{name}.kind", entry["kind"], remedy)
+            config = cls.load_config(pretrained_model_name_or_path, **hub)["modality_config"]
+            for key, path in custom_kinds(config, "modalities"):
+                remedy = "is code of its author's; pass trust_custom_modalities=True to import it"
+                raise InputError(key, path, remedy)
         dtype = kwargs.pop("torch_dtype", None)  # diffusers would build in it, and not every start can be drawn in it
         # low_cpu_mem_usage builds on the meta device, where the fixed starts of palettes and maps have no values
         model = super().from_pretrained(pretrained_model_name_or_path, **{"low_cpu_mem_usage": False, **kwargs})
         return model if dtype is None else nn.Module.to(model, dtype)
+
+    def load_initial_weights(self) -> None:
+        """Pretrained weights that the modalities' settings name; for the start of a run."""
+        for name, modality in self.modalities.items():
+            with _prefixed(f"modalities.{name}"):
+                modality.load_initial_weights()
 
     @property
     def value_dtype(self) -> torch.dtype:
@@ -146,7 +153,7 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
         own, outside = next(self.backbone.parameters()).dtype, sample.dtype
         output = self.backbone(sample.to(own), timestep, Observation(*(part.to(own) for part in observation)))
         params = {
-            name: self.modalities[name].decode(output.features, output.pooled).to(outside) for name in self.auxiliary
+            name: self.modalities[name].decode(output.features, output.pooled).to(outside) for name in self.generated
         }
         return MTDiffusionModelOutput(prediction=output.prediction.to(outside), params=params)
 

@@ -42,7 +42,7 @@ class MTObjective(nn.Module):
     Args:
         model, scheduler: what is trained, and the forward process.
         state_laws: {modality: StateLaw}, the anchor included (its ``aggregated`` counts as 0).
-        loss_weights: {auxiliary modality: λ_i}.
+        loss_weights: {auxiliary modality with a head: λ_i}.
         law: how the states of all modalities are drawn together, one of `mmdiff.states.LAWS`.
         terminal_weight: coefficient of L0.
         anchor_hidden: probability that the anchor is hidden (unless it is observed): nothing is denoised, and the
@@ -108,7 +108,7 @@ class MTObjective(nn.Module):
         )
         first = timesteps <= scheduler.first_timestep  # t ≤ 1
         terms = {"l0": terminal / z_0[0].numel(), "l1": error * ~first, "l3": error * first}
-        for name in model.auxiliary:
+        for name in model.generated:
             modality = model.modalities[name]
             nll = modality.nll(output.params[name].float(), modality.target(batch.values[name], anchor))
             source = model.anchor if modality.predicts_anchor else name

@@ -18,6 +18,7 @@ from mmdiff.conditioning import Conditioning, Ways, aggregated_names, conditioni
 from mmdiff.errors import InputError
 from mmdiff.modalities import Modality
 from mmdiff.model import MTDiffusionModel
+from mmdiff.observed import observed_values, weights_of
 from mmdiff.reading import heads, heads_of_noised_anchor, read_levels
 from mmdiff.replacement import renoised, replaced, visits
 from mmdiff.schedulers import SCHEDULERS, MTScheduler
@@ -30,10 +31,14 @@ Generators = torch.Generator | list[torch.Generator] | None
 @dataclass
 class MTDiffusionPipelineOutput(BaseOutput):
     """``samples`` {modality: list of what a person wants, or tensor}; ``last_draws`` {unobserved auxiliary: values
-    drawn from the heads in the last denoising step}, empty unless asked for and where nothing was denoised."""
+    drawn from the heads in the last denoising step}, empty unless asked for and where nothing was denoised; ``weights``
+    {observed modality of several parts, such as a set of images: how much each part matters (B, n)}.
+
+    A modality that only conditions is in ``samples`` where it was observed."""
 
     samples: dict[str, Any]
     last_draws: dict[str, Any]
+    weights: dict[str, Tensor]
 
 
 class MTDiffusionPipeline(DiffusionPipeline):
@@ -157,7 +162,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
             raise InputError("output_type", output_type, "choose pil or pt")
         if batch_size is not None and batch_size < 1:
             raise InputError("batch_size", batch_size, "draw at least one sample")
-        values = self._observed_values(observed or {}, batch_size)
+        values = observed_values(self.model, observed or {}, batch_size)
         count = len(next(iter(values.values()))) if values else batch_size or 1
         if isinstance(generator, list) and len(generator) != count:
             raise InputError("generator", f"{len(generator)} generators", f"needs one, or one per sample: {count}")
@@ -170,6 +175,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
         )
         levels = read_levels(read_timesteps, self.model, len(self.scheduler))
         if max_batch_size is not None and count > max_batch_size:
+            weights = weights_of(self.model, values, max_batch_size) if return_dict else {}
             samples, draws = in_batches(
                 self,
                 max_batch_size,
@@ -189,7 +195,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
                 final_read=final_read,
                 return_last_draws=return_last_draws,
             )
-            return MTDiffusionPipelineOutput(samples=samples, last_draws=draws) if return_dict else (samples, draws)
+            return MTDiffusionPipelineOutput(samples, draws, weights) if return_dict else (samples, draws)
         draws: dict[str, Tensor] = {}
         samples = dict(values)
         if self.model.anchor not in values:
@@ -200,13 +206,14 @@ class MTDiffusionPipeline(DiffusionPipeline):
                 samples[self.model.anchor] = self.model.modalities[self.model.anchor].unencode(z_0)
             for name, value in values.items() if paste_back else ():
                 samples[self.model.anchor] = self.model.modalities[name].restore(samples[self.model.anchor], value)
-        if len(samples) < len(self.model.names):
+        if set(self.model.generated) - set(samples):
             read = final_read or self.model.anchor in values
             samples |= self._read(samples, plan.channels, levels, generator) if read else draws
         draws = draws if return_last_draws else {}
-        samples = {name: self._finish(name, samples[name], output_type) for name in self.model.names}
+        samples = {name: self._finish(name, samples[name], output_type) for name in self.model.names if name in samples}
         draws = {name: self._finish(name, value, output_type) for name, value in draws.items()}
-        return MTDiffusionPipelineOutput(samples=samples, last_draws=draws) if return_dict else (samples, draws)
+        weights = weights_of(self.model, values) if return_dict else {}
+        return MTDiffusionPipelineOutput(samples, draws, weights) if return_dict else (samples, draws)
 
     def _denoise(
         self,
@@ -220,7 +227,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
         """(z_0, draws of the last step). One reverse step: heads → encodings → the solver on u = z − c → + c."""
         model, scheduler = self.model, self.scheduler
         feed = feed_for(feed, scheduler.is_stochastic)
-        unknown, fed = sorted(set(model.auxiliary) - set(values)), sorted(plan.fed)
+        unknown, fed = sorted(set(model.generated) - set(values)), sorted(plan.fed)
         changing = bool(fed or plan.known)
         scheduler.set_timesteps(num_inference_steps, device=model.device, changing_encodings=changing)
         plugged = model.encode({name: values[name] for name in sorted(plan.plugged)})
@@ -292,34 +299,3 @@ class MTDiffusionPipeline(DiffusionPipeline):
 
     def _finish(self, name: str, value: Tensor, output_type: str) -> Any:
         return value if output_type == "pt" else self.model.modalities[name].postprocess(value)
-
-    def _observed_values(self, observed: Mapping[str, Any], batch_size: int | None) -> dict[str, Tensor]:
-        """Observed values as tensors with one common batch size."""
-        values = {}
-        for name, raw in observed.items():
-            if name not in self.model.names:
-                raise InputError(f"observed.{name}", raw, f"choose from {', '.join(self.model.names)}")
-            values[name] = self._as_values(name, raw)
-        counts = {name: len(value) for name, value in values.items() if len(value) != 1}
-        count = batch_size or max(counts.values(), default=1)
-        for name, found in counts.items():
-            if found != count:
-                raise InputError(f"observed.{name}", f"{found} values", f"does not match {count} samples")
-        return {
-            name: value.expand(count, *value.shape[1:]) if len(value) == 1 else value for name, value in values.items()
-        }
-
-    def _as_values(self, name: str, raw: Any) -> Tensor:
-        modality: Modality = self.model.modalities[name]
-        try:
-            if not isinstance(raw, Tensor):
-                many = raw if isinstance(raw, list | tuple) else [raw]
-                if not many:
-                    raise InputError(name, raw, "is empty; leave the modality out to draw it")
-                value = torch.stack([modality.preprocess(item) for item in many])
-            else:
-                value = raw if raw.ndim > len(modality.value_shape) else raw[None]
-                modality.check(value)
-        except InputError as error:
-            raise InputError(f"observed.{name}", error.value, error.remedy) from None
-        return value.to(self.model.device, self.model.value_dtype if value.is_floating_point() else None)

@@ -84,6 +84,30 @@ def save_grid(pipeline: MTDiffusionPipeline, path: Path, sample: SampleConfig, s
     return path
 
 
+def set_weights(sets: list[list[Image.Image]], weights: torch.Tensor, path: Path) -> Path:
+    """One row per set of images: every image with its weight as a number and as the thickness of its frame.
+
+    Args:
+        sets: images of B sets, any sizes.
+        weights: (B, n), of the images in their order.
+        path: of the PNG.
+    """
+    columns = max(map(len, sets))
+    figure = _figure(1.3 * columns, 1.5 * len(sets))
+    axes = figure.subplots(len(sets), columns, squeeze=False)
+    for row, images, shares in zip(axes, sets, weights.tolist(), strict=True):
+        for axis in row[len(images) :]:
+            axis.set_axis_off()
+        for axis, image, share in zip(row, images, shares, strict=False):
+            axis.imshow(image.convert("RGB"))
+            axis.set(title=f"{share:.2f}", xticks=[], yticks=[])
+            for side in axis.spines.values():
+                side.set(linewidth=0.5 + 5 * share, color="tab:orange")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return path
+
+
 def weight_schedules(scheduler: MTScheduler, path: Path) -> Path:
     """s_t (√ā_t, or 1 − σ), and W_t and w_t of every modality."""
     figure = _figure(9.0, 3.2)

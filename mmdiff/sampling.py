@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from mmdiff.errors import InputError
 from mmdiff.model import MTDiffusionModel
 from mmdiff.pipeline import MTDiffusionPipeline
-from mmdiff.plots import tile
+from mmdiff.plots import set_weights, tile
 from mmdiff.randomness import fold
 from mmdiff.training.process import set_threads
 
@@ -89,7 +89,10 @@ def sample(
     lines = []
     out.parent.mkdir(parents=True, exist_ok=True)
     for name, values in output.samples.items():
-        if isinstance(values[0], Image.Image):
+        if name in output.weights:  # one set was typed for all samples
+            set_weights(values[:1], output.weights[name][:1], grids[name])
+            lines.append(f"wrote {grids[name]}, each image with its weight")
+        elif isinstance(values[0], Image.Image):
             tile(values, columns=max(1, round(num**0.5)), zoom=max(1, 48 // values[0].height)).save(grids[name])
             lines.append(f"wrote {grids[name]}")
         else:

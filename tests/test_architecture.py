@@ -18,11 +18,13 @@ LAYERS = {
     **dict.fromkeys(("errors", "randomness", "likelihoods", "config"), 0),
     **dict.fromkeys(("data", "modalities", "schedulers", "backbones", "losses", "states"), 1),
     "model": 2,
-    **dict.fromkeys(("objective", "batches", "conditioning", "steering", "reading", "replacement", "pipeline"), 3),
+    **dict.fromkeys(
+        ("objective", "batches", "conditioning", "steering", "reading", "replacement", "observed", "pipeline"), 3
+    ),
     **dict.fromkeys(("build", "evaluation"), 4),
     **dict.fromkeys(("training", "plots", "report"), 5),
     "sampling": 6,
-    **dict.fromkeys(("cli", "arguments", "benchmark", "evaluation.speed"), 6),
+    **dict.fromkeys(("cli", "arguments", "benchmarks", "evaluation.speed"), 6),
     **dict.fromkeys(("__main__", "__init__"), 7),
 }
 

@@ -49,6 +49,7 @@ def without_data(config: Config) -> Config:
         "mask": {"num_classes": 7, "size": 32},
         "label": {"num_classes": 10},
         "embedding": {"dim": 32},
+        "image_set": {"channels": 3, "size": 32, "max_images": 3},
     }
     for entry in tree["modalities"].values():
         entry.update({**stated[entry["kind"]], **entry})
@@ -58,7 +59,7 @@ def without_data(config: Config) -> Config:
 def test_there_are_experiments() -> None:
     assert {path.stem for path in EXPERIMENTS} >= {
         *("digits", "shapes_all", "camvid_mask", "cifar10_label", "cifar10_masked", "clip_embedding"),
-        *("imagenet64_label", "imagenet64_masked", "cityscapes_mask", "imagenet64_clip"),
+        *("shapes_views", "imagenet64_label", "imagenet64_masked", "cityscapes_mask", "imagenet64_clip"),
         *(f"{data}_{method}" for data in ("cifar10", "shapes") for method in RESTORATION),
     }
 

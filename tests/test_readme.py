@@ -89,5 +89,5 @@ def test_the_two_installation_commands_are_those_of_ci() -> None:
 
 def test_every_equation_is_stated_once() -> None:
     theory = README[README.index("## Theory") :]
-    for number in range(1, 11):
+    for number in range(1, 17):
         assert len(re.findall(rf"^\({number}\)\s", theory, flags=re.MULTILINE)) == 1

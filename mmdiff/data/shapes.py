@@ -5,14 +5,14 @@ Nothing is stored: a row is a pure function of (seed, split, index), and only th
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import datasets
 import numpy as np
 from PIL import Image
 
+from mmdiff.data.made_rows import MadeRows
 from mmdiff.errors import InputError
 from mmdiff.randomness import fold
 
@@ -25,7 +25,7 @@ CONCENTRATION = 1000.0  # κ of the von Mises–Fisher law of directions; the me
 NORM_MEDIAN, NORM_LOG_STD = 10.0, 0.1  # of the log-normal law of norms
 _GREYS = (20.0, 45.0, 70.0)
 _GRADIENT = 12.0  # largest difference from the middle of a background to its border
-_OCCLUDER = 128
+OCCLUDER = 128
 
 
 class Thing(NamedTuple):
@@ -68,13 +68,13 @@ def _signed_distance(label: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.minimum(*bars)
 
 
-def _image(thing: Thing, backdrop: np.ndarray, size: int) -> np.ndarray:
-    """(size, size, 3) uint8; ``backdrop`` is three uniform numbers."""
+def render(thing: Thing, backdrop: np.ndarray, size: int, surface: float | np.ndarray = 1.0) -> np.ndarray:
+    """(size, size, 3) uint8; ``backdrop`` is three uniform numbers, ``surface`` the object's brightness, by pixel."""
     level, slopes = _GREYS[int(backdrop[0] * len(_GREYS))], backdrop[1:] * 2 - 1
     ramp = (np.arange(size) + 0.5) / size * 2 - 1
     grey = level + (_GRADIENT / 2) * (slopes[0] * ramp[:, None] + slopes[1] * ramp)
     alpha = coverage(thing.label, thing.x, thing.y, thing.radius, size)
-    pixels = (grey * (1 - alpha))[..., None] + alpha[..., None] * RGB[thing.color]
+    pixels = (grey * (1 - alpha))[..., None] + (surface * alpha)[..., None] * RGB[thing.color]
     return np.rint(pixels).astype(np.uint8)
 
 
@@ -84,7 +84,7 @@ def _occlude(pixels: np.ndarray, thing: Thing, choice: int) -> None:
     above, below, left, right, whole = (slice(row), slice(row, None), slice(column), slice(column, None), slice(None))
     halves = [(above, whole), (below, whole), (whole, left), (whole, right)]
     quarters = [(above, left), (above, right), (below, left), (below, right)]
-    pixels[[*halves, *quarters][choice]] = _OCCLUDER
+    pixels[[*halves, *quarters][choice]] = OCCLUDER
 
 
 def caption(thing: Thing) -> str:
@@ -102,7 +102,7 @@ _DOWN, _ACROSS = ("top", "", "bottom"), ("left", "", "right")
 # ---------------------------------------------------------------------------------------------------- random numbers
 
 
-def _uniform(key: int, index: int, count: int) -> np.ndarray:
+def row_uniform(key: int, index: int, count: int) -> np.ndarray:
     """Uniform numbers in [0, 1) of one row: (count,). NumPy promises the raw words of Philox, not its other draws."""
     words = np.random.Philox(key=[key, index]).random_raw(count)
     return (words >> np.uint64(11)) * 2.0**-53
@@ -114,7 +114,7 @@ def _normal(uniform: np.ndarray) -> np.ndarray:
     return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
 
 
-def _draw_place(uniform: np.ndarray) -> tuple[float, float, float]:
+def draw_place(uniform: np.ndarray) -> tuple[float, float, float]:
     """Three uniform numbers -> x, y, radius of an object inside the image."""
     radius = RADIUS[0] + (RADIUS[1] - RADIUS[0]) * uniform[2]
     x, y = radius + uniform[:2] * (1 - 2 * radius)
@@ -125,8 +125,8 @@ def _draw_place(uniform: np.ndarray) -> tuple[float, float, float]:
 
 _INPUTS = len(SHAPES) + len(COLORS) + 3
 _SCALES = np.array([1.5] * (len(SHAPES) + len(COLORS)) + [4.0, 4.0, 8.0])  # of one-hot shape and colour, x, y, radius
-_WEIGHTS = _normal(_uniform(fold(0, 0, "shapes/weights"), 0, EMBEDDING_SIZE * _INPUTS)).reshape(EMBEDDING_SIZE, -1)
-_PHASES = 2 * np.pi * _uniform(fold(0, 0, "shapes/phases"), 0, EMBEDDING_SIZE)
+_WEIGHTS = _normal(row_uniform(fold(0, 0, "shapes/weights"), 0, EMBEDDING_SIZE * _INPUTS)).reshape(EMBEDDING_SIZE, -1)
+_PHASES = 2 * np.pi * row_uniform(fold(0, 0, "shapes/phases"), 0, EMBEDDING_SIZE)
 
 
 def mean_direction(thing: Thing) -> np.ndarray:
@@ -166,8 +166,8 @@ def _embedding(mean: np.ndarray, uniform: np.ndarray) -> list[float]:
 # --------------------------------------------------------------------------------------------------------------- rows
 
 
-class Shapes(Sequence):
-    """Rows of one split, made when they are asked for, with the part of `datasets.Dataset` that the package uses.
+class Shapes(MadeRows):
+    """Rows of one split.
 
     Columns: ``image`` (RGB), ``mask`` (L; 0 = background, 1 + colour), ``label`` (shape), ``color``, ``x``, ``y``,
     ``radius`` (parts of the side), ``caption``, ``embedding`` (32 floats) and ``views`` (RGB images of an object of
@@ -182,91 +182,60 @@ class Shapes(Sequence):
     """
 
     def __init__(self, split: str, rows: int, size: int, views: int, seed: int) -> None:
+        super().__init__(rows, self.types)
         self.size, self.views = size, views
         self._keys = {name: fold(seed, 0, f"shapes/{split}/{name}") for name in ("object", "embedding", "views")}
-        self._indices: Sequence[int] = range(rows)
-        self.column_names = list(_COLUMNS)
 
-    @property
-    def features(self) -> datasets.Features:
-        """The types of the selected columns."""
-        return datasets.Features({name: _FEATURES[name] for name in self.column_names})
-
-    def select_columns(self, column_names: str | list[str]) -> Shapes:
-        """The same rows with some of the columns.
-
-        Raises:
-            InputError: for a column that is not there.
-        """
-        names = [column_names] if isinstance(column_names, str) else list(column_names)
-        for name in names:
-            if name not in self.column_names:
-                raise InputError("column", name, f"the rows have {', '.join(self.column_names)}")
-        return self._with(self._indices, names)
-
-    def select(self, indices: Sequence[int]) -> Shapes:
-        """Some of the rows, in the order of ``indices``."""
-        return self._with([self._indices[index] for index in indices], self.column_names)
-
-    def _with(self, indices: Sequence[int], column_names: list[str]) -> Shapes:
-        chosen = object.__new__(Shapes)
-        chosen.__dict__ |= self.__dict__ | {"_indices": indices, "column_names": list(column_names)}
-        return chosen
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self._indices[operator.index(index)]  # IndexError outside
-        uniform = _uniform(self._keys["object"], row, 8)
+    def make(self, row: int, names: list[str]) -> dict[str, Any]:
+        uniform = row_uniform(self._keys["object"], row, 8)
         label, color = int(uniform[0] * len(SHAPES)), int(uniform[1] * len(COLORS))
-        thing = Thing(label, color, *_draw_place(uniform[2:5]))
-        return {name: _COLUMNS[name](self, row, thing, uniform[5:]) for name in self.column_names}
+        thing = Thing(label, color, *draw_place(uniform[2:5]))
+        return {name: self.makers[name](self, row, thing, uniform[5:]) for name in names}
 
     def _image(self, row: int, thing: Thing, backdrop: np.ndarray) -> Image.Image:
-        return Image.fromarray(_image(thing, backdrop, self.size))
+        return Image.fromarray(render(thing, backdrop, self.size))
 
     def _mask(self, row: int, thing: Thing, backdrop: np.ndarray) -> Image.Image:
         inside = coverage(thing.label, thing.x, thing.y, thing.radius, self.size) > 0.5
         return Image.fromarray(np.where(inside, thing.color + 1, 0).astype(np.uint8))
 
     def _embedding(self, row: int, thing: Thing, backdrop: np.ndarray) -> list[float]:
-        return _embedding(mean_direction(thing), _uniform(self._keys["embedding"], row, EMBEDDING_SIZE + 3))
+        return _embedding(mean_direction(thing), row_uniform(self._keys["embedding"], row, EMBEDDING_SIZE + 3))
 
     def _views(self, row: int, thing: Thing, backdrop: np.ndarray) -> list[Image.Image]:
         images = []
-        for uniform in _uniform(self._keys["views"], row, 7 * self.views).reshape(self.views, 7):
-            elsewhere = Thing(thing.label, thing.color, *_draw_place(uniform[:3]))
-            pixels = _image(elsewhere, uniform[3:6], self.size)
+        for uniform in row_uniform(self._keys["views"], row, 7 * self.views).reshape(self.views, 7):
+            elsewhere = Thing(thing.label, thing.color, *draw_place(uniform[:3]))
+            pixels = render(elsewhere, uniform[3:6], self.size)
             _occlude(pixels, elsewhere, int(uniform[6] * 8))
             images.append(Image.fromarray(pixels))
         return images
 
-
-_COLUMNS: dict[str, Callable[[Shapes, int, Thing, np.ndarray], Any]] = {
-    "image": Shapes._image,
-    "mask": Shapes._mask,
-    "label": lambda rows, row, thing, backdrop: thing.label,
-    "color": lambda rows, row, thing, backdrop: thing.color,
-    "x": lambda rows, row, thing, backdrop: thing.x,
-    "y": lambda rows, row, thing, backdrop: thing.y,
-    "radius": lambda rows, row, thing, backdrop: thing.radius,
-    "caption": lambda rows, row, thing, backdrop: caption(thing),
-    "embedding": Shapes._embedding,
-    "views": Shapes._views,
-}
-_FEATURES = {
-    "image": datasets.Image(),
-    "mask": datasets.Image(),
-    "label": datasets.ClassLabel(names=list(SHAPES)),
-    "color": datasets.ClassLabel(names=list(COLORS)),
-    "x": datasets.Value("float64"),
-    "y": datasets.Value("float64"),
-    "radius": datasets.Value("float64"),
-    "caption": datasets.Value("string"),
-    "embedding": datasets.List(datasets.Value("float32"), length=EMBEDDING_SIZE),
-    "views": datasets.List(datasets.Image()),
-}
+    #: How each column is made, from (rows, row number, thing, backdrop), and its type.
+    makers: ClassVar[dict[str, Callable[[Any, int, Thing, np.ndarray], Any]]] = {
+        "image": _image,
+        "mask": _mask,
+        "label": lambda rows, row, thing, backdrop: thing.label,
+        "color": lambda rows, row, thing, backdrop: thing.color,
+        "x": lambda rows, row, thing, backdrop: thing.x,
+        "y": lambda rows, row, thing, backdrop: thing.y,
+        "radius": lambda rows, row, thing, backdrop: thing.radius,
+        "caption": lambda rows, row, thing, backdrop: caption(thing),
+        "embedding": _embedding,
+        "views": _views,
+    }
+    types: ClassVar[dict[str, Any]] = {
+        "image": datasets.Image(),
+        "mask": datasets.Image(),
+        "label": datasets.ClassLabel(names=list(SHAPES)),
+        "color": datasets.ClassLabel(names=list(COLORS)),
+        "x": datasets.Value("float64"),
+        "y": datasets.Value("float64"),
+        "radius": datasets.Value("float64"),
+        "caption": datasets.Value("string"),
+        "embedding": datasets.List(datasets.Value("float32"), length=EMBEDDING_SIZE),
+        "views": datasets.List(datasets.Image()),
+    }
 
 
 def load(

@@ -27,12 +27,23 @@ def read_label(images: Tensor) -> Tensor:
     return torch.from_numpy(read_object(images).label).to(images.device)
 
 
+def read_kind(images: Tensor) -> Tensor:
+    """Images (n, 3, H, W) in [−1, 1] -> (n,) int64, shape and colour in one: label · 6 + colour."""
+    found = read_object(images)
+    return torch.from_numpy(found.label * len(COLORS) + found.color).to(images.device)
+
+
 def read_embedding(images: Tensor) -> Tensor:
     """Images (n, 3, H, W) in [−1, 1] -> (n, 32) float32, the mean direction of what is seen, a unit vector."""
     return torch.from_numpy(mean_direction(read_object(images)).astype(np.float32)).to(images.device)
 
 
-RULES: dict[str, Callable[[Tensor], Tensor]] = {"mask": read_mask, "label": read_label, "embedding": read_embedding}
+RULES: dict[str, Callable[[Tensor], Tensor]] = {
+    "mask": read_mask,
+    "label": read_label,
+    "kind": read_kind,
+    "embedding": read_embedding,
+}
 
 
 def read_object(images: Tensor) -> Thing:

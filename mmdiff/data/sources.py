@@ -11,14 +11,13 @@ import datasets
 import torch
 from torch import Tensor
 
-from mmdiff.data import digits, shapes
+from mmdiff.data import abo, bags, digits, shape_bags
 from mmdiff.data.masking import known_masks
 from mmdiff.data.sampler import Visit
 from mmdiff.errors import InputError
 from mmdiff.randomness import uniform
 
 ROW = "__row__"
-EMBEDDED: dict[str, Callable[..., Mapping[str, Rows]]] = {"digits": digits.load, "shapes": shapes.load}
 
 
 class Rows(Protocol):
@@ -34,6 +33,19 @@ class Rows(Protocol):
     def select(self, indices: list[int]) -> Rows: ...
 
     def select_columns(self, names: list[str]) -> Rows: ...
+
+
+def _bags(source: str, **options: Any) -> Mapping[str, Rows]:
+    """Any other source as bags of its views, see `mmdiff.data.bags.load`."""
+    return bags.load(_load(source, {}), **options)
+
+
+EMBEDDED: dict[str, Callable[..., Mapping[str, Rows]]] = {
+    "abo": abo.load,
+    "bags": _bags,
+    "digits": digits.load,
+    "shapes": shape_bags.load,
+}
 
 
 class Holes(NamedTuple):
@@ -73,7 +85,7 @@ def open_splits(
     """The training rows and the held-out rows of a source.
 
     Args:
-        source: an embedded set ("digits", "shapes"), a hub name, a local folder, or a parquet file or glob.
+        source: a key of `EMBEDDED`, a hub name, a local folder, or a parquet file or glob.
         split, validation_split: names of the two splits.
         holdout: k; instead of a validation split hold out the training rows with index % k == k − 1.
         options: arguments of the embedded set, or of `datasets.load_dataset`.
@@ -206,11 +218,9 @@ class Table(torch.utils.data.Dataset):
         for index in indices:
             row = self.rows[int(index)]
             for name, column in self.columns.items():
-                raw = row.get(column)
-                present[name].append(raw is not None)
-                values[name].append(
-                    self.placeholders[name] if raw is None else self._value(name, raw, row.get(ROW, index))
-                )
+                raw, there = row.get(column), not _missing(row.get(column))
+                present[name].append(there)
+                values[name].append(self._value(name, raw, row.get(ROW, index)) if there else self.placeholders[name])
         return Batch(
             {name: torch.stack(items) for name, items in values.items()},
             {name: torch.tensor(mask) for name, mask in present.items()},
@@ -222,6 +232,11 @@ class Table(torch.utils.data.Dataset):
         except InputError as error:
             key = f"data.columns.{name}={self.columns[name]}, row {index}: {error.key}"
             raise InputError(key, error.value, error.remedy) from None
+
+
+def _missing(raw: object) -> bool:
+    """None, and a set of which nothing is there."""
+    return raw is None or (isinstance(raw, list) and all(item is None for item in raw))
 
 
 class StandIn(torch.utils.data.Dataset):

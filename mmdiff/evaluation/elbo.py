@@ -63,7 +63,8 @@ def elbo(
     chosen = torch.arange(total) if timesteps is None else timesteps
     scale = total / len(chosen)
     terms = {name: torch.zeros(len(z_0), dtype=torch.float64, device=z_0.device) for name in ("l1", "l3")}
-    terms |= {f"l2/{name}": terms["l1"].clone() for name in model.auxiliary}
+    generated = [name for name in model.auxiliary if model.modalities[name].generated]
+    terms |= {f"l2/{name}": terms["l1"].clone() for name in generated}
     terms["l0"] = losses.terminal_kl(
         scheduler.marginal(z_0, torch.full((len(z_0),), scheduler.terminal_timestep), encodings)
     )
@@ -84,7 +85,7 @@ def elbo(
             slope = anchor.unencode(torch.ones_like(z_0)) - anchor.unencode(torch.zeros_like(z_0))
             predicted = Gaussian(anchor.unencode(original), variance * slope**2)
             terms["l3"] += scale * losses.anchor_nll(predicted, anchor.unencode(z_0), levels)
-        for name in model.auxiliary:
+        for name in generated:
             modality = model.modalities[name]
             nll = modality.nll(output.params[name].double(), values[name])
             terms[f"l2/{name}"] += scale * losses.recovery_nll(nll, modality.dimensions)

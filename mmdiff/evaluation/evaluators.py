@@ -99,6 +99,7 @@ class Scene:
             if (judge := find_judge(config, self.model, name, real, trust)) is not None
         }
         self.restoring = [n for n in self.model.auxiliary if modalities[n].predicts_anchor]
+        self.conditions = [n for n in self.model.auxiliary if not modalities[n].generated]
         self.facts: dict[str, Any] = {"FID and KID features": self.extractor.name}
         self.pictures: dict[str, list[list[PILImage.Image]]] = {}
         self._columns: dict[str, dict[str, list[PILImage.Image]]] = {}
@@ -177,9 +178,28 @@ class Scene:
             for setting in settings[name] or (default if not any(settings.values()) else []):
                 drawn = self._draw(count, seed, observed={name: given}, **_asked(setting), **arguments)
                 yield from self._scored(f"{name} → {self.anchor}", setting, drawn, {name: given})
+        for name in self.conditions:
+            yield from self._conditioned(name, count, seed, **arguments)
         for name in self.restoring:
             for setting in settings[name] or ([{}] if not any(settings.values()) else []):
                 yield from self._restored(name, seed, ("samples",), setting, **_asked(setting), **arguments)
+
+    def _conditioned(self, name: str, count: int, seed: int, **arguments: Any) -> Iterator[Row]:
+        """What only conditions → the rest, from held-out rows: what is drawn, and what judges read off the anchor,
+        against the row's own values."""
+        given, *truths = complete(self.held_out, name, *self.read_out)
+        chosen = torch.arange(count) % len(given)
+        drawn = self._draw(count, seed, observed={name: given[chosen]}, **arguments)
+        images, direction = drawn[self.anchor].float(), f"{name} → {self.anchor}"
+        yield Row(direction, self.anchor, {}, {"n": count} | self._image_scores(images))
+        for other, truth in zip(self.read_out, truths, strict=True):
+            modality = self.model.modalities[other]
+            if other in self.judges:
+                scores = scorer(modality)(modality, self.judges[other].read(images), truth[chosen])
+                yield Row(direction, other, {}, {"n": count} | scores)
+            yield Row(
+                f"{name} → {other}", other, {}, {"n": count} | scorer(modality)(modality, drawn[other], truth[chosen])
+            )
 
     def subsets(self, steps: int, seed: int, feed: str | None) -> Iterator[Row]:
         """Every non-empty proper subset of modalities observed, from held-out rows that have them all.
@@ -197,7 +217,7 @@ class Scene:
                 given = {name: truth[name] for name in observed}
                 drawn = self._draw(count, seed, observed=given, num_inference_steps=steps, feed=feed)
                 found, read = drawn | given, self.anchor in observed
-                rest = " + ".join(name for name in names if name not in observed)
+                rest = " + ".join(name for name in names if name not in {*observed, *self.conditions})
                 for name in sorted(set(self.read_out) - set(observed)) if read else self.judges:
                     pair = found[name], truth[name]
                     if not read:

@@ -59,8 +59,8 @@ def _run(name: str, folder: Path, trust: bool) -> Judge:
     pipeline = MTDiffusionPipeline.from_pretrained(folder / "pipeline", trust_custom_modalities=trust)
     pipeline.set_progress_bar_config(disable=True)
     model = pipeline.model
-    if name not in model.auxiliary:
-        raise InputError(key, str(folder), f"does not know {name}, but {', '.join(model.auxiliary)}")
+    if name not in model.generated:
+        raise InputError(key, str(folder), f"does not know {name}, but {', '.join(model.generated)}")
 
     def read(images: Tensor) -> Tensor:
         parts = [

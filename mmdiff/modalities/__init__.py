@@ -4,14 +4,16 @@ To add a modality: write its file, add a line here, add a parameter to the contr
 name it in the config by import path, `kind: my_pkg.depth:Depth`.
 """
 
-import importlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mmdiff.errors import InputError
-from mmdiff.modalities.base import KnownPart, Modality, Shape
+from mmdiff.modalities.base import Condition, KnownPart, Modality, Shape
 from mmdiff.modalities.dense import Dense
 from mmdiff.modalities.embedding import Embedding
 from mmdiff.modalities.image import Image
+from mmdiff.modalities.image_set import ImageSet
+from mmdiff.modalities.imports import imported, is_custom
 from mmdiff.modalities.label import Label
 from mmdiff.modalities.mask import Mask
 from mmdiff.modalities.masked_image import MaskedImage
@@ -20,6 +22,7 @@ MODALITIES: dict[str, type[Modality]] = {
     "dense": Dense,
     "embedding": Embedding,
     "image": Image,
+    "image_set": ImageSet,
     "label": Label,
     "mask": Mask,
     "masked_image": MaskedImage,
@@ -27,15 +30,18 @@ MODALITIES: dict[str, type[Modality]] = {
 
 __all__ = [
     "MODALITIES",
+    "Condition",
     "Dense",
     "Embedding",
     "Image",
+    "ImageSet",
     "KnownPart",
     "Label",
     "Mask",
     "MaskedImage",
     "Modality",
     "Shape",
+    "custom_kinds",
     "find_modality",
     "is_custom",
 ]
@@ -56,18 +62,16 @@ def find_modality(kind: str, key: str) -> type[Modality]:
     if not is_custom(kind):
         known = ", ".join(sorted(MODALITIES))
         raise InputError(key, kind, f"choose one of {known}, or write an import path: my_pkg.depth:Depth")
-    module, _, name = kind.partition(":")
-    if not all(part.isidentifier() for part in (*module.split("."), name)):
-        raise InputError(key, kind, "is no import path; write one as in my_pkg.depth:Depth")
-    try:
-        found = vars(importlib.import_module(module)).get(name)
-    except ImportError as error:
-        raise InputError(key, kind, f"cannot be imported: {error}") from None
+    found = imported(key, kind)
     if not (isinstance(found, type) and issubclass(found, Modality)):
         raise InputError(key, kind, "is no subclass of mmdiff.modalities.Modality; nothing of it was called")
     return found
 
 
-def is_custom(kind: Any) -> bool:
-    """Whether a kind is an import path."""
-    return isinstance(kind, str) and ":" in kind
+def custom_kinds(config: Mapping[str, Any], key: str) -> Iterator[tuple[str, str]]:
+    """(key, import path) of all code of others that a config names, in it and in the mappings inside of it."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from custom_kinds(value, f"{key}.{name}")
+        elif name == "kind" and is_custom(value):
+            yield f"{key}.{name}", value

@@ -47,6 +47,8 @@ class Modality(nn.Module, ABC):
     #: Whether the head predicts the anchor and not the modality's own value: its L2 term then counts where the modality
     #: is observed too.
     predicts_anchor: ClassVar[bool] = False
+    #: Whether the model can give the modality. One that it cannot only conditions: no head, no L2 term (`Condition`).
+    generated: ClassVar[bool] = True
     #: Whether an observed value fixes parts of the anchor, see `known_part`.
     fixes_anchor: ClassVar[bool] = False
 
@@ -71,6 +73,9 @@ class Modality(nn.Module, ABC):
 
     def check_anchor(self, anchor: Modality) -> None:
         """Refuse an anchor that this modality does not go with."""
+
+    def load_initial_weights(self) -> None:
+        """Read pretrained weights that the settings name: once, where a run starts; a saved model has its own."""
 
     # ------------------------------------------------------------------------------------------------ data <-> value
 
@@ -174,6 +179,13 @@ class Modality(nn.Module, ABC):
         """What of an observed value has no place in space: (B, context_width), unit scale; it joins the state flags."""
         return value.new_zeros(len(value), 0)
 
+    def weights(self, value: Tensor) -> Tensor | None:
+        """How much each of several parts of an observed value matters, (B, n) with sum 1; None where it has no parts.
+
+        The pipeline reports it.
+        """
+        return None
+
     # --------------------------------------------------------------------------------------------- diffusion -> value
 
     @abstractmethod
@@ -227,3 +239,28 @@ class Modality(nn.Module, ABC):
     @abstractmethod
     def expected_encoding(self, params: Tensor) -> Tensor:
         """Σ_k p(k | z_t) E(k), the posterior mean of the encoding: (B, C, H, W)."""
+
+
+class Condition(Modality):
+    """A modality that conditions and cannot be generated (a set of photos): observed or absent, never aggregated.
+
+    It has no head and no likelihood, so nothing asks for what follows.
+    """
+
+    generated: ClassVar[bool] = False
+    aggregable: ClassVar[bool] = False
+
+    def decode(self, features: Tensor, pooled: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def nll(self, params: Tensor, value: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def sample(self, params: Tensor, noise: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def mode(self, params: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def expected_encoding(self, params: Tensor) -> Tensor:
+        raise NotImplementedError

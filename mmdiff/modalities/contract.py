@@ -47,7 +47,9 @@ def _findings(build: Build, shape: Shape) -> Iterator[Finding]:
     for name, law in LAWS.items():
         torch.manual_seed(0)
         try:
-            law(build, shape)
+            if name not in _OF_HEADS or build(shape).generated:
+                torch.manual_seed(0)
+                law(build, shape)
         except Fault as fault:
             yield Finding(name, str(fault))
         except Exception as error:  # whatever a person's own code raises is a finding
@@ -186,10 +188,11 @@ def gradients(build: Build, shape: Shape) -> None:
     """Every parameter that is trained is reached by a gradient."""
     modality = build(shape)
     examples = _values(modality)
-    encoded, observed = modality.encode(examples), modality.observe(examples)
-    weights = (torch.randn(x.shape, generator=Generator().manual_seed(4)) for x in (encoded, observed))
-    loss = sum((x * w).sum() for x, w in zip((encoded, observed), weights, strict=True))
-    (loss + modality.nll(_params(modality, shape), examples).sum()).backward()
+    shown = modality.encode(examples), modality.observe(examples), modality.context(examples)
+    loss = sum((x * torch.randn(x.shape, generator=Generator().manual_seed(4))).sum() for x in shown)
+    if modality.generated:
+        loss = loss + modality.nll(_params(modality, shape), examples).sum()
+    loss.backward()
     for name, parameter in modality.named_parameters():
         reached = parameter.grad is not None and bool(parameter.grad.isfinite().all()) and bool(parameter.grad.any())
         _expect(reached or not parameter.requires_grad, f"no finite gradient reaches the parameter {name}")
@@ -226,12 +229,16 @@ def save_and_load(build: Build, shape: Shape) -> None:
     other = build(shape)
     other.load_state_dict(one.state_dict(), strict=True)
     examples = _values(one)
-    for name, first, second in (
-        ("encode", one.encode(examples), other.encode(examples)),
-        ("observe", one.observe(examples), other.observe(examples)),
-        ("decode", _params(one, shape), _params(other, shape)),
-    ):
-        _expect(torch.equal(first, second), f"{name} differs after loading the state dict into a fresh instance")
+    maps: dict[str, Callable[[Modality], Tensor]] = {
+        "encode": lambda modality: modality.encode(examples),
+        "observe": lambda modality: modality.observe(examples),
+        "context": lambda modality: modality.context(examples),
+    }
+    if one.generated:
+        maps["decode"] = lambda modality: _params(modality, shape)
+    for name, map_ in maps.items():
+        same = torch.equal(map_(one), map_(other))
+        _expect(same, f"{name} differs after loading the state dict into a fresh instance")
 
 
 def half_precision(build: Build, shape: Shape) -> None:
@@ -246,6 +253,8 @@ def half_precision(build: Build, shape: Shape) -> None:
     error = float((rounded - encoded).detach().square().mean().sqrt())
     _expect(error < 0.05, f"with weights in bfloat16 encode is off by {error:.3g} (RMS)")
     modality.observe(examples), modality.context(examples)
+    if not modality.generated:
+        return
     _, height, width = shape.space
     features = torch.randn(_ROWS, shape.features, height // shape.stride, width // shape.stride)
     params = modality.decode(features.bfloat16(), torch.randn(_ROWS, shape.pooled).bfloat16()).float()
@@ -271,3 +280,4 @@ LAWS: dict[str, Callable[[Build, Shape], None]] = {
     "save and load": save_and_load,
     "half precision": half_precision,
 }
+_OF_HEADS = {"likelihood", "sampling", "mode", "expected encoding", "average"}

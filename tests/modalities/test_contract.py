@@ -20,7 +20,18 @@ from torch.distributions import Categorical, Independent, Normal
 from torch.nn.functional import softplus
 
 from mmdiff.errors import InputError
-from mmdiff.modalities import MODALITIES, Dense, Embedding, Image, Label, Mask, MaskedImage, Modality, Shape
+from mmdiff.modalities import (
+    MODALITIES,
+    Dense,
+    Embedding,
+    Image,
+    ImageSet,
+    Label,
+    Mask,
+    MaskedImage,
+    Modality,
+    Shape,
+)
 from mmdiff.modalities.contract import LAWS, check_modality
 
 FEATURES, POOLED = 6, 10
@@ -279,6 +290,40 @@ def _dense(channels: int, size: int) -> Callable[[Shape], Modality]:
     return lambda shape: Dense(shape, channels=channels, size=size, mean=DEPTH, std=DEPTH_STD)
 
 
+# --------------------------------------------------------------------------------------------- sets of images
+
+
+def image_sets(count: int, generator: Generator) -> Tensor:
+    """Of one to three images."""
+    there = torch.arange(3) < torch.randint(1, 4, (count, 1), generator=generator)  # (B, 3)
+    there = there[:, :, None, None, None].float()
+    pixels = torch.randint(LEVELS, (count, 3, 3, 16, 16), generator=generator) / 127.5 - 1.0
+    return torch.cat([pixels * there, there.expand(-1, -1, 1, 16, 16)], dim=2)
+
+
+def no_law(params: Tensor) -> Law:
+    raise NotImplementedError
+
+
+def sets_of_pictures() -> list[list[PILImage.Image]]:
+    one, two, three = pictures(16, 16, 3)
+    return [[one, two, three], [two], [three, one]]
+
+
+def saved_set(raw: list[PILImage.Image], folder: Path) -> str:
+    for index, image in enumerate(raw):
+        image.save(folder / f"{index}.png")
+    return ",".join(str(folder / f"{index}.png") for index in range(len(raw)))
+
+
+def same_sets(one: list[PILImage.Image], other: list[PILImage.Image]) -> bool:
+    return len(one) == len(other) and all(map(same_pixels, one, other))
+
+
+def _image_set(**settings: Any) -> Callable[[Shape], Modality]:
+    return lambda shape: ImageSet(shape, channels=3, size=16, max_images=3, dim=DIM, **settings)
+
+
 # -------------------------------------------------------------------------------------------------------- cases
 
 IDS, NAMES, PNG = datasets.Value("int64"), datasets.ClassLabel(names=list("abcde")), datasets.Image()
@@ -331,6 +376,10 @@ CASES = [
     Case("normals", (1, 8, 8), _dense(3, 8), maps(3, 8), arrays(3, 8, 8), FLAT, dense_law, array_file, same_numbers),
     Case("latent-normals", (4, 8, 8), _dense(3, 8), maps(3, 8), arrays(3, 8, 8), FLAT, dense_law, array_file,
          same_numbers),
+    Case("image-set", (3, 8, 8), _image_set(), image_sets, sets_of_pictures(), datasets.List(PNG), no_law, saved_set,
+         same_sets),
+    Case("image-set-map", (2, 8, 8), _image_set(observe_as="channels", map_size=4, fusion="max"), image_sets,
+         sets_of_pictures(), datasets.List(PNG), no_law, saved_set, same_sets),
 ]  # fmt: skip
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -355,6 +404,12 @@ def draws(modality: Modality, params: Tensor, count: int) -> Tensor:
     """``count`` draws of the law of one row of params."""
     noise = torch.randn(count, *modality.noise_shape, generator=seeded(2))
     return modality.sample(params.expand(count, *params.shape[1:]), noise)
+
+
+#: A modality that only conditions has no head; its gradients and its state dict are laws of `check_modality`.
+every_head = pytest.mark.parametrize(
+    "case", [case for case in CASES if build(case).generated], ids=lambda case: case.name
+)
 
 
 def test_every_kind_is_tested() -> None:
@@ -399,7 +454,7 @@ def test_encoding_and_observation_are_per_sample(case: Case) -> None:
         torch.testing.assert_close(parts, map_(values), rtol=1e-5, atol=1e-6)  # products of matrices round by size
 
 
-@every_case
+@every_head
 def test_gradients_reach_every_parameter(case: Case) -> None:
     modality, values = build(case), case.values(64, seeded())  # 64 rows meet all 5 classes
     shown = modality.encode(values), modality.observe(values)
@@ -415,7 +470,7 @@ def test_gradients_reach_every_parameter(case: Case) -> None:
 # --------------------------------------------------------------------------------------------- diffusion -> value
 
 
-@every_case
+@every_head
 def test_nll_is_that_of_the_law_per_dimension(case: Case) -> None:
     modality, values = build(case).double(), case.values(6, seeded())
     values = values.double() if values.is_floating_point() else values
@@ -425,7 +480,7 @@ def test_nll_is_that_of_the_law_per_dimension(case: Case) -> None:
     torch.testing.assert_close(nll * modality.dimensions, -case.law(params).log_prob(values), rtol=1e-10, atol=1e-10)
 
 
-@every_case
+@every_head
 def test_nll_is_per_sample(case: Case) -> None:
     modality, values = build(case), case.values(6, seeded())
     params = decoded(modality)
@@ -435,7 +490,7 @@ def test_nll_is_per_sample(case: Case) -> None:
     torch.testing.assert_close(modality.nll(params.flip(0), values.flip(0)).flip(0), whole, rtol=1e-6, atol=1e-6)
 
 
-@every_case
+@every_head
 def test_sample_is_a_function_of_params_and_noise_per_sample(case: Case) -> None:
     modality = build(case)
     params, noise = decoded(modality), torch.randn(6, *modality.noise_shape, generator=seeded(2))
@@ -446,7 +501,7 @@ def test_sample_is_a_function_of_params_and_noise_per_sample(case: Case) -> None
     assert not torch.equal(modality.sample(params, -noise), whole)
 
 
-@every_case
+@every_head
 def test_samples_follow_the_law(case: Case) -> None:
     """E[nll] over draws is the law's entropy."""
     modality = build(case)
@@ -457,7 +512,7 @@ def test_samples_follow_the_law(case: Case) -> None:
     assert float(nll.mean()) == pytest.approx(float(case.law(params).entropy()) / modality.dimensions, abs=error)
 
 
-@every_case
+@every_head
 def test_nothing_is_likelier_than_the_mode(case: Case) -> None:
     modality = build(case)
     for params in decoded(modality).split(1):
@@ -467,7 +522,7 @@ def test_nothing_is_likelier_than_the_mode(case: Case) -> None:
         assert (modality.nll(rows, drawn) >= modality.nll(params, case.asked(mode)) - 1e-6).all()
 
 
-@every_case
+@every_head
 def test_expected_encoding_is_the_mean_over_draws(case: Case) -> None:
     modality, count = build(case), 4000
     with torch.no_grad():
@@ -542,7 +597,7 @@ def test_check_refuses_other_shapes_and_types(case: Case) -> None:
             modality.check(wrong)
 
 
-@every_case
+@every_head
 def test_state_dict_carries_everything(case: Case) -> None:
     one, other, values = build(case, seed=0), build(case, seed=1), case.values(6, seeded())
     assert not torch.equal(decoded(one), decoded(other))

@@ -1,4 +1,4 @@
-"""`mmdiff benchmark`: what the framework costs, and how well it restores images. Heavy imports wait."""
+"""`mmdiff benchmark …`: its commands. Heavy imports wait until one runs."""
 
 from __future__ import annotations
 
@@ -115,3 +115,18 @@ def restoration(
     files[1].write_text(table + "\n")
     titled(*columns, files[2])
     typer.echo(standings.text(found, each_law=False) + "\n" + "\n".join(f"wrote {file}" for file in files))
+
+
+@benchmark.command("fusion-speed")
+def fusion_speed(
+    sets: Annotated[int, typer.Option(help="sets in the batch", min=1)] = 64,
+    largest: Annotated[int, typer.Option(help="members of the largest; the sizes run from 1 to it", min=1)] = 20,
+    dim: Annotated[int, typer.Option(help="numbers of a member", min=1)] = 512,
+    rounds: Annotated[int, typer.Option(help="rounds; medians are shown", min=1)] = 20,
+    threads: Annotated[int, typer.Option(help="CPU threads", min=1)] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+) -> None:
+    """The fusions of image sets on a ragged batch, against a loop over its sets."""
+    from mmdiff.evaluation.fusion_speed import compare_fusions
+
+    typer.echo(compare_fusions(sets, largest, dim, rounds, threads, device))

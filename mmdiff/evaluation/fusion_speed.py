@@ -1,0 +1,137 @@
+"""`mmdiff benchmark fusion-speed`: a ragged batch of sets fused at once against a loop over the sets."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmdiff.errors import InputError
+from mmdiff.modalities.fusion import FUSIONS, Fused, Fusion, build_fusion
+
+
+class FusionSpeed(NamedTuple):
+    """Milliseconds of CPU time (on a GPU: of wall time) for all sets: in one ``batch``, in a ``loop`` that calls the
+    same module for one set after another, and in a loop over the ``bare`` equation written for one set; and the largest
+    ``difference`` between a result of the batch and that of a loop."""
+
+    batch: float
+    loop: float
+    bare: float
+    difference: float
+
+
+def fusion_speed(
+    kind: str, sets: int, largest: int, dim: int, rounds: int, backward: bool, device: str = "cpu"
+) -> FusionSpeed:
+    """Time one fusion, the three ways in turn in every round; medians over the rounds.
+
+    Args:
+        kind: a key of `FUSIONS`.
+        sets: B; their sizes run evenly from 1 to ``largest``.
+        dim: d.
+        rounds: at least 1; one more warms up.
+        backward: with the gradients of members and weights.
+        device: cpu or cuda.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = build_fusion(kind, dim).to(device)
+    counts = [1 + (index * largest) // sets for index in range(sets)]
+    mask = (torch.arange(largest) < torch.tensor(counts)[:, None]).to(device)
+    members = torch.randn(sets, largest, dim, generator=generator).to(device).requires_grad_(backward)
+    ways: dict[str, Callable[[], list[Fused]]] = {
+        "batch": lambda: [module(members, mask)],
+        "loop": lambda: [module(members[k : k + 1, :n], mask[k : k + 1, :n]) for k, n in enumerate(counts)],
+        "bare": lambda: [_BARE[kind](module, members[k, :n]) for k, n in enumerate(counts)],
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    found: dict[str, Tensor] = {}
+    with torch.set_grad_enabled(backward):
+        for index in range(rounds + 1):
+            for name, way in ways.items():
+                start = _now(device)
+                results = way()
+                found[name] = torch.cat([one.embedding.reshape(-1, dim) for one in results])  # (B, d)
+                if backward:
+                    found[name].square().sum().backward()
+                seconds = _now(device) - start
+                if index > 0:
+                    times[name].append(1000 * seconds)
+                members.grad = None
+    difference = max(float((found["batch"] - found[name]).detach().abs().max()) for name in ("loop", "bare"))
+    return FusionSpeed(**{name: statistics.median(values) for name, values in times.items()}, difference=difference)
+
+
+def compare_fusions(
+    sets: int = 64, largest: int = 20, dim: int = 512, rounds: int = 20, threads: int = 1, device: str = "cpu"
+) -> str:
+    """The table of all fusions, forward and with gradients; see `fusion_speed`."""
+    for key, value in (("sets", sets), ("largest", largest), ("dim", dim), ("rounds", rounds), ("threads", threads)):
+        if value < 1:
+            raise InputError(f"--{key}", value, "needs at least 1")
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise InputError("--device", device, "is not here; choose cpu, or cuda where torch finds one")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        lines = [
+            f"{date.today().isoformat()}, {platform.machine()}, torch {torch.__version__}, {device}, "
+            f"{threads} threads, load {os.getloadavg()[0]:.1f}; "
+            f"{sets} sets of 1 … {largest} members of {dim} numbers, float32, median of {rounds} rounds",
+            f"{'':<28}{'batch':>9}{'loop':>11}{'ratio':>8}{'bare loop':>11}{'ratio':>8}{'difference':>13}",
+        ]
+        for kind in FUSIONS:
+            for name, backward in ((kind, False), (f"{kind}, gradients", True)):
+                found = fusion_speed(kind, sets, largest, dim, rounds, backward, device)
+                lines.append(
+                    f"{name:<28}{found.batch:>6.2f} ms{found.loop:>8.2f} ms{found.loop / found.batch:>7.1f}×"
+                    f"{found.bare:>8.2f} ms{found.bare / found.batch:>7.1f}×{found.difference:>13.1e}"
+                )
+    finally:
+        torch.set_num_threads(before)
+    return "\n".join(lines)
+
+
+def _now(device: str) -> float:
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _mean(module: Fusion, h: Tensor) -> Fused:
+    return Fused(h.mean(dim=0), h.new_full((len(h),), 1 / len(h)))
+
+
+def _max(module: Fusion, h: Tensor) -> Fused:
+    largest = h.amax(dim=0)
+    wins = (h == largest).to(h.dtype)
+    return Fused(largest, (wins / wins.sum(dim=0)).mean(dim=1))
+
+
+def _attention(module: Fusion, h: Tensor) -> Fused:
+    a = module.v(module.V(h).tanh()).squeeze(1).softmax(dim=0)
+    return Fused(a @ h, a)
+
+
+def _gated_attention(module: Fusion, h: Tensor) -> Fused:
+    a = module.v(module.V(h).tanh() * module.U(h).sigmoid()).squeeze(1).softmax(dim=0)
+    return Fused(a @ h, a)
+
+
+#: What one would write by hand for one set (n, d).
+_BARE: dict[str, Callable[[Fusion, Tensor], Fused]] = {
+    "mean": _mean,
+    "max": _max,
+    "attention": _attention,
+    "gated_attention": _gated_attention,
+}

@@ -1,0 +1,201 @@
+"""Several photos of one thing: each is encoded, all are fused into one embedding (README, Theory, section 7)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image as PILImage
+from PIL import ImageSequence
+from torch import Generator, Tensor, nn
+from torch.nn.functional import interpolate, linear, normalize
+
+from mmdiff.errors import InputError
+from mmdiff.modalities.base import Condition, Shape
+from mmdiff.modalities.encoders import build_encoder
+from mmdiff.modalities.fusion import Fused, build_fusion
+from mmdiff.modalities.heads import Size, height_width, open_image, widened
+from mmdiff.modalities.image import Image
+
+_ROWS = 256  # from which the largest number of images is read
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+
+
+class ImageSet(Condition):
+    """A set of 1 to `max_images` images; its value is (max_images, channels + 1, height, width) float32.
+
+    The images come first; the last channel is 1 for them and 0 for the rest, the others are in [−1, 1]. As a raw value
+    it is a list of images, in which None is left out. It conditions and is never generated, and `weights` says which
+    image mattered.
+
+    Args:
+        shape: the surroundings, see `Modality`.
+        channels, size, resize: of the images, see `Image`.
+        max_images: n; read from the first rows where the config leaves it out.
+        encoder: ``kind`` "resnet" (small, of timm), "open_clip" or an import path, and its settings, see
+            `mmdiff.modalities.encoders`.
+        fusion: a key of `mmdiff.modalities.fusion.FUSIONS`; ``hidden``: width of its layer.
+        dim: d of the fused embedding.
+        observe_as: how a set reaches the backbone: "context" (the embedding) or "channels" (E, a map).
+        map_size: side of E's own grid, repeated to the size of the diffusion space. Default: the full size.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        channels: int,
+        size: Size,
+        max_images: int,
+        resize: bool = False,
+        encoder: Mapping[str, Any] | None = None,
+        fusion: str = "attention",
+        dim: int = 128,
+        hidden: int = 128,
+        observe_as: str = "context",
+        map_size: int | None = None,
+    ) -> None:
+        super().__init__(shape)
+        if max_images < 1:
+            raise InputError("max_images", max_images, "a set has one image at least")
+        if dim < 2:
+            raise InputError("dim", dim, "a direction needs at least two dimensions")
+        if observe_as not in ("channels", "context"):
+            raise InputError("observe_as", observe_as, "choose channels or context")
+        space, height, width = shape.space
+        if map_size is not None and (map_size < 1 or height % map_size or width % map_size):
+            raise InputError("map_size", map_size, f"must divide the diffusion space's {height}x{width}")
+        self.image = Image(shape, channels, size, resize, head=False)
+        self.max_images, self.dim, self.by_context = max_images, dim, observe_as == "context"
+        self.encoder = build_encoder(encoder or {"kind": "resnet"}, channels, height_width(size))
+        self.project = nn.Linear(self.encoder.width, dim)
+        self.fusion = build_fusion(fusion, dim, hidden)
+        self.grid = (space, map_size or height, map_size or width)
+        # fixed: what stands before it is learned
+        self.register_buffer("map", nn.init.orthogonal_(torch.empty(math.prod(self.grid), dim)))
+
+    def load_initial_weights(self) -> None:
+        self.encoder.load_initial_weights()
+
+    # ------------------------------------------------------------------------------------------------ data <-> value
+
+    @classmethod
+    def settings_from_data(
+        cls, feature: Any, values: Iterable[Any], max_images: int | None = None, **_: Any
+    ) -> dict[str, Any]:
+        sets = [_members(raw) for raw in itertools.islice(values, _ROWS if max_images is None else 16)]
+        images = [image for members in sets for image in members]
+        if not images:
+            raise InputError("image_set", None, "no lists of images in the first rows; check data.columns")
+        return {**Image.settings_from_data(None, images[:1]), "max_images": max(map(len, sets))}
+
+    def preprocess(self, raw: Any) -> Tensor:
+        if isinstance(raw, PILImage.Image):
+            raise InputError("image_set", "one image", "needs a list of images; one set alone is [[photo, photo]]")
+        members = _members(raw)
+        if not 1 <= len(members) <= self.max_images:
+            raise InputError("image_set", f"{len(members)} images", f"needs 1 … {self.max_images}; see max_images")
+        value = torch.zeros(self.value_shape)
+        for place, image in enumerate(members):
+            value[place, :-1], value[place, -1] = self.image.preprocess(image), 1.0
+        return value
+
+    def parse(self, text: str) -> list[PILImage.Image]:
+        """Image files with commas, a folder of them, or one file with several pages."""
+        path = Path(text)
+        if path.is_dir():
+            files = sorted(str(file) for file in path.iterdir() if file.suffix.lower() in _SUFFIXES)
+            if not files:
+                raise InputError("image_set", text, "holds no image")
+        else:
+            files = [text] if path.is_file() else text.split(",")
+        return [self.image._fitted(page) for file in files for page in _pages(file)]
+
+    def save(self, shown: list[PILImage.Image], stem: Path) -> Path:
+        """As the pages of one TIFF."""
+        path = stem.with_name(f"{stem.name}.tiff")
+        shown[0].save(path, save_all=True, append_images=shown[1:])
+        return path
+
+    def check(self, value: Tensor) -> None:
+        super().check(value)
+        there = value[:, :, -1]
+        if not (((there == 0) | (there == 1)).all() and (there == there[..., :1, :1]).all()):
+            raise InputError("image_set", "its last channel", "must be 1 where an image is and 0 elsewhere")
+        if not (there[:, 0].all() and (there.diff(dim=1) <= 0).all()):
+            raise InputError("image_set", "a set", "needs one image at least, and its images before what is empty")
+
+    def postprocess(self, value: Tensor) -> list[list[PILImage.Image]]:
+        """The images of every set."""
+        counts = (value[:, :, -1, 0, 0] > 0).sum(dim=1).tolist()
+        return [self.image.postprocess(images[:count, :-1]) for images, count in zip(value, counts, strict=True)]
+
+    @property
+    def value_shape(self) -> tuple[int, ...]:
+        channels, height, width = self.image.value_shape
+        return self.max_images, channels + 1, height, width
+
+    def placeholder(self) -> Tensor:
+        value = torch.zeros(self.value_shape)
+        value[0, -1] = 1.0
+        return value
+
+    def examples(self, count: int, generator: Generator) -> Tensor:
+        value = torch.rand(count, *self.value_shape, generator=generator) * 2 - 1
+        sizes = torch.randint(1, self.max_images + 1, (count,), generator=generator)
+        there = (torch.arange(self.max_images) < sizes[:, None])[:, :, None, None, None].float()
+        return torch.cat([(value[:, :, :-1] * 127.5).round() / 127.5 * there, there.expand_as(value[:, :, -1:])], dim=2)
+
+    # -------------------------------------------------------------------------------------------- value -> diffusion
+
+    def fuse(self, value: Tensor) -> Fused:
+        """(B, n, channels + 1, h, w) -> embeddings (B, d) and weights (B, n)."""
+        there = value[:, :, -1, 0, 0] > 0  # (B, n)
+        features = self.encoder(value[:, :, :-1][there])  # (N, width), of the members only
+        members = linear(features, widened(self.project.weight), widened(self.project.bias))
+        placed = members.new_zeros(*there.shape, self.dim).masked_scatter(there[..., None], members)  # (B, n, d)
+        return self.fusion(placed, there)
+
+    def weights(self, value: Tensor) -> Tensor:
+        return self.fuse(value).weights
+
+    def encode(self, value: Tensor) -> Tensor:
+        mapped = linear(normalize(self.fuse(value).embedding, dim=1), widened(self.map))  # (B, C · rows · columns)
+        mapped = mapped / mapped.square().mean(dim=1, keepdim=True).add(1e-12).sqrt()
+        return interpolate(mapped.reshape(-1, *self.grid), self.shape.space[1:], mode="nearest")
+
+    @property
+    def observation_channels(self) -> int:
+        return 0 if self.by_context else super().observation_channels
+
+    def observe(self, value: Tensor) -> Tensor:
+        if self.by_context:
+            return value.new_zeros(len(value), 0, *self.shape.space[1:])
+        return super().observe(value)
+
+    @property
+    def context_width(self) -> int:
+        return self.dim if self.by_context else 0
+
+    def context(self, value: Tensor) -> Tensor:
+        """The direction of the fused embedding."""
+        if not self.by_context:
+            return super().context(value)
+        return normalize(self.fuse(value).embedding, dim=1) * math.sqrt(self.dim)  # unit scale per number
+
+
+def _members(raw: Any) -> list[Any]:
+    """The images that are there."""
+    if raw is not None and not isinstance(raw, list | tuple):
+        raise InputError("image_set", type(raw).__name__, "is no list of images; check data.columns")
+    return [image for image in raw or () if image is not None]
+
+
+def _pages(text: str) -> list[PILImage.Image]:
+    first = open_image("image_set", text)
+    with PILImage.open(text) as file:
+        pages = [page.copy() for page in ImageSequence.Iterator(file)]
+    return [first, *pages[1:]]

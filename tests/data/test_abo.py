@@ -1,0 +1,156 @@
+"""Amazon Berkeley Objects: a sample in the published format, made here, is read as products with their photos."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image as PILImage
+
+from mmdiff.build import build
+from mmdiff.config import parse_config
+from mmdiff.data.sources import open_splits
+from mmdiff.errors import InputError
+
+LISTINGS = [
+    {
+        "item_id": "B01",
+        "brand": [{"language_tag": "de_DE", "value": "Marke"}, {"language_tag": "en_US", "value": "Brand"}],
+        "bullet_point": [{"language_tag": "en_US", "value": "Firm"}, {"language_tag": "en_GB", "value": "Soft"}],
+        "color": [{"language_tag": "en_US", "standardized_values": ["Red"], "value": "Crimson"}],
+        "item_name": [{"language_tag": "en_US", "value": "A chair"}, {"language_tag": "de_DE", "value": "Ein Stuhl"}],
+        "main_image_id": "img-1",
+        "other_image_id": ["img-2", "img-1", "img-3"],
+        "product_type": [{"value": "CHAIR"}],
+        "node": [{"node_id": 1, "node_name": "/Home"}],
+        "domain_name": "amazon.com",
+        "marketplace": "Amazon",
+        "country": "US",
+    },
+    {
+        "item_id": "B02",
+        "item_name": [{"language_tag": "de_DE", "value": "Ein Tisch"}],
+        "main_image_id": "img-2",
+        "product_type": [{"value": "TABLE"}],
+    },
+    {"item_id": "B03", "main_image_id": "img-without-a-file", "other_image_id": ["img-4"]},
+    {"item_id": "B04", "product_type": [{"value": "CHAIR"}]},
+]
+SECOND = [
+    {"item_id": "B02", "item_name": [{"language_tag": "en_GB", "value": "A table"}], "main_image_id": "img-4"},
+    {"item_id": "B01", "item_name": [{"language_tag": "en_AU", "value": "Another chair"}]},
+    *({"item_id": f"C{k:02}", "product_type": [{"value": "LAMP"}], "main_image_id": "img-3"} for k in range(20)),
+]
+
+
+def write_listing(path: Path, entries: list[Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.writelines(f"{json.dumps(entry)}\n" for entry in entries)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "abo"
+    write_listing(root / "listings" / "metadata" / "listings_0.json.gz", LISTINGS)
+    write_listing(root / "listings" / "metadata" / "listings_1.json.gz", SECOND)
+    table = root / "images" / "metadata" / "images.csv.gz"
+    table.parent.mkdir(parents=True)
+    with gzip.open(table, "wt", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["image_id", "height", "width", "path"])
+        for k in (1, 2, 3, 4):
+            rows.writerow([f"img-{k}", 20 + k, 30, f"{k:02}/{k:02}.jpg"])
+            (root / "images" / "small" / f"{k:02}").mkdir(parents=True)
+            PILImage.new("RGB", (30, 20 + k), (60 * k, 0, 0)).save(
+                root / "images" / "small" / f"{k:02}" / f"{k:02}.jpg"
+            )
+        rows.writerow(["img-without-a-file", 9, 9, "09/09.jpg"])
+    return root
+
+
+def products(folder: Path, **options: Any) -> dict[str, Any]:
+    train, validation = open_splits("abo", options={"folder": str(folder), **options})
+    assert set(train["item_id"]).isdisjoint(validation["item_id"])
+    return {row["item_id"]: row for rows in (train, validation) for row in rows}
+
+
+def heights(photos: list[Any]) -> list[int]:
+    """Which photos they are: 21, 22, …"""
+    return [photo.height for photo in photos]
+
+
+def test_products_have_their_texts_types_and_photos(folder: Path) -> None:
+    found = products(folder)
+    assert len(found) == 24
+    chair = found["B01"]
+    assert (chair["item_name"], chair["brand"], chair["color"]) == ("A chair", "Brand", "Crimson")
+    assert chair["bullet_points"] == "Firm\nSoft" and chair["material"] is None
+    assert heights(chair["photos"]) == [21, 22, 23] and chair["image"].height == 21
+    train, _ = open_splits("abo", options={"folder": str(folder)})
+    types = train.features["product_type"]
+    assert types.names == ["CHAIR", "LAMP", "TABLE"] and types.int2str(chair["product_type"]) == "CHAIR"
+
+
+def test_each_column_is_from_the_first_listing_that_has_it(folder: Path) -> None:
+    table = products(folder)["B02"]
+    assert table["item_name"] == "A table" and heights(table["photos"]) == [22]
+    assert products(folder)["B01"]["item_name"] == "A chair"
+    german = products(folder, language="de")
+    assert german["B02"]["item_name"] == "Ein Tisch" and german["B01"]["brand"] == "Marke"
+
+
+def test_what_is_missing_is_none(folder: Path) -> None:
+    found = products(folder)
+    assert found["B03"]["image"] is None and heights(found["B03"]["photos"]) == [24]
+    assert found["B03"]["product_type"] is None and found["B03"]["item_name"] is None
+    assert found["B04"]["photos"] is None and found["B04"]["image"] is None
+    assert heights(products(folder, max_images=2)["B01"]["photos"]) == [21, 22]
+
+
+def test_the_split_does_not_depend_on_the_rest(folder: Path) -> None:
+    def held_out() -> set[str]:
+        return set(open_splits("abo", options={"folder": str(folder), "every": 4})[1]["item_id"])
+
+    before = held_out()
+    assert 1 <= len(before) < 12
+    (folder / "listings" / "metadata" / "listings_0.json.gz").unlink()
+    assert held_out() == {item for item in before if item not in ("B03", "B04")}
+
+
+def test_a_model_reads_them(folder: Path, tiny: dict[str, Any]) -> None:
+    tiny["data"] = {
+        "source": "abo",
+        "options": {"folder": str(folder), "every": 3},
+        "columns": {"image_set": "photos", "label": "product_type"},
+        "cache_mib": 0,
+    }
+    size = {"size": 16, "resize": True}
+    tiny["modalities"] = {
+        "image": {"kind": "image", **size},
+        "label": {"kind": "label"},
+        "image_set": {"kind": "image_set", "dim": 8, "max_images": 8, **size},
+    }
+    built = build(parse_config(tiny))
+    rows = built.train.rows
+    batch = built.train.all()
+    assert batch.values["image_set"].shape == (len(rows), 8, 4, 16, 16)
+    assert batch.present["image_set"].tolist() == [row["photos"] is not None for row in rows]
+    assert built.config.modalities["label"].settings()["names"] == ["CHAIR", "LAMP", "TABLE"]
+
+
+def test_other_folders_are_refused(folder: Path, tmp_path: Path) -> None:
+    def refused(message: str, **options: Any) -> None:
+        with pytest.raises(InputError, match=message):
+            open_splits("abo", options={"folder": str(folder), **options})
+
+    refused("images = 'original': no such folder", images="original")
+    refused("max_images = 0", max_images=0)
+    refused("folder = .*holds no listings", folder=str(tmp_path / "elsewhere"))
+    refused("data.options = .*do not fit abo", languages="en")
+    write_listing(folder / "listings" / "metadata" / "listings_2.json.gz", [{"item": 3}])
+    refused("listings_2.json.gz, line 1': has no item_id")

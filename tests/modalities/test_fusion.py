@@ -1,0 +1,230 @@
+"""Laws of fusion: the equations as they are written, and order, padding and a single member that change nothing."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Generator, Tensor
+
+from mmdiff.errors import InputError
+from mmdiff.modalities.fusion import FUSIONS, Fused, Fusion, build_fusion
+
+DIM, HIDDEN, TOKENS = 6, 5, 3
+SIZES = [1, 4, 2, 7, 7, 3]  # of the sets in a batch
+every_fusion = pytest.mark.parametrize("kind", FUSIONS)
+with_tokens = pytest.mark.parametrize("tokens", [(), (TOKENS,)], ids=["vectors", "tokens"])
+
+
+def seeded(seed: int = 0) -> Generator:
+    return Generator().manual_seed(seed)
+
+
+def fusion(kind: str, dtype: torch.dtype = torch.float64) -> Fusion:
+    torch.manual_seed(0)
+    return build_fusion(kind, DIM, HIDDEN).to(dtype)
+
+
+def ragged(tokens: tuple[int, ...] = (), sizes: list[int] | None = None) -> tuple[Tensor, Tensor]:
+    """Members with gaps anywhere, which hold NaN, and the mask."""
+    sizes = sizes or SIZES
+    size = max(sizes) + 2
+    mask = torch.rand(len(sizes), size, generator=seeded()).argsort(dim=1) < torch.tensor(sizes)[:, None]
+    members = 2 * torch.randn(len(sizes), size, *tokens, DIM, generator=seeded(1), dtype=torch.float64)
+    members[~mask] = torch.nan
+    return members, mask
+
+
+def written_out(kind: str, module: Fusion, h: Tensor) -> tuple[Tensor, Tensor]:
+    """The equations for one set h (n, d): (embedding (d,), weights (n,))."""
+    if kind == "max":
+        winners = [[k for k in range(len(h)) if h[k, j] == h[:, j].max()] for j in range(DIM)]
+        share = [sum(1 / len(w) for w in winners if k in w) / DIM for k in range(len(h))]
+        return h.max(dim=0).values, torch.tensor(share, dtype=h.dtype)
+    weights = dict(module.named_parameters())
+    scores = []
+    for member in h:
+        inner = torch.tanh(weights["V.weight"] @ member) if weights else torch.zeros(HIDDEN, dtype=h.dtype)
+        if "U.weight" in weights:
+            inner = inner / (1 + torch.exp(-weights["U.weight"] @ member))
+        scores.append(float((inner @ weights["v.weight"][0]).detach()) if weights else 0.0)
+    total = sum(math.exp(score) for score in scores)
+    a = torch.tensor([math.exp(score) / total for score in scores], dtype=h.dtype)
+    return sum(a[k] * h[k] for k in range(len(h))), a
+
+
+@with_tokens
+@every_fusion
+def test_it_is_the_equation(kind: str, tokens: tuple[int, ...]) -> None:
+    module, (members, mask) = fusion(kind), ragged(tokens)
+    embedding, weights = module(members, mask)
+    assert embedding.shape == (len(SIZES), *tokens, DIM) and weights.shape == mask.shape
+    for row in range(len(SIZES)):
+        by_token = members[row, mask[row]].reshape(SIZES[row], -1, DIM).unbind(1)
+        found = [written_out(kind, module, h) for h in by_token]
+        expected = torch.stack([one for one, _ in found]).reshape(*tokens, DIM)
+        torch.testing.assert_close(embedding[row], expected, rtol=1e-12, atol=1e-12)
+        pooled = torch.stack([a for _, a in found]).mean(dim=0)
+        torch.testing.assert_close(weights[row, mask[row]], pooled, rtol=1e-12, atol=1e-12)
+
+
+def exactly(one: Fused, embedding: Tensor, weights: Tensor) -> None:
+    assert torch.equal(one.embedding, embedding)
+    assert torch.equal(one.weights, weights)
+
+
+@with_tokens
+@every_fusion
+def test_order_changes_nothing(kind: str, tokens: tuple[int, ...]) -> None:
+    module, (members, mask) = fusion(kind), ragged(tokens)
+    order = torch.rand(mask.shape, generator=seeded(2)).argsort(dim=1)
+    rows = torch.arange(len(mask))[:, None]
+    fused = module(members, mask)
+    assert not torch.equal(mask[rows, order], mask)
+    exactly(module(members[rows, order], mask[rows, order]), fused.embedding, fused.weights[rows, order])
+
+
+@pytest.mark.parametrize("more", [1, 2, 3, 5, 8, 16])
+@with_tokens
+@every_fusion
+def test_padding_changes_nothing(kind: str, tokens: tuple[int, ...], more: int) -> None:
+    module, (members, mask) = fusion(kind), ragged(tokens)
+    gaps = 1e300 * torch.ones(len(mask), more, *tokens, DIM, dtype=torch.float64)
+    fused = module(members, mask)
+    padded = module(torch.cat([members, gaps], dim=1), torch.cat([mask, mask.new_zeros(len(mask), more)], dim=1))
+    exactly(padded, fused.embedding, torch.cat([fused.weights, fused.weights.new_zeros(len(mask), more)], dim=1))
+
+
+@with_tokens
+@every_fusion
+def test_one_member_is_its_own_fusion(kind: str, tokens: tuple[int, ...]) -> None:
+    members, mask = ragged(tokens, sizes=[1] * 5)
+    fused = fusion(kind)(members, mask)
+    exactly(fused, members[mask], mask.double())
+
+
+@every_fusion
+def test_weights_add_up_to_one_and_are_zero_in_gaps(kind: str) -> None:
+    members, mask = ragged()
+    _, weights = fusion(kind)(members, mask)
+    assert (weights[~mask] == 0).all() and (weights >= 0).all()
+    torch.testing.assert_close(weights.sum(dim=1), torch.ones(len(mask), dtype=torch.float64))
+
+
+@every_fusion
+def test_what_is_duplicated_counts_twice(kind: str) -> None:
+    """All members twice: nothing changes. One member twice: both get the same weight."""
+    module, (members, mask) = fusion(kind), ragged()
+    fused, twice = module(members, mask), module(members.repeat(1, 2, 1), mask.repeat(1, 2))
+    torch.testing.assert_close(twice.embedding, fused.embedding, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(twice.weights, fused.weights.repeat(1, 2) / 2, rtol=1e-13, atol=1e-15)
+    first = members[:, :1].nan_to_num(0.5)
+    _, weights = module(torch.cat([members, first, first], dim=1), torch.nn.functional.pad(mask, (0, 2), value=True))
+    assert torch.equal(weights[:, -1], weights[:, -2])
+    assert (weights[:, -1] > 0).any()
+
+
+def test_a_tie_is_shared() -> None:
+    members = torch.tensor([[[1.0, 5.0], [1.0, 2.0], [0.0, 5.0], [1.0, 0.0]]], requires_grad=True)
+    embedding, weights = build_fusion("max", 2)(members, torch.ones(1, 4, dtype=torch.bool))
+    torch.testing.assert_close(weights[0], torch.tensor([1 / 3 + 1 / 2, 1 / 3, 1 / 2, 1 / 3]) / 2)
+    embedding.sum().backward()
+    assert torch.equal(members.grad[0, :, 0] > 0, torch.tensor([True, True, False, True]))
+
+
+@with_tokens
+@every_fusion
+def test_a_batch_is_its_sets(kind: str, tokens: tuple[int, ...]) -> None:
+    module, (members, mask) = fusion(kind), ragged(tokens)
+    fused = module(members, mask)
+    parts = [module(members[k : k + 1, mask[k]], mask[k : k + 1, mask[k]]) for k in range(len(mask))]
+    torch.testing.assert_close(fused.embedding, torch.cat([p.embedding for p in parts]), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(fused.weights[mask], torch.cat([p.weights[0] for p in parts]), rtol=1e-13, atol=1e-15)
+    nothing = module(members[:0], mask[:0])
+    assert nothing.embedding.shape == (0, *tokens, DIM) and nothing.weights.shape == (0, mask.shape[1])
+
+
+@with_tokens
+@every_fusion
+def test_gradients_are_those_of_finite_differences(kind: str, tokens: tuple[int, ...]) -> None:
+    module, (members, mask) = fusion(kind), ragged(tokens, sizes=[1, 3])
+    members = members.nan_to_num(0.5).requires_grad_()
+    weighted = kind != "max"  # its weights are piecewise constant
+
+    def both(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        fused = torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), (x, mask))
+        return tuple(fused)[: 1 + weighted]
+
+    names, parameters = zip(*module.named_parameters(), strict=True) if list(module.parameters()) else ((), ())
+    assert torch.autograd.gradcheck(both, (members, *parameters))
+    module(members, mask).embedding.sum().backward()
+    assert (members.grad[~mask] == 0).all()
+    assert all(parameter.grad.any() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)], ids=str)
+@every_fusion
+def test_lower_precision_is_as_near_as_stated(kind: str, dtype: torch.dtype, tolerance: float) -> None:
+    """2^-8, half a step of bfloat16, of the largest number that is fused; its weights are computed in float32."""
+    members, mask = ragged()
+    low = members.to(dtype)
+    embedding, weights = fusion(kind, dtype)(low, mask)
+    module = fusion(kind, dtype).double()  # of the same rounded weights
+    exact = module(low.double(), mask)
+    assert (embedding.dtype, weights.dtype) == (dtype, torch.float32)
+    largest = members.nan_to_num().abs().amax()
+    assert float((embedding.double() - exact.embedding).detach().abs().max()) <= tolerance * largest
+    torch.testing.assert_close(weights.double(), exact.weights, rtol=1e-5, atol=1e-6)
+
+
+@every_fusion
+def test_order_and_padding_are_exact_in_lower_precision_too(kind: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        module, (members, mask) = fusion(kind, dtype), ragged()
+        members = torch.cat([members, members], dim=1).to(dtype)
+        fused = module(members[:, : mask.shape[1]], mask)
+        flipped = module(members.flip(1), torch.cat([mask, torch.zeros_like(mask)], dim=1).flip(1))
+        exactly(flipped, fused.embedding, torch.nn.functional.pad(fused.weights, (0, mask.shape[1])).flip(1))
+
+
+def test_attention_without_a_score_is_the_mean() -> None:
+    members, mask = ragged()
+    for kind in ("attention", "gated_attention"):
+        module = fusion(kind)
+        torch.nn.init.zeros_(module.v.weight)
+        exactly(module(members, mask), *fusion("mean")(members, mask))
+
+
+@every_fusion
+def test_autocast_keeps_the_precision_of_the_members(kind: str) -> None:
+    members, mask = ragged()
+    module = fusion(kind, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        embedding, weights = module(members.float(), mask)
+    assert embedding.dtype == weights.dtype == torch.float32
+    torch.testing.assert_close(weights, module(members.float(), mask).weights, rtol=0.05, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h, m: (h, m & (torch.arange(len(m)) != 2)[:, None]), "mask = 'set 2 of 6': is empty"),
+        (lambda h, m: (h[..., :4], m), r"members = \(6, 9, 4\): needs \(B, n, 6\) or \(B, n, tokens, 6\)"),
+        (lambda h, m: (h[0], m[0]), r"members = \(9, 6\): needs"),
+        (lambda h, m: (h, m.float()), r"mask = 'torch.float32 \(6, 9\)': needs torch.bool of shape \(6, 9\)"),
+        (lambda h, m: (h, m[:, 1:]), r"mask = 'torch.bool \(6, 8\)': needs torch.bool of shape \(6, 9\)"),
+    ],
+)
+@every_fusion
+def test_what_does_not_fit_is_refused_in_one_line(kind: str, change: object, message: str) -> None:
+    with pytest.raises(InputError, match=message) as refused:
+        fusion(kind)(*change(*ragged()))
+    assert "\n" not in str(refused.value)
+
+
+def test_names_and_widths_are_checked() -> None:
+    with pytest.raises(InputError, match="fusion = 'median': choose one of mean, max, attention, gated_attention"):
+        build_fusion("median", DIM)
+    with pytest.raises(InputError, match="hidden = 0"):
+        build_fusion("attention", DIM, 0)
