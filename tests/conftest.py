@@ -33,6 +33,7 @@ for _name in _LAUNCHER:
 import psutil  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from networks import random_model  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 
 from mmdiff.config import Config, load_config  # noqa: E402
@@ -140,40 +141,28 @@ def run_copy(finished_run: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def all_kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an untrained pipeline of 8x8 RGB images, masks, masked images, labels, vectors and depth maps."""
-    from mmdiff.model import MTDiffusionModel
     from mmdiff.pipeline import MTDiffusionPipeline
     from mmdiff.schedulers import MTDiffusionScheduler
 
     weight = {"schedule": "bump", "scale": 0.5}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = MTDiffusionModel(
-            modality_config={
+        model = random_model(
+            {
                 "image": {"kind": "image", "channels": 3, "size": 8},
                 "mask": {"kind": "mask", "num_classes": 4, "size": 8},
                 "masked_image": {"kind": "masked_image", "channels": 3, "size": 8},
                 "label": {"kind": "label", "num_classes": 3, "names": ["circle", "square", "triangle"]},
                 "embedding": {"kind": "embedding", "dim": 5, "log_norm_mean": 1.0, "log_norm_std": 0.2},
                 "depth": {"kind": "dense", "channels": 1, "size": 8, "mean": 5.0, "std": 2.0},
-            },
-            backbone_config={
-                "kind": "unet",
-                "block_out_channels": [8, 16],
-                "layers_per_block": 1,
-                "norm_num_groups": 4,
-                "attention_head_dim": 8,
-            },
+            }
         )
-        for parameter in model.parameters():  # random numbers where a fresh network has zeros
-            if not parameter.any():
-                torch.nn.init.normal_(parameter, std=0.1)
     scheduler = MTDiffusionScheduler(
         num_train_timesteps=20,
         solver="DPMSolverMultistepScheduler",
         weights=dict.fromkeys(("mask", "label", "embedding", "depth"), weight),
     )
     folder = tmp_path_factory.mktemp("all-kinds")
-    MTDiffusionPipeline(model=model.eval(), scheduler=scheduler).save_pretrained(folder)
+    MTDiffusionPipeline(model=model, scheduler=scheduler).save_pretrained(folder)
     return folder
 
 

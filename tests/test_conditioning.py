@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from networks import random_model
 from torch import Tensor
 
 from mmdiff.conditioning import FEEDS, Conditioning, aggregated_names, conditioning_of, feed_for, guidance_scales
@@ -25,28 +26,12 @@ SAMPLE, TIMESTEPS = torch.linspace(-2, 2, 2 * 64).reshape(2, 1, 8, 8), torch.ten
 
 
 def build(observable: list[str] | None = None) -> MTDiffusionModel:
-    """With random numbers where a fresh network has zeros."""
-    torch.manual_seed(0)
-    model = MTDiffusionModel(
-        modality_config={
-            "image": {"kind": "image", "channels": 1, "size": 8},
-            "label": {"kind": "label", "num_classes": 3},
-            "colour": {"kind": "label", "num_classes": 2},
-        },
-        backbone_config={
-            "kind": "unet",
-            "block_out_channels": [8, 16],
-            "layers_per_block": 1,
-            "norm_num_groups": 4,
-            "attention_head_dim": 8,
-        },
-        observable=observable,
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.3)
-    return model.eval()
+    modalities = {
+        "image": {"kind": "image", "channels": 1, "size": 8},
+        "label": {"kind": "label", "num_classes": 3},
+        "colour": {"kind": "label", "num_classes": 2},
+    }
+    return random_model(modalities, std=0.3, observable=observable)
 
 
 def forward(model: MTDiffusionModel, observed: Mapping[str, Tensor]) -> MTDiffusionModelOutput:

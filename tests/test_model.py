@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from networks import LAYERS, random_model
 from torch import Tensor
 
 from mmdiff.errors import InputError
@@ -17,13 +18,7 @@ MODALITIES: dict[str, dict[str, Any]] = {
     "label": {"kind": "label", "num_classes": 3},
     "colour": {"kind": "label", "num_classes": 2},
 }
-BACKBONE = {
-    "kind": "unet",
-    "block_out_channels": [8, 16],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "attention_head_dim": 8,
-}
+BACKBONE = {"kind": "unet", **LAYERS}
 VALUES = {
     "image": torch.linspace(-1, 1, 2 * 64).reshape(2, 1, 8, 8),
     "label": torch.tensor([2, 0]),
@@ -33,14 +28,7 @@ EVERYWHERE, NOWHERE = torch.ones(2, dtype=torch.bool), torch.zeros(2, dtype=torc
 
 
 def build(modalities: dict[str, dict[str, Any]] = MODALITIES, anchor: str = "image", seed: int = 0) -> MTDiffusionModel:
-    """With random numbers where a fresh network has zeros."""
-    torch.manual_seed(seed)
-    model = MTDiffusionModel(modality_config=modalities, backbone_config=BACKBONE, anchor=anchor).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.1)
-    return model
+    return random_model(modalities, seed, anchor=anchor)
 
 
 @torch.no_grad()

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from networks import random_model
 from torch import Tensor
 
 from mmdiff.data import Batch
-from mmdiff.model import MTDiffusionModel
 from mmdiff.objective import MTObjective, ObjectiveOutput, StateLaw, Where
 from mmdiff.randomness import normal
 from mmdiff.schedulers import MTDiffusionScheduler
@@ -31,26 +31,14 @@ def build(
     masked: StateLaw | None = None,
     **settings: Any,
 ) -> MTObjective:
-    """With random numbers where a fresh network has zeros; with a masked image where its law is given."""
-    torch.manual_seed(0)
-    model = MTDiffusionModel(
-        modality_config={
+    """With a masked image where its law is given."""
+    model = random_model(
+        {
             "image": {"kind": "image", "channels": 1, "size": 8},
             "label": {"kind": "label", "num_classes": CLASSES},
             **({"masked": {"kind": "masked_image", "channels": 1, "size": 8}} if masked else {}),
         },
-        backbone_config={
-            "kind": "unet",
-            "block_out_channels": [8, 16],
-            "layers_per_block": 1,
-            "norm_num_groups": 4,
-            "attention_head_dim": 8,
-        },
     )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.1)
     scheduler = MTDiffusionScheduler(num_train_timesteps=T, prediction_type=prediction_type, weights={"label": weight})
     laws = {"image": image, "label": label} | ({"masked": masked} if masked else {})
     weights = {"label": label_weight} | ({"masked": 0.1} if masked else {})

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from networks import random_model
 from PIL import Image as PILImage
 from torch import Generator, Tensor
 
 from mmdiff.errors import InputError
-from mmdiff.model import MTDiffusionModel
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.schedulers import MTDiffusionScheduler
 
@@ -28,28 +28,12 @@ PICTURES = [PILImage.fromarray(pixels) for pixels in PIXELS]
 
 
 def build(solver: str = "DDPMScheduler", schedule: str = "bump") -> MTDiffusionPipeline:
-    """With random numbers where a fresh network has zeros."""
-    torch.manual_seed(0)
-    model = MTDiffusionModel(
-        modality_config={
-            "image": {"kind": "image", "channels": 1, "size": 8},
-            "label": {"kind": "label", "num_classes": CLASSES},
-        },
-        backbone_config={
-            "kind": "unet",
-            "block_out_channels": [8, 16],
-            "layers_per_block": 1,
-            "norm_num_groups": 4,
-            "attention_head_dim": 8,
-        },
+    model = random_model(
+        {"image": {"kind": "image", "channels": 1, "size": 8}, "label": {"kind": "label", "num_classes": CLASSES}}
     )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.1)
     weights = {"label": {"schedule": schedule, "scale": 0.5}}
     scheduler = MTDiffusionScheduler(num_train_timesteps=T, solver=solver, weights=weights)
-    return quiet(MTDiffusionPipeline(model=model.eval(), scheduler=scheduler))
+    return quiet(MTDiffusionPipeline(model=model, scheduler=scheduler))
 
 
 def quiet(pipe: MTDiffusionPipeline) -> MTDiffusionPipeline:

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, RePaintScheduler
-from torch import Generator, Tensor, nn
+from networks import KNOWN, RHO, SCALE, ExactGaussian, alive
+from torch import Generator, Tensor
 
-from mmdiff.backbones import Backbone, Observation
-from mmdiff.backbones.base import BackboneOutput
 from mmdiff.errors import InputError
 from mmdiff.model import MTDiffusionModel
 from mmdiff.pipeline import MTDiffusionPipeline
@@ -73,30 +72,6 @@ def test_a_rewound_solver_has_forgotten() -> None:
 
 # ----------------------------------------------------------------------------------------- a Gaussian, one pixel known
 
-RHO, SCALE, KNOWN = 0.8, 0.5, 0.6
-COVARIANCE = SCALE**2 * torch.tensor([[1, RHO], [RHO, 1]], dtype=torch.float64)
-
-
-class ExactGaussian(Backbone):
-    """E[v | z_t] of z_0 ~ N(0, Σ) on two pixels."""
-
-    def __init__(self, scheduler: MTDiffusionScheduler) -> None:
-        nn.Module.__init__(self)
-        self.precision = nn.Parameter(torch.zeros((), dtype=torch.float64))  # a model computes in its weights'
-        self.scheduler = scheduler
-
-    def forward(self, sample: Tensor, timestep: Tensor, observation: Observation) -> BackboneOutput:
-        a_bar = self.scheduler.alphas_cumprod[timestep[0]]
-        noisy = a_bar * COVARIANCE + (1 - a_bar) * torch.eye(2, dtype=torch.float64)
-        z_0 = (a_bar.sqrt() * COVARIANCE @ torch.linalg.solve(noisy, sample.reshape(-1, 2).T)).T.reshape(sample.shape)
-        noise = (sample - a_bar.sqrt() * z_0) / (1 - a_bar).sqrt()
-        prediction = a_bar.sqrt() * noise - (1 - a_bar).sqrt() * z_0
-        return BackboneOutput(prediction, sample.new_zeros(len(sample), 8, 1, 2), sample.new_zeros(len(sample), 16))
-
-    @classmethod
-    def widths(cls, **settings: Any) -> Any:
-        raise NotImplementedError
-
 
 def unknown_pixel(count: int, resampling: tuple[int, int], steps: int = 60) -> Tensor:
     """The second pixel, by replacement of the first."""
@@ -150,10 +125,7 @@ def masked_pipeline(latent: bool, observable: list[str] | None = None) -> MTDiff
         backbone_config={"kind": "unet", **LAYERS},
         observable=observable,
     )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.1)
+    alive(model)
     encoder = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -164,7 +136,7 @@ def masked_pipeline(latent: bool, observable: list[str] | None = None) -> MTDiff
     )
     weights = {"label": {"schedule": "bump", "scale": 0.5}}
     scheduler = MTDiffusionScheduler(num_train_timesteps=20, clip_sample=not latent, weights=weights)
-    pipe = MTDiffusionPipeline(model=model.eval(), scheduler=scheduler, autoencoder=encoder if latent else None)
+    pipe = MTDiffusionPipeline(model=model, scheduler=scheduler, autoencoder=encoder if latent else None)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from networks import LAYERS as UNET
+from networks import alive
 from torch import Tensor
 
 from mmdiff.backbones import BACKBONES, Backbone, Observation
 
 OBSERVED, FLAGS = 3, 4  # observation channels and state flags of two modalities
-UNET = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8}
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,8 @@ Inputs = tuple[Tensor, Tensor, Observation]
 
 
 def build(case: Case, seed: int = 0) -> Backbone:
-    """With random numbers where a fresh network has zeros."""
     torch.manual_seed(seed)
-    backbone = BACKBONES[case.kind](case.space, OBSERVED, FLAGS, **case.settings)
-    with torch.no_grad():
-        for parameter in backbone.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.2)
-    return backbone.eval()
+    return alive(BACKBONES[case.kind](case.space, OBSERVED, FLAGS, **case.settings), std=0.2)
 
 
 def inputs(case: Case, count: int = 3) -> Inputs:

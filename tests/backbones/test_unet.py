@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from networks import LAYERS as TINY
 
 from mmdiff.backbones import Observation, UNet
 from mmdiff.errors import InputError
 
 SPACE, OBSERVED, FLAGS = (1, 8, 8), 2, 4
-TINY = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8}
 
 
 def unet(**settings: Any) -> UNet:

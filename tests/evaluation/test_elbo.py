@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from networks import random_model
 from torch import Tensor, nn
 
 from mmdiff.backbones import Observation
@@ -244,26 +245,9 @@ def test_l3_is_a_mass_of_grey_levels_whatever_the_anchors_scale(scale: float) ->
 
 
 def real_model(seed: int = 0) -> MTDiffusionModel:
-    """With random numbers where a fresh network has zeros."""
-    torch.manual_seed(seed)
-    model = MTDiffusionModel(
-        modality_config={
-            "image": {"kind": "image", "channels": 1, "size": 8},
-            "label": {"kind": "label", "num_classes": 2},
-        },
-        backbone_config={
-            "kind": "unet",
-            "block_out_channels": [8, 16],
-            "layers_per_block": 1,
-            "norm_num_groups": 4,
-            "attention_head_dim": 8,
-        },
+    return random_model(
+        {"image": {"kind": "image", "channels": 1, "size": 8}, "label": {"kind": "label", "num_classes": 2}}, seed
     )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.1)
-    return model.eval()
 
 
 def real_values() -> dict[str, Tensor]:

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Generator, Tensor, nn
+from networks import KNOWN, RHO, SCALE, ExactGaussian, alive
+from torch import Generator, Tensor
 
-from mmdiff.backbones import Backbone, Observation
-from mmdiff.backbones.base import BackboneOutput
 from mmdiff.build import resolve
 from mmdiff.config import Config, parse_config
 from mmdiff.data.masking import known_masks
@@ -58,12 +57,9 @@ def run(masked: bool = True, observed: float = 0.7, hidden: float = 0.2, loss_we
     tree["states"] = {"anchor_hidden": hidden, "anchor_observed": 0.0}
     config: Config = resolve(parse_config(tree), None)
     torch.manual_seed(0)
-    model = MTDiffusionModel(modality_config=modalities, backbone_config=BACKBONE)
-    for parameter in model.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.1)
+    model = alive(MTDiffusionModel(modality_config=modalities, backbone_config=BACKBONE))
     scheduler = MTDiffusionScheduler(solver="DPMSolverMultistepScheduler", prediction_type="sample")
-    pipeline = MTDiffusionPipeline(model=model.eval(), scheduler=scheduler)
+    pipeline = MTDiffusionPipeline(model=model, scheduler=scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return Trained("tiny", config, pipeline, Path("nowhere"))
 
@@ -192,36 +188,6 @@ def test_the_published_schedules() -> None:
 
 
 # ----------------------------------------------------------------------------------------- an exact Gaussian, float64
-
-RHO, SCALE, KNOWN = 0.8, 0.5, 0.6
-COVARIANCE = SCALE**2 * torch.tensor([[1, RHO], [RHO, 1]], dtype=torch.float64)
-
-
-class ExactGaussian(Backbone):
-    """What an exact network predicts of z_0 ~ N(0, Σ) on two pixels."""
-
-    def __init__(self, scheduler: MTDiffusionScheduler) -> None:
-        nn.Module.__init__(self)
-        self.precision = nn.Parameter(torch.zeros((), dtype=torch.float64))  # a model computes in its weights'
-        self.scheduler = scheduler
-
-    def noise(self, sample: Tensor, timestep: int) -> Tensor:
-        """E[ε | z_t] = σ Cov(z_t)⁻¹ z_t."""
-        a_bar = self.scheduler.alphas_cumprod[timestep]
-        noisy = a_bar * COVARIANCE + (1 - a_bar) * torch.eye(2, dtype=torch.float64)
-        return ((1 - a_bar).sqrt() * torch.linalg.solve(noisy, sample.reshape(-1, 2).T)).T.reshape(sample.shape)
-
-    def forward(self, sample: Tensor, timestep: Tensor, observation: Observation) -> BackboneOutput:
-        signal = self.scheduler.alphas_cumprod[timestep[0]].sqrt()
-        sigma, noise = (1 - signal**2).sqrt(), self.noise(sample, int(timestep[0]))
-        z_0 = (sample - sigma * noise) / signal
-        said = {"epsilon": noise, "sample": z_0, "v_prediction": signal * noise - sigma * z_0}
-        prediction = said[self.scheduler.config.prediction_type]
-        return BackboneOutput(prediction, sample.new_zeros(len(sample), 8, 1, 2), sample.new_zeros(len(sample), 16))
-
-    @classmethod
-    def widths(cls, **settings: Any) -> Any:
-        raise NotImplementedError
 
 
 def exact(prediction_type: str) -> Trained:

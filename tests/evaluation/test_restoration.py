@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from networks import alive
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
@@ -56,10 +57,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, backbone: Path) -> Path:
     for name, masked in (("both", True), ("plain", False)):
         experiment = build(parse_config(tree(name, backbone, masked)))
         torch.manual_seed(0)
-        for parameter in experiment.model.parameters():
-            if not parameter.any():
-                torch.nn.init.normal_(parameter, std=0.1)
-        pipeline = MTDiffusionPipeline(model=experiment.model.eval(), scheduler=experiment.scheduler)
+        alive(experiment.model)
+        pipeline = MTDiffusionPipeline(model=experiment.model, scheduler=experiment.scheduler)
         pipeline.save_pretrained(folder / name / "pipeline")
         save_config(experiment.config, folder / name / "config.yaml")
     return folder

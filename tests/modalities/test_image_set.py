@@ -12,6 +12,7 @@ import datasets
 import open_clip
 import pytest
 import torch
+from networks import alive
 from PIL import Image as PILImage
 from torch import Generator, Tensor
 
@@ -346,10 +347,8 @@ def test_sets_condition_and_their_weights_come_out(config: Config, cli: Cli, tmp
 
 def test_another_set_gives_another_image(config: Config) -> None:
     experiment = build(config)
-    for parameter in experiment.model.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.1)
-    pipe = MTDiffusionPipeline(model=experiment.model.eval(), scheduler=experiment.scheduler)
+    alive(experiment.model)
+    pipe = MTDiffusionPipeline(model=experiment.model, scheduler=experiment.scheduler)
     pipe.set_progress_bar_config(disable=True)
 
     def drawn(raw: list[PILImage.Image]) -> Tensor:

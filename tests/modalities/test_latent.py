@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from networks import LAYERS
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Generator, Tensor
@@ -60,12 +61,7 @@ def tree(folder: Path) -> dict[str, Any]:
             "masked": {"kind": "masked_image"},
             "label": {"kind": "label"},
         },
-        "backbone": {
-            "block_out_channels": [8, 16],
-            "layers_per_block": 1,
-            "norm_num_groups": 4,
-            "attention_head_dim": 8,
-        },
+        "backbone": dict(LAYERS),
         "scheduler": {"num_train_timesteps": 50},
         "train": {"steps": 2, "batch_size": 12, "threads": 1, "log_every": 1},
         "sample": {"steps": 2},

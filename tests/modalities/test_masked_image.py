@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from networks import LAYERS
 from PIL import Image as PILImage
 from torch import Generator, Tensor
 from torch.distributions import Normal
@@ -258,11 +259,8 @@ def pipe() -> MTDiffusionPipeline:
             "image": {"kind": "image", "channels": 3, "size": 8},
             "masked": {"kind": "masked_image", "channels": 3, "size": 8},
         },
-        backbone_config={
-            "kind": "unet", "block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4,
-            "attention_head_dim": 8,
-        },
-    )  # fmt: skip
+        backbone_config={"kind": "unet", **LAYERS},
+    )
     pipeline = MTDiffusionPipeline(model=model.eval(), scheduler=MTDiffusionScheduler(num_train_timesteps=20))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

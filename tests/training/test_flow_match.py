@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import alive
 
 import mmdiff
 from mmdiff.build import build_stand_in
@@ -76,10 +77,7 @@ def test_the_objective_is_the_flow_matching_loss(configure: Callable[..., Config
     states = "states={law: heads, anchor_observed: 0}"
     experiment = build_stand_in(configure(*FLOW, states, f"scheduler.prediction_type={prediction_type}"))
     objective, model = experiment.objective, experiment.model
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.1)
+    alive(model)
     where, present = Where(0, torch.arange(8), 8), torch.ones(8, dtype=torch.bool)
     values = {n: m.examples(8, torch.Generator().manual_seed(0)) for n, m in model.modalities.items()}
     batch = Batch(values, dict.fromkeys(values, present))

@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from networks import alive
 from omegaconf import OmegaConf
 from PIL import Image as PILImage
 
@@ -114,10 +115,7 @@ def experiment(configure: Configure) -> Experiment:
     """With random numbers where a fresh network has zeros."""
     built = build(configure())
     torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in built.model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.1)
+    alive(built.model)
     return built
 
 
