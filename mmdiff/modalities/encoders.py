@@ -121,12 +121,25 @@ def small_resnet(channels: int, name: str = "resnet18", widths: tuple[int, ...] 
         raise InputError("encoder.name", name, f"is no ResNet of timm: {error}") from None
 
 
+def convolutions(channels: int, widths: tuple[int, ...] = (32, 64, 128)) -> nn.Module:
+    """Two convolutions of 3×3 pixels per width, the first of which halves the size; at the end the mean over space."""
+    layers: list[nn.Module] = []
+    for before, width in zip((channels, *widths), widths):
+        for inner, stride in ((before, 2), (width, 1)):
+            layers += [nn.Conv2d(inner, width, 3, stride, padding=1, bias=False), _by_groups(width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
 def _by_groups(channels: int, **_: Any) -> nn.Module:
     """Normalisation of groups of eight channels: on bags of shapes it learns faster than one group of all."""
     return nn.GroupNorm(channels // math.gcd(8, channels), channels)
 
 
-ENCODERS: dict[str, Callable[..., nn.Module]] = {"resnet": small_resnet, "open_clip": ClipTower}
+ENCODERS: dict[str, Callable[..., nn.Module]] = {
+    "resnet": small_resnet,
+    "convolutions": convolutions,
+    "open_clip": ClipTower,
+}
 
 
 def build_encoder(config: Mapping[str, Any], channels: int, size: tuple[int, int]) -> ImageEncoder:
