@@ -35,7 +35,7 @@ def single_photos(settings: Settings) -> Bags:
     return _read(settings, *_rows(settings.data, _with_law(settings.data, 1, 0.0), held_out=False))
 
 
-def test_bags(settings: Settings, views: int, share: float) -> Bags:
+def held_out_bags(settings: Settings, views: int, share: float) -> Bags:
     """The first held-out rows with ``views`` photos each, of which a share (rounded at random) are distractors."""
     rows, features = _rows(settings.data, _with_law(settings.data, views, share), held_out=True)
     return _read(settings, rows, features, settings.test.rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from mmdiff.evaluation.fusion_bags import Photos, one_large
 from mmdiff.evaluation.fusion_learning import BEST, FINE_TUNED, SINGLE, ZERO_SHOT, Answers, Cell, Way, fit
+from mmdiff.evaluation.fusion_settings import Settings
 from mmdiff.modalities.encoders import build_encoder
 from mmdiff.modalities.fusion import FUSIONS, Fused, Fusion, build_fusion
 
@@ -62,6 +64,10 @@ class Classifiers(Way):
     One large image is fine-tuned with the encoder, as there is nothing else to learn.
     """
 
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        super().__init__(settings, folder)
+        self._seen: tuple[int, dict[Cell | None, Tensor]] = (-1, {})  # of one seed
+
     def answers(self, entry: str, seed: int) -> Iterable[tuple[Cell, dict[str, Answers]]]:
         model, fusion = self._pretrained(seed), None
         if entry in FUSIONS:
@@ -71,8 +77,7 @@ class Classifiers(Way):
         ((task, _),) = self.settings.tasks.items()
         with torch.no_grad():
             for cell in self.cells:
-                photos = self.test(cell).photos
-                found = self._by_fusion(model, fusion, photos) if fusion else self._by_image(model, entry, photos)
+                found = self._by_fusion(model, fusion, cell, seed) if fusion else self._by_image(model, entry, cell)
                 yield cell, {task: found}
 
     @cached_property
@@ -85,8 +90,18 @@ class Classifiers(Way):
         return torch.tensor([self._classes.index(text) for text in texts])
 
     @cached_property
-    def _training_sets(self) -> Sets:
-        return Sets(self.bags.photos)
+    def _sets(self) -> dict[Cell | None, Sets]:
+        """The training bags (None), and those of each cell."""
+        return {None: Sets(self.bags.photos), **{cell: Sets(self.test(cell).photos) for cell in self.cells}}
+
+    def _features(self, model: Classifier, cell: Cell | None, seed: int) -> Tensor:
+        """What the frozen encoder of a seed makes of all photos (N, d): all fusions see the same."""
+        if self._seen[0] != seed:
+            self._seen = (seed, {})
+        if cell not in self._seen[1]:
+            with torch.no_grad():
+                self._seen[1][cell] = model.features(self._sets[cell].images)
+        return self._seen[1][cell]
 
     # ------------------------------------------------------------------------------------------------------- learning
 
@@ -110,7 +125,7 @@ class Classifiers(Way):
         return model.eval()
 
     def _fused(self, model: Classifier, kind: str, seed: int) -> Fusion:
-        sets, targets = self._training_sets, self._targets(self.bags.answers)
+        sets, targets = self._sets[None], self._targets(self.bags.answers)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             fusion = build_fusion(kind, model.encoder.width, self.settings.hidden)
@@ -122,8 +137,7 @@ class Classifiers(Way):
 
             learned += model.encoder.parameters()
         else:
-            with torch.no_grad():
-                features = model.features(sets.images)
+            features = self._features(model, None, seed)
 
             def fuse(rows: Tensor) -> Fused:
                 return sets.fuse(fusion, features, rows)
@@ -160,13 +174,15 @@ class Classifiers(Way):
 
     # ------------------------------------------------------------------------------------------------------ answering
 
-    def _by_fusion(self, model: Classifier, fusion: Fusion, photos: list[Photos]) -> Answers:
-        sets = Sets(photos)
-        fused = sets.fuse(fusion, model.features(sets.images), torch.arange(len(photos)))
+    def _by_fusion(self, model: Classifier, fusion: Fusion, cell: Cell, seed: int) -> Answers:
+        sets, learned = self._sets[cell], self.settings.encoder_learns
+        features = model.features(sets.images) if learned else self._features(model, cell, seed)
+        fused = sets.fuse(fusion, features, torch.arange(len(sets.mask)))
         return Answers([[text] for text in self._named(model, fused.embedding)], fused.weights)
 
-    def _by_image(self, model: Classifier, entry: str, photos: list[Photos]) -> Answers:
-        """Sets of one size: what a single image says, the large one, the first, or each."""
+    def _by_image(self, model: Classifier, entry: str, cell: Cell) -> Answers:
+        """What single images say: the large one of all photos, the first, or each."""
+        photos = self.test(cell).photos
         seen = {
             ZERO_SHOT: lambda members: [one_large(members)],
             FINE_TUNED: lambda members: [one_large(members)],

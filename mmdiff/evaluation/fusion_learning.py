@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmdiff.evaluation.fusion_bags import Bags, single_photos, test_bags, training_bags
+from mmdiff.evaluation.fusion_bags import Bags, held_out_bags, single_photos, training_bags
 from mmdiff.evaluation.fusion_settings import Schedule, Settings
 from mmdiff.modalities.fusion import FUSIONS
 
@@ -55,7 +55,7 @@ class Way(ABC):
     def test(self, cell: Cell) -> Bags:
         """Held-out bags."""
         if cell not in self._tests:
-            self._tests[cell] = test_bags(self.settings, *cell)
+            self._tests[cell] = held_out_bags(self.settings, *cell)
         return self._tests[cell]
 
     @abstractmethod

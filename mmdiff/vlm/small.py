@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from mmdiff.errors import InputError
 from mmdiff.vlm.architectures import ARCHITECTURES
@@ -53,6 +54,9 @@ def make_small(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, architecture.model_class)(config)
+        for name, parameter in model.named_parameters():
+            if name == "query_tokens":  # zeros: queries that start the same stay the same
+                nn.init.normal_(parameter, std=0.02)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
