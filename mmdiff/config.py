@@ -126,8 +126,9 @@ class SchedulerConfig(_Open):
 class StatesConfig(_Strict):
     """The law by which training draws each modality's state (README, Theory, section 4)."""
 
-    # each_alone: at most one modality is observed; source: always aggregated; heads: always absent
-    law: Literal["independent", "each_alone", "source", "heads"] = "independent"
+    # each_alone: at most one modality is observed; half_alone: so in half of the samples; source: always aggregated;
+    # heads: always absent
+    law: Literal["independent", "each_alone", "half_alone", "source", "heads"] = "independent"
     aggregated: float = Field(0.5, ge=0, le=1)  # probability of the flag, for auxiliary modalities
     observed: float = Field(0.3, ge=0, le=1)  # probability of the flag, for auxiliary modalities
     anchor_observed: float = Field(0.15, ge=0, le=1)  # the anchor is given, the rest is read from it

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 #: (stream, columns) -> (B, columns) uniform numbers in (0, 1), a function of (seed, step, stream, position) alone.
@@ -61,6 +62,19 @@ def each_alone(uniforms: Uniforms, laws: Mapping[str, StateLaw], anchor: str) ->
     return Flags(independent(uniforms, laws, anchor).aggregated, {**observed, anchor: ~others})
 
 
+def half_alone(uniforms: Uniforms, laws: Mapping[str, StateLaw], anchor: str) -> Flags:
+    """`each_alone` for half of the samples, `independent` for the others.
+
+    Of several modalities `independent` shows nothing, or one, ever more rarely: with this law every subset keeps a
+    positive probability, and those two keep most of it.
+    """
+    half = uniforms("half", 1)[:, 0] < 0.5  # (B,)
+    alone, free = each_alone(uniforms, laws, anchor), independent(uniforms, laws, anchor)
+    return Flags(
+        free.aggregated, {name: torch.where(half, seen, free.observed[name]) for name, seen in alone.observed.items()}
+    )
+
+
 class Law(NamedTuple):
     """``given`` makes a modality's probabilities of what a config sets, ``draw`` draws all flags at once."""
 
@@ -71,6 +85,7 @@ class Law(NamedTuple):
 LAWS: dict[str, Law] = {
     "independent": Law(lambda set_by_config: set_by_config, independent),
     "each_alone": Law(lambda set_by_config: set_by_config, each_alone),
+    "half_alone": Law(lambda set_by_config: set_by_config, half_alone),
     "source": Law(lambda _: StateLaw(1.0, 0.0), independent),  # always aggregated
     "heads": Law(lambda _: StateLaw(0.0, 0.0), independent),  # always absent
 }

@@ -44,15 +44,21 @@ def alone(chosen: frozenset[str], laws: dict[str, StateLaw]) -> float:
     return a if name == ANCHOR else (1 - a) * laws[name].observed / len(others)
 
 
+def half(chosen: frozenset[str], laws: dict[str, StateLaw]) -> float:
+    return (alone(chosen, laws) + product(chosen, laws, flag=1)) / 2
+
+
 OBSERVED = {
     "independent": partial(product, flag=1),
     "each_alone": alone,
+    "half_alone": half,
     "source": lambda chosen, laws: float(not chosen),
     "heads": lambda chosen, laws: float(not chosen),
 }
 AGGREGATED = {
     "independent": partial(product, flag=0),
     "each_alone": partial(product, flag=0),
+    "half_alone": partial(product, flag=0),
     "source": lambda chosen, laws: float(chosen == set(AUXILIARY)),
     "heads": lambda chosen, laws: float(not chosen),
 }
@@ -86,9 +92,10 @@ def test_every_subset_has_the_frequency_of_the_closed_form(law: str, flag: str) 
         assert abs(share(flags, chosen) - p) <= 4.5 * math.sqrt(p * (1 - p) / COUNT), sorted(chosen)
 
 
+@pytest.mark.parametrize("law", [StatesConfig().law, "half_alone"])
 @pytest.mark.parametrize("names", [["label"], ["a", "b", "c", "d", "e"]])
-def test_by_default_every_subset_occurs(names: list[str]) -> None:
-    states = StatesConfig()
+def test_by_default_every_subset_occurs(names: list[str], law: str) -> None:
+    states = StatesConfig(law=law)
     laws = {name: StateLaw(states.aggregated, states.observed) for name in names}
     laws[ANCHOR] = StateLaw(0.0, states.anchor_observed)
     flags = draw(states.law, {name: LAWS[states.law].given(law) for name, law in laws.items()}, torch.arange(200_000))

@@ -22,15 +22,6 @@ CAFFE, HEADS = WEIGHTS / "squeezenet1_1_caffe_imagenetnorm.pth", WEIGHTS / "lpip
 
 
 @pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random SqueezeNet 1.1 with torchvision's names."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "mine.pth"
-    torch.save(squeezenet1_1(weights=None).state_dict(), path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def random(backbone: Path) -> Perceptual:
     return Perceptual("squeeze", backbone=backbone)
 

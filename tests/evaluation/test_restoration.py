@@ -13,7 +13,6 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
-from torchvision.models import squeezenet1_1
 
 from mmdiff.build import build
 from mmdiff.config import load_config, parse_config, save_config
@@ -48,15 +47,6 @@ def tree(name: str, backbone: Path, masked: bool = True) -> dict[str, Any]:
         "sample": {"steps": 1},
         "evaluate": {"at_end": False, "lpips": {"net": "squeeze", "backbone": str(backbone)}},
     }
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random SqueezeNet 1.1: LPIPS needs nothing else."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "mine.pth"
-    torch.save(squeezenet1_1(weights=None).state_dict(), path)
-    return path
 
 
 @pytest.fixture(scope="module")

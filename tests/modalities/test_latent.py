@@ -252,7 +252,10 @@ def test_the_run_can_be_evaluated_without_the_original_folder(run: Run) -> None:
         ),
         (["modalities.image.space=wavelet"], "space = 'wavelet': choose pixel or latent"),
         (["modalities.image.size=[30, 32]", "modalities.image.resize=true"], "size = (30, 32): must be a multiple of"),
-        (["modalities.masked.weight.scale=1"], "modalities.masked.weight.schedule = 'constant': MaskedImage lives in"),
+        (
+            ["modalities.masked.weight.scale=1"],
+            "modalities.masked.weight.schedule = 'constant': MaskedImage is observed or",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line(config: Callable[..., Config], overrides: list[str], text: str) -> None:

@@ -226,3 +226,13 @@ def test_literal_alpha_warns_and_destroys_the_anchor() -> None:
     assert steps_until_destroyed(literal) == 10  # 2^-10 = 0.98e-3
     for beta_schedule, steps in (("squaredcos_cap_v2", 980), ("linear", 826)):
         assert steps_until_destroyed(scheduler("none", beta_schedule=beta_schedule)) == steps
+
+
+def test_numbers_that_were_looked_up_do_not_outlive_their_weights() -> None:
+    sched = scheduler("learned")
+    encodings = {LABEL: torch.ones(1, 1, 1, 1, dtype=torch.float64)}
+    before = sched.aggregate(encodings, 40, encodings[LABEL])
+    sched.set_learned_weights({LABEL: (random_parameters(), torch.tensor(0.5).log())})
+    after = sched.aggregate(encodings, 40, encodings[LABEL])
+    assert not torch.equal(after, before)
+    torch.testing.assert_close(after, sched.aggregate(encodings, torch.tensor([40]), encodings[LABEL]))
