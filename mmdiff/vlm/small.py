@@ -104,6 +104,11 @@ def _tower(sizes: Sizes) -> dict[str, Any]:
     }
 
 
+def _spread(sizes: Sizes) -> float:
+    """Of the weights: the usual 0.02 is for widths near 1000; in narrow layers an image would hardly move an answer."""
+    return sizes.width**-0.5
+
+
 def _image_settings(sizes: Sizes) -> dict[str, Any]:
     square = {"height": sizes.image, "width": sizes.image}
     return {"size": square, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_center_crop": False}
@@ -121,6 +126,7 @@ def _opt(tokenizer: Any, sizes: Sizes) -> Any:
         num_attention_heads=sizes.heads,
         max_position_embeddings=256,
         dropout=0.0,
+        init_std=_spread(sizes),
     )
 
 
@@ -151,9 +157,10 @@ def _blip2(language: Callable[[Any, Sizes], Any], tokenizer: Any, sizes: Sizes, 
         cross_attention_frequency=1,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
+        initializer_range=_spread(sizes),
     )
     config = Blip2Config(
-        vision_config=Blip2VisionConfig(**_tower(sizes), initializer_range=0.02),  # its default is 1e-10
+        vision_config=Blip2VisionConfig(**_tower(sizes), initializer_range=_spread(sizes)),
         qformer_config=queries,
         text_config=language(tokenizer, sizes),
         num_query_tokens=sizes.queries,
@@ -175,6 +182,7 @@ def _llava(tokenizer: Any, sizes: Sizes, more: dict[str, Any]) -> Any:
         num_attention_heads=sizes.heads,
         num_key_value_heads=sizes.heads,
         max_position_embeddings=256,
+        initializer_range=_spread(sizes),
     )
     settings = {"vision_feature_layer": -1, "vision_feature_select_strategy": "default"} | more
     config = LlavaConfig(

@@ -32,6 +32,7 @@ TOY = [
     *("data.options.rows=24", "data.options.validation_rows=8", "seeds=2", "hidden=4"),
     *("test.rows=6", "test.views=[1,3]", "test.distractors=[0,0.5]", "pretraining.steps=2", "training.steps=1"),
 ]
+SMALL = ["small.width=16", "small.layers=1", "small.patch=12"]
 DIGITS = ["data.options.source=digits", "data.options.object=label", "tasks.category.columns=[label]"]
 
 
@@ -145,8 +146,9 @@ def test_the_encoder_is_frozen_unless_it_shall_learn(tmp_path: Path, learns: boo
 @pytest.mark.parametrize("stem", ["accuracy_shapes_llava", "accuracy_shapes_blip2"])
 def test_a_language_model_learns_its_answers(tmp_path: Path, stem: str) -> None:
     """It says by heart what it has seen often: three sets, a task each."""
-    more = ["data.options.rows=3", "pretraining.steps=150", "pretraining.learning_rate=2e-3", "small.width=32"]
-    way = LanguageModels(toy(stem, *more, "data.options.bags.views=1", "data.options.bags.distractors=0"), tmp_path)
+    more = ["data.options.rows=3", "data.options.bags.views=1", "data.options.bags.distractors=0"]
+    more += ["pretraining.steps=60", "pretraining.learning_rate=5e-3", *SMALL]
+    way = LanguageModels(toy(stem, *more), tmp_path)
     model, reader = way._pretrained("attention", 0)
     for row, task in enumerate(way.settings.tasks):
         found = way._asked(model, reader, "attention", task, way.single.photos[row : row + 1])
@@ -176,15 +178,7 @@ def test_an_experiment_is_a_record_named_after_its_file(path: Path) -> None:
     ],
 )
 def test_the_command_leaves_a_table_and_goes_on(stem: str, cli: Cli, tmp_path: Path) -> None:
-    more = [
-        *TOY,
-        "small.width=16",
-        "small.layers=1",
-        "new_tokens=2",
-        "seeds=1",
-        "test.distractors=[0.5]",
-        "test.rows=3",
-    ]
+    more = [*TOY, *SMALL, "new_tokens=2", "seeds=1", "test.distractors=[0.5]", "test.rows=3"]
     more += DIGITS if stem == "accuracy_coil" else []
     call = ("benchmark", "fusion", ROOT / "experiments" / "fusion" / f"{stem}.yaml", *more, "--out", tmp_path)
     answer = cli(*call)

@@ -18,9 +18,9 @@ from mmdiff.modalities.fusion import FUSIONS
 from mmdiff.vlm import ARCHITECTURES, Reader, VisionLanguageModel
 from mmdiff.vlm.small import SMALL, Sizes, make_small
 
-TINY = Sizes(image=16, patch=8, width=16, layers=2, heads=2, queries=3)
+TINY = Sizes(image=16, patch=8, width=16, layers=1, heads=2, queries=3)
 PROMPT, ANSWERS = "what is it ?", ["a red circle", "a green square of wood"]
-GREEDY = {"max_new_tokens": 6, "do_sample": False}
+GREEDY = {"max_new_tokens": 4, "do_sample": False}
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +68,7 @@ def test_one_photo_is_the_plain_model(folder: Path) -> None:
         )
         generated = without_prompt(model.generate(**batch, **GREEDY), prompt, model)
     for fusion in FUSIONS:
-        ours = VisionLanguageModel.from_pretrained(folder, fusion, hidden=8)
+        ours = VisionLanguageModel(model, fusion, hidden=8)
         answered = ours(*inputs)
         assert torch.equal(answered.logits, expected.logits) and torch.equal(answered.loss, expected.loss)
         assert torch.equal(answered.weights, torch.ones(2, 1))
@@ -123,7 +123,7 @@ def test_only_the_fusion_learns_and_lies_apart(folder: Path, tmp_path: Path) -> 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert losses[-1] < losses[0] - 1e-4
+    assert losses[-1] < losses[0] - 0.01
     assert all(torch.equal(tensor, frozen[name]) for name, tensor in ours.model.state_dict().items())
     assert all(parameter.grad is None for parameter in ours.model.parameters())
     ours.save_fusion(tmp_path)
@@ -149,7 +149,7 @@ def test_more_can_learn(folder: Path, part: str) -> None:
 @pytest.mark.parametrize("strategy", ["default", "full"])
 def test_llava_reads_the_layers_that_its_config_names(tmp_path: Path, layers: Any, strategy: str) -> None:
     settings = {"vision_feature_layer": layers, "vision_feature_select_strategy": strategy}
-    make_small(tmp_path, "llava", [PROMPT], TINY, **settings)
+    make_small(tmp_path, "llava", [PROMPT], TINY._replace(layers=2), **settings)
     model, processor = plain(tmp_path)
     ours = VisionLanguageModel.from_pretrained(tmp_path)
     (photo,) = photos(1)
