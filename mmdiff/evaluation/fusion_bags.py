@@ -51,6 +51,12 @@ def one_large(photos: Photos) -> PILImage.Image:
     return large
 
 
+def square(photo: PILImage.Image, size: int) -> PILImage.Image:
+    """In colour, and as large as asked for."""
+    photo = photo.convert("RGB")
+    return photo if photo.size == (size, size) else photo.resize((size, size), PILImage.Resampling.BICUBIC)
+
+
 def _with_law(data: Bagged, views: int, share: float) -> dict[str, Any]:
     """The options with another law of bags; the source shapes has it in a section of its own."""
     options = copy.deepcopy(data.options)
@@ -74,15 +80,10 @@ def _read(settings: Settings, rows: Rows, features: Any, limit: int | None = Non
     chosen = rows.select_columns(sorted({data.photos, *columns, *([data.distractors] if marked else [])}))
     found = [chosen[index] for index in range(len(chosen) if limit is None else min(limit, len(chosen)))]
     found = [row for row in found if row[data.photos] and None not in (row[name] for name in columns)]
-    photos = [[_square(photo, data.size) for photo in row[data.photos]] for row in found]
+    photos = [[square(photo, data.size) for photo in row[data.photos]] for row in found]
     distractors = [row[data.distractors] if marked else [False] * len(row[data.photos]) for row in found]
     answers = {name: [_answer(row, task, features) for row in found] for name, task in settings.tasks.items()}
     return Bags(photos, distractors, answers)
-
-
-def _square(photo: PILImage.Image, size: int) -> PILImage.Image:
-    photo = photo.convert("RGB")
-    return photo if photo.size == (size, size) else photo.resize((size, size), PILImage.Resampling.BICUBIC)
 
 
 def _answer(row: dict[str, Any], task: Task, features: Any) -> str:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image as PILImage
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from mmdiff.evaluation.fusion_bags import Photos, one_large
+from mmdiff.evaluation.fusion_bags import Photos, one_large, square
 from mmdiff.evaluation.fusion_learning import BEST, FINE_TUNED, SINGLE, ZERO_SHOT, Answers, Cell, Way, fit
 from mmdiff.evaluation.fusion_settings import Settings
 from mmdiff.modalities.encoders import build_encoder
@@ -59,9 +60,10 @@ class Sets:
 
 
 class Classifiers(Way):
-    """Pretrained on single photos for each seed; then the encoder is frozen, and fusion and linear layer learn on bags.
+    """Pretrained on single photos for each seed; then the fusion learns on bags, and what `Settings.learns` adds to it.
 
-    One large image is fine-tuned with the encoder, as there is nothing else to learn.
+    All photos in one large image are reduced to the size of one, as by a vision-language model's processor; encoder and
+    linear layer are fine-tuned on it, whatever the fusions may learn.
     """
 
     def __init__(self, settings: Settings, folder: Path) -> None:
@@ -125,58 +127,54 @@ class Classifiers(Way):
         return model.eval()
 
     def _fused(self, model: Classifier, kind: str, seed: int) -> Fusion:
-        sets, targets = self._sets[None], self._targets(self.bags.answers)
+        sets = self._sets[None]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             fusion = build_fusion(kind, model.encoder.width, self.settings.hidden)
-        learned = [*fusion.parameters(), *model.head.parameters()]
-        if self.settings.encoder_learns:
+        if self._encoder_learns:
 
-            def fuse(rows: Tensor) -> Fused:
-                return sets.encode_and_fuse(model, fusion, rows)
+            def fuse(rows: Tensor) -> Tensor:
+                return sets.encode_and_fuse(model, fusion, rows).embedding
 
-            learned += model.encoder.parameters()
         else:
             features = self._features(model, None, seed)
 
-            def fuse(rows: Tensor) -> Fused:
-                return sets.fuse(fusion, features, rows)
+            def fuse(rows: Tensor) -> Tensor:
+                return sets.fuse(fusion, features, rows).embedding
 
-        def loss(rows: Tensor) -> Tensor:
-            return cross_entropy(model.head(fuse(rows).embedding), targets[rows])
-
-        fit(learned, loss, len(targets), self.settings.training, seed)
+        self._learn(model, [fusion, *self._parts(model)], fuse, seed)
         return fusion
 
-    @cached_property
-    def _large(self) -> list[Tensor]:
-        """The training bags as one large image each, of several sizes."""
-        return [_pixels(one_large(photos)) for photos in self.bags.photos]
-
     def _tune_on_large(self, model: Classifier, seed: int) -> None:
+        images = torch.stack([_pixels(self._in_one(photos)) for photos in self.bags.photos])
+        self._learn(model, [model.head, model.encoder], lambda rows: model.features(images[rows]), seed)
+
+    def _learn(self, model: Classifier, parts: list[nn.Module], embed: Callable[[Tensor], Tensor], seed: int) -> None:
+        """``embed``: rows of the training bags (B,) -> (B, d)."""
         targets = self._targets(self.bags.answers)
+        learned = [parameter for part in parts for parameter in part.parameters()]
 
         def loss(rows: Tensor) -> Tensor:
-            groups: dict[int, list[int]] = {}
-            for row in rows.tolist():
-                groups.setdefault(self._large[row].shape[-1], []).append(row)
-            parts = [
-                cross_entropy(
-                    model.head(model.features(torch.stack([self._large[row] for row in group]))),
-                    targets[group],
-                    reduction="sum",
-                )
-                for group in groups.values()
-            ]
-            return torch.stack(parts).sum() / len(rows)
+            return cross_entropy(model.head(embed(rows)), targets[rows])
 
-        fit(model.parameters(), loss, len(targets), self.settings.training, seed)
+        fit(learned, loss, len(targets), self.settings.training, seed)
+
+    @property
+    def _encoder_learns(self) -> bool:
+        return self.settings.learns == "all"
+
+    def _parts(self, model: Classifier) -> list[nn.Module]:
+        """What learns besides a fusion."""
+        return {"fusion": [], "head": [model.head], "all": [model.head, model.encoder]}[self.settings.learns]
+
+    def _in_one(self, photos: Photos) -> PILImage.Image:
+        return square(one_large(photos), self.settings.data.size)
 
     # ------------------------------------------------------------------------------------------------------ answering
 
     def _by_fusion(self, model: Classifier, fusion: Fusion, cell: Cell, seed: int) -> Answers:
-        sets, learned = self._sets[cell], self.settings.encoder_learns
-        features = model.features(sets.images) if learned else self._features(model, cell, seed)
+        sets = self._sets[cell]
+        features = model.features(sets.images) if self._encoder_learns else self._features(model, cell, seed)
         fused = sets.fuse(fusion, features, torch.arange(len(sets.mask)))
         return Answers([[text] for text in self._named(model, fused.embedding)], fused.weights)
 
@@ -184,22 +182,14 @@ class Classifiers(Way):
         """What single images say: the large one of all photos, the first, or each."""
         photos = self.test(cell).photos
         seen = {
-            ZERO_SHOT: lambda members: [one_large(members)],
-            FINE_TUNED: lambda members: [one_large(members)],
+            ZERO_SHOT: lambda members: [self._in_one(members)],
+            FINE_TUNED: lambda members: [self._in_one(members)],
             SINGLE: lambda members: members[:1],
             BEST: lambda members: members,
         }[entry]
         chosen = [seen(members) for members in photos]
-        by_side: dict[int, list[tuple[int, Tensor]]] = {}
-        for row, members in enumerate(chosen):
-            for photo in members:
-                by_side.setdefault(photo.width, []).append((row, _pixels(photo)))
-        texts: list[list[str]] = [[] for _ in photos]
-        for group in by_side.values():
-            features = model.features(torch.stack([pixels for _, pixels in group]))
-            for (row, _), text in zip(group, self._named(model, features)):
-                texts[row].append(text)
-        return Answers(texts)
+        texts = iter(self._named(model, model.features(Sets(chosen).images)))
+        return Answers([[next(texts) for _ in members] for members in chosen])
 
     def _named(self, model: Classifier, features: Tensor) -> list[str]:
         return [self._classes[index] for index in model.head(features).argmax(dim=1).tolist()]

@@ -80,7 +80,7 @@ class Settings(_Strict):
     pretraining: Schedule  # on single photos, without distractors; 0 steps for a published model
     training: Schedule  # on bags
     encoder: dict[str, Any] = {"kind": "convolutions"}  # of the classifier, see `mmdiff.modalities.encoders`
-    encoder_learns: bool = False  # whether the classifier's encoder learns on bags, too; else it is frozen
+    learns: Literal["fusion", "head", "all"] = "fusion"  # on bags, of the classifier: fusion, fusion and head, all
     small: Small = Small()  # the vision-language model
     model: str | None = None  # another one by hub name or folder
     new_tokens: Count = 12  # of an answer
