@@ -182,7 +182,7 @@ def accuracy_by_photos(rows: list[dict[str, Any]], path: Path) -> Path:
             beside = 0.05 * (index - (len(lines) - 1) / 2)  # entries that agree would hide each other
             photos, means = [point["photos"] + beside for point in points], [one["mean"] for one in found]
             axis.errorbar(photos, means, yerr=halves, label=entry, capsize=2, linewidth=1)
-        axis.set(title=f"{task}, {share:.0%} distractors", xlabel="photos", ylabel="accuracy")
+        axis.set(title=f"{task}, {share:.0%} distractors", xlabel="photos", ylabel="accuracy", ylim=(-0.03, 1.03))
     axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small")
     figure.savefig(path, dpi=110)
     return path
