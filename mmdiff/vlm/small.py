@@ -49,8 +49,8 @@ def make_small(
         raise InputError("kind", kind, f"choose one of {', '.join(SMALL)}")
     sizes = sizes or Sizes()
     tokenizer = _tokenizer(texts)
-    architecture = ARCHITECTURES["llava" if kind == "llava" else "blip-2"]
     config, processor = SMALL[kind](tokenizer, sizes, more)
+    architecture = ARCHITECTURES[config.model_type]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, architecture.model_class)(config)
