@@ -130,3 +130,43 @@ def fusion_speed(
     from mmdiff.evaluation.fusion_speed import compare_fusions
 
     typer.echo(compare_fusions(sets, largest, dim, rounds, threads, device))
+
+
+@benchmark.command()
+def fusion(
+    experiments: Annotated[
+        list[str], typer.Argument(help="YAML files, for example experiments/fusion/accuracy_shapes.yaml; and key=value")
+    ],
+    out: Annotated[Path, typer.Option(help="parts and results; called again it goes on")] = Path("runs/fusion"),
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's", min=1)] = None,
+) -> None:
+    """Answer questions about sets of photos by the four fusions, by one large image of all photos and by single images:
+    accuracy, precision and recall against the number of photos and the share of distractors, by seed."""
+    from mmdiff.evaluation.fusion_settings import load_settings
+
+    given = [text for text in experiments if "=" not in text or Path(text).exists()]
+    overrides = [text for text in experiments if text not in given]
+    if not given:
+        raise InputError("EXPERIMENT", None, "name an experiment's YAML file")
+    settings = [load_settings(text, overrides) for text in given]
+    names = [one.name for one in settings]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError("EXPERIMENT", name, "is the name of two experiments")
+    import torch
+
+    from mmdiff.evaluation import fusion_accuracy
+    from mmdiff.evaluation.records import make_room
+    from mmdiff.plots import accuracy_by_photos
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    for one in settings:
+        found = fusion_accuracy.tree(one, fusion_accuracy.results(one, out))
+        files = [out / f"{one.name}{suffix}" for suffix in (".json", ".txt", ".png")]
+        for file in files:
+            make_room(file)
+        files[0].write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        files[1].write_text(fusion_accuracy.text(found) + "\n")
+        accuracy_by_photos(found["rows"], files[2])
+        typer.echo(fusion_accuracy.text(found) + "\n" + "\n".join(f"wrote {file}" for file in files))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -161,6 +161,31 @@ def forward_process(
             pixels = ((z[0].clamp(-2, 2) + 2) * 63.75).round().byte().permute(1, 2, 0).numpy()
             tiles.append(Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
     return tile(tiles, columns, zoom=max(1, 48 // tiles[0].height))
+
+
+def accuracy_by_photos(rows: list[dict[str, Any]], path: Path) -> Path:
+    """Accuracy over the number of photos, of rows of `mmdiff.evaluation.fusion_accuracy`: one panel per task and share
+    of distractors, bars are 95 % intervals between seeds."""
+    single = [row for row in rows if "all" not in (row["photos"], row["distractors"])]
+    panels: dict[tuple[str, float], dict[str, list[dict[str, Any]]]] = {}
+    for row in single:
+        panel = panels.setdefault((row["task"], row["distractors"]), {})
+        panel.setdefault(row["entry"], []).append(row)
+    tasks, shares = (list(dict.fromkeys(key[index] for key in panels)) for index in (0, 1))
+    figure = _figure(3.2 * len(shares) + 2.2, 2.9 * len(tasks))
+    axes = figure.subplots(len(tasks), len(shares), squeeze=False, sharey=True)
+    for (task, share), lines in panels.items():
+        axis = axes[tasks.index(task)][shares.index(share)]
+        for index, (entry, points) in enumerate(lines.items()):
+            found = [point["accuracy"] for point in points]
+            halves = [0.0 if one["95 %"] is None else one["95 %"][1] - one["mean"] for one in found]
+            beside = 0.05 * (index - (len(lines) - 1) / 2)  # entries that agree would hide each other
+            photos, means = [point["photos"] + beside for point in points], [one["mean"] for one in found]
+            axis.errorbar(photos, means, yerr=halves, label=entry, capsize=2, linewidth=1)
+        axis.set(title=f"{task}, {share:.0%} distractors", xlabel="photos", ylabel="accuracy", ylim=(-0.03, 1.03))
+    axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small")
+    figure.savefig(path, dpi=110)
+    return path
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     **dict.fromkeys(("errors", "randomness", "likelihoods", "config"), 0),
     **dict.fromkeys(("data", "modalities", "schedulers", "backbones", "losses", "states"), 1),
-    "model": 2,
+    **dict.fromkeys(("model", "vlm"), 2),
     **dict.fromkeys(
         ("objective", "batches", "conditioning", "steering", "reading", "replacement", "observed", "pipeline"), 3
     ),

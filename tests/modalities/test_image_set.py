@@ -196,7 +196,7 @@ def test_an_encoder_of_ones_own_keeps_the_contract(module: str) -> None:
 @pytest.mark.parametrize(
     ("encoder", "message"),
     [
-        ({"kind": "alexnet"}, "encoder.kind = 'alexnet': choose one of resnet, open_clip"),
+        ({"kind": "alexnet"}, "encoder.kind = 'alexnet': choose one of resnet, convolutions, open_clip"),
         ({"kind": "{module}:Absent"}, "encoder.kind = .*names nothing that can be called"),
         ({"kind": "{module}:nothing"}, "encoder.kind = .*names nothing that can be called"),
         ({"kind": "{module}:number"}, "encoder.kind = .*gives int, needs a torch.nn.Module"),

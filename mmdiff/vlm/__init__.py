@@ -1,0 +1,7 @@
+"""Several photos in front of a vision-language model of Hugging Face transformers (README, Theory, section 7)."""
+
+from mmdiff.vlm.architectures import ARCHITECTURES
+from mmdiff.vlm.model import Answered, Generated, VisionLanguageModel
+from mmdiff.vlm.reader import Inputs, Reader
+
+__all__ = ["ARCHITECTURES", "Answered", "Generated", "Inputs", "Reader", "VisionLanguageModel"]

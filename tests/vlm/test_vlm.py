@@ -1,0 +1,188 @@
+"""A set of photos before a vision-language model: one photo is the plain model, order and padding change nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file
+
+from mmdiff.errors import InputError
+from mmdiff.modalities.fusion import FUSIONS
+from mmdiff.vlm import ARCHITECTURES, Reader, VisionLanguageModel
+from mmdiff.vlm.small import SMALL, Sizes, make_small
+
+TINY = Sizes(image=16, patch=8, width=16, layers=1, heads=2, queries=3)
+PROMPT, ANSWERS = "what is it ?", ["a red circle", "a green square of wood"]
+GREEDY = {"max_new_tokens": 4, "do_sample": False}
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = {kind: tmp_path_factory.mktemp(kind) for kind in SMALL}
+    for kind, folder in made.items():
+        make_small(folder, kind, [PROMPT, *ANSWERS], TINY)
+    return made
+
+
+@pytest.fixture(params=list(SMALL))
+def folder(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Path:
+    return folders[request.param]
+
+
+def photos(count: int, seed: int = 0) -> list[Image.Image]:
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+    return [Image.fromarray(image) for image in pixels]
+
+
+def plain(folder: Path) -> tuple[Any, Any]:
+    """The model and the processor of transformers alone."""
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder).eval()
+    return model, transformers.AutoProcessor.from_pretrained(folder)
+
+
+def without_prompt(tokens: torch.Tensor, length: int, model: Any) -> torch.Tensor:
+    return tokens if model.config.is_encoder_decoder else tokens[:, length:]
+
+
+def test_one_photo_is_the_plain_model(folder: Path) -> None:
+    model, processor = plain(folder)
+    sets = [[photo] for photo in photos(2)]
+    reader = Reader(VisionLanguageModel.from_pretrained(folder))
+    inputs, asked = reader(sets, [PROMPT] * 2, ANSWERS), reader(sets, [PROMPT] * 2)
+    batch = processor(images=[photo for (photo,) in sets], text=_told(processor), padding=True, return_tensors="pt")
+    prompt = batch["input_ids"].shape[1]
+    torch.testing.assert_close(inputs.input_ids[:, :prompt], batch["input_ids"], rtol=0, atol=0)
+    with torch.no_grad():
+        expected = model(
+            pixel_values=batch["pixel_values"],
+            input_ids=inputs.input_ids,
+            attention_mask=inputs.attention_mask,
+            labels=inputs.labels,
+        )
+        generated = without_prompt(model.generate(**batch, **GREEDY), prompt, model)
+    for fusion in FUSIONS:
+        ours = VisionLanguageModel(model, fusion, hidden=8)
+        answered = ours(*inputs)
+        assert torch.equal(answered.logits, expected.logits) and torch.equal(answered.loss, expected.loss)
+        assert torch.equal(answered.weights, torch.ones(2, 1))
+        assert torch.equal(ours.generate(*asked[:4], **GREEDY).tokens, generated)
+
+
+def _told(processor: Any) -> list[str]:
+    llava = type(processor).__name__ == "LlavaProcessor"
+    return [f"<image>\n{PROMPT}" if llava else PROMPT] * 2
+
+
+@pytest.mark.parametrize("fusion", ["max", "gated_attention"])
+def test_order_and_padding_change_nothing(folder: Path, fusion: str) -> None:
+    ours = VisionLanguageModel.from_pretrained(folder, fusion, hidden=8)
+    inputs = Reader(ours)([photos(3), photos(2, seed=1)], [PROMPT] * 2, ANSWERS)
+    assert inputs.mask.tolist() == [[True, True, True], [True, True, False]]
+    there = ours(*inputs)
+    assert torch.allclose(there.weights.sum(dim=1), torch.ones(2)) and there.weights[1, 2] == 0
+    hollow = inputs.images.clone()
+    hollow[1, 2] = torch.nan
+    assert torch.equal(ours(hollow, *inputs[1:]).logits, there.logits)
+    order = torch.tensor([2, 0, 1])
+    turned = ours(inputs.images[:, order], inputs.mask[:, order], *inputs[2:])
+    torch.testing.assert_close(turned.logits, there.logits, rtol=1e-5, atol=1e-6)  # the encoder's batch differs
+    torch.testing.assert_close(turned.weights, there.weights[:, order], rtol=1e-5, atol=1e-6)
+    fewer = ours(inputs.images[:, :1], inputs.mask[:, :1], *inputs[2:])
+    assert (fewer.logits - there.logits).abs().max() > 1e-4  # the other photos are seen
+
+
+def test_a_set_has_the_prompt_of_one_photo_and_generates(folder: Path) -> None:
+    ours = VisionLanguageModel.from_pretrained(folder, hidden=8)
+    reader = Reader(ours)
+    one, many = reader([photos(1)], [PROMPT]), reader([photos(5)], [PROMPT])
+    assert torch.equal(one.input_ids, many.input_ids)
+    found = ours.generate(*many[:4], max_new_tokens=4, num_beams=2)
+    assert found.weights.shape == (1, 5) and found.tokens.shape[1] <= 5
+    assert all(isinstance(text, str) for text in reader.texts(found.tokens))
+
+
+def test_only_the_fusion_learns_and_lies_apart(folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    ours = VisionLanguageModel.from_pretrained(folder, "gated_attention", hidden=8).train()
+    learning = {name.split(".")[0] for name, parameter in ours.named_parameters() if parameter.requires_grad}
+    assert learning == {"fusion"} and not ours.model.training
+    frozen = {name: tensor.clone() for name, tensor in ours.model.state_dict().items()}
+    inputs = Reader(ours)([photos(3), photos(4, seed=1)], [PROMPT] * 2, ANSWERS)
+    optimizer = torch.optim.Adam(ours.learn("fusion"), lr=0.05)
+    losses = []
+    for _ in range(8):
+        loss = ours(*inputs).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] - 0.01
+    assert all(torch.equal(tensor, frozen[name]) for name, tensor in ours.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in ours.model.parameters())
+    ours.save_fusion(tmp_path)
+    assert set(load_file(tmp_path / "fusion.safetensors")) == set(ours.fusion.state_dict())
+    assert json.loads((tmp_path / "fusion.json").read_text())["fusion"] == "gated_attention"
+    again = VisionLanguageModel.from_pretrained(folder)
+    again.load_fusion(tmp_path)
+    assert torch.equal(again(*inputs).logits, ours(*inputs).logits)
+
+
+@pytest.mark.parametrize("part", ["connector", "all"])
+def test_more_can_learn(folder: Path, part: str) -> None:
+    ours = VisionLanguageModel.from_pretrained(folder, "mean")
+    chosen = ours.learn(part)
+    inputs = Reader(ours)([photos(2)], [PROMPT], ANSWERS[:1])
+    ours(*inputs).loss.backward()
+    assert any(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in chosen)
+    seen = any(parameter.grad is not None for parameter in ours.parts.vision.parameters())
+    assert seen == (part == "all")
+
+
+@pytest.mark.parametrize("layers", [-2, [-2, -1]])
+@pytest.mark.parametrize("strategy", ["default", "full"])
+def test_llava_reads_the_layers_that_its_config_names(tmp_path: Path, layers: Any, strategy: str) -> None:
+    settings = {"vision_feature_layer": layers, "vision_feature_select_strategy": strategy}
+    make_small(tmp_path, "llava", [PROMPT], TINY._replace(layers=2), **settings)
+    model, processor = plain(tmp_path)
+    ours = VisionLanguageModel.from_pretrained(tmp_path)
+    (photo,) = photos(1)
+    batch = processor(images=photo, text=_told(processor)[0], return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**batch).logits
+        found = ours(*Reader(ours)([[photo]], [PROMPT])).logits
+    assert torch.equal(found, expected)
+
+
+def test_what_cannot_be_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    ours = VisionLanguageModel.from_pretrained(folders["llava"], "mean")
+    reader = Reader(ours)
+    with pytest.raises(InputError, match="every set needs an image"):
+        reader([photos(1), []], [PROMPT] * 2)
+    with pytest.raises(InputError, match="one for each of 1"):
+        reader([photos(1)], [PROMPT] * 2)
+    inputs = reader([photos(2)], [PROMPT])
+    with pytest.raises(InputError, match="needs 4 image tokens"):
+        ours(inputs.images, inputs.mask, inputs.input_ids[:, 1:], inputs.attention_mask[:, 1:])
+    with pytest.raises(InputError, match="torch.bool mask"):
+        ours(inputs.images, inputs.mask.float(), inputs.input_ids, inputs.attention_mask)
+    with pytest.raises(InputError, match="has no fusion"):
+        ours.load_fusion(tmp_path)
+    with pytest.raises(InputError, match="cannot be loaded"):
+        VisionLanguageModel.from_pretrained(tmp_path)
+    with pytest.raises(InputError, match="choose one of fusion, connector, all"):
+        ours.learn("eyes")
+    transformers.BertConfig(hidden_size=16).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"none of the architectures {', '.join(ARCHITECTURES)}"):
+        VisionLanguageModel.from_pretrained(tmp_path)
+    VisionLanguageModel.from_pretrained(folders["blip-2"]).save_fusion(tmp_path)
+    wide = tmp_path / "wide"
+    make_small(wide, "llava", [PROMPT], TINY._replace(width=32))
+    with pytest.raises(InputError, match="this model's have 32"):
+        VisionLanguageModel.from_pretrained(wide).load_fusion(tmp_path)
