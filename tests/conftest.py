@@ -44,13 +44,6 @@ SHARED = ROOT.parent / "shared"
 Tree = dict[str, Any]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
-    """What `pytest -n 2 --dist loadgroup` keeps in one process: a file, and all that shares the stopped runs."""
-    for item in items:
-        shares = {"one_process", "stopped_runs"} & set(item.fixturenames)
-        item.add_marker(pytest.mark.xdist_group("stopped runs" if shares else str(item.path)))
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("data") and not SHARED.is_dir():
         pytest.skip("needs ../shared")

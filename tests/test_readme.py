@@ -83,7 +83,7 @@ def test_the_python_code_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_two_installation_commands_are_those_of_ci() -> None:
-    assert 'pip install -e ".[test]" && pytest -n 2 --dist loadgroup' in README
+    assert 'pip install -e ".[test]" && pytest -n 2 --dist loadfile' in README
     assert 'pip install -e "\\.\\[test\\]"' in (ROOT / ".ci" / "run").read_text()
 
 
