@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from mmdiff.evaluation.fusion_classifier import Classifiers
+from mmdiff.evaluation.fusion_classifier import Classifiers, Retrieval
 from mmdiff.evaluation.fusion_learning import BEST, ENTRIES, FINE_TUNED, SINGLE, ZERO_SHOT, Answers, Way
 from mmdiff.evaluation.fusion_scores import best, between_seeds, mass, scores
 from mmdiff.evaluation.fusion_settings import Settings
@@ -21,10 +21,10 @@ from mmdiff.evaluation.fusion_vlm import LanguageModels
 from mmdiff.evaluation.records import circumstances
 from mmdiff.modalities.fusion import FUSIONS
 
-PROTOCOL = 1  # stored parts of another one are not taken
+PROTOCOL = 2  # stored parts of another one are not taken
 ALL = "all"  # cells together: the mean over those with two photos and more
 SCORES = ("accuracy", "precision", "recall", "weight on distractors", "1/n on distractors")
-WAYS: dict[str, type[Way]] = {"classifier": Classifiers, "vlm": LanguageModels}
+WAYS: dict[str, type[Way]] = {"classifier": Classifiers, "retrieval": Retrieval, "vlm": LanguageModels}
 Part = dict[str, Any]  # {"entry", "seed", "seconds", "scores": [{"task", "views", "distractors", …}]}
 
 
@@ -116,6 +116,7 @@ def _computed(way: Way, entry: str, seed: int) -> Part:
         for task, given in answers.items():
             kind = way.settings.tasks[task].kind
             row = {"task": task, "views": views, "distractors": share, "sets": len(bags.photos)}
+            row["answers"] = len(set(bags.answers[task]))
             row |= scores(kind, best(kind, given.texts, bags.answers[task]), bags.answers[task])
             rows.append(row | _mass(given, bags.distractors))
     return {"entry": entry, "seed": seed, "seconds": time.perf_counter() - started, "scores": rows}
@@ -171,6 +172,7 @@ def _manifest(settings: Settings, parts: list[Part]) -> dict[str, Any]:
         "experiment": settings.name,
         "seeds": list(range(settings.seeds)),
         "held-out sets per number of photos and share of distractors": parts[0]["scores"][0]["sets"],
+        "different answers among them": parts[0]["scores"][0]["answers"],
         "intervals": "95 % (Student) of the mean over seeds; a seed decides pretrained weights, fusion and batches",
         BEST: "of each photo's answer the one nearest to the truth, which a person without the truth cannot choose",
         SINGLE: "the first of each set, which are in random order",

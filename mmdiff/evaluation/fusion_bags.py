@@ -41,6 +41,20 @@ def held_out_bags(settings: Settings, views: int, share: float) -> Bags:
     return _read(settings, rows, features, settings.test.rows)
 
 
+def front_views(settings: Settings) -> dict[str, PILImage.Image]:
+    """{answer: the front view of a held-out object}, of every one among the first held-out rows."""
+    data = settings.data
+    ((_, task),) = settings.tasks.items()
+    rows, features = _rows(data, data.options, held_out=True)
+    _check_columns(rows, (data.front, *task.columns))
+    chosen, found = rows.select_columns(sorted({data.front, *task.columns})), {}
+    for index in range(min(settings.test.rows, len(chosen))):
+        row = chosen[index]
+        if None not in row.values():
+            found.setdefault(_answer(row, task, features), square(row[data.front], data.size))
+    return found
+
+
 def one_large(photos: Photos) -> PILImage.Image:
     """The photos of a set side by side, in a square of as many rows as columns; what is left is grey."""
     side = math.ceil(math.sqrt(len(photos)))
@@ -73,9 +87,7 @@ def _rows(data: Bagged, options: dict[str, Any], held_out: bool) -> tuple[Rows, 
 def _read(settings: Settings, rows: Rows, features: Any, limit: int | None = None) -> Bags:
     data = settings.data
     columns = {name for task in settings.tasks.values() for name in task.columns}
-    for column in (data.photos, *sorted(columns)):
-        if column not in rows.column_names:
-            raise InputError("fusion.data", column, f"the source has the columns {', '.join(rows.column_names)}")
+    _check_columns(rows, (data.photos, *sorted(columns)))
     marked = data.distractors in rows.column_names
     chosen = rows.select_columns(sorted({data.photos, *columns, *([data.distractors] if marked else [])}))
     found = [chosen[index] for index in range(len(chosen) if limit is None else min(limit, len(chosen)))]
@@ -84,6 +96,12 @@ def _read(settings: Settings, rows: Rows, features: Any, limit: int | None = Non
     distractors = [row[data.distractors] if marked else [False] * len(row[data.photos]) for row in found]
     answers = {name: [_answer(row, task, features) for row in found] for name, task in settings.tasks.items()}
     return Bags(photos, distractors, answers)
+
+
+def _check_columns(rows: Rows, wanted: tuple[str, ...]) -> None:
+    for column in wanted:
+        if column not in rows.column_names:
+            raise InputError("fusion.data", column, f"the source has the columns {', '.join(rows.column_names)}")
 
 
 def _answer(row: dict[str, Any], task: Task, features: Any) -> str:

@@ -29,6 +29,7 @@ class Bagged(_Strict):
     validation_split: str = "validation"
     photos: str = "photos"
     distractors: str = "distractors"  # lists of bool
+    front: str = "image"  # one more photo of each, in no set, by which it is found (way: retrieval)
     size: Count = 24  # side of a photo in pixels
 
 
@@ -71,7 +72,8 @@ class Settings(_Strict):
     """One experiment of `mmdiff benchmark fusion`."""
 
     name: str
-    way: Literal["classifier", "vlm"] = "classifier"  # encoder → fusion → linear layer, or a vision-language model
+    # encoder → fusion → linear layer; the same, but the nearest front view answers; or a vision-language model
+    way: Literal["classifier", "retrieval", "vlm"] = "classifier"
     seeds: Count = 5
     data: Bagged
     tasks: Annotated[dict[str, Task], Field(min_length=1)]
@@ -115,6 +117,6 @@ def parse_settings(tree: Any) -> Settings:
     fields = Settings.model_fields.items()
     arguments = {name: (field.annotation, ... if field.is_required() else field.default) for name, field in fields}
     settings = Settings(**parse_arguments("fusion", arguments, tree))
-    if settings.way == "classifier" and len(settings.tasks) > 1:
+    if settings.way != "vlm" and len(settings.tasks) > 1:
         raise InputError("fusion.tasks", list(settings.tasks), "a classifier has one task; way: vlm has several")
     return settings

@@ -14,6 +14,8 @@ from torch.nn.functional import interpolate
 from mmdiff.errors import InputError
 from mmdiff.modalities.imports import imported, is_custom
 
+POOLS = ("avg", "max", "catavgmax")
+
 
 class ImageEncoder(nn.Module):
     """A network, and how many numbers it gives.
@@ -122,17 +124,24 @@ def small_resnet(channels: int, name: str = "resnet18", widths: tuple[int, ...] 
 
 
 class Convolutions(nn.Module):
-    """Two convolutions of 3×3 pixels per width, the first of which halves the size; means over space after each width.
+    """Two convolutions of 3×3 pixels per width, the first of which halves the size; pooled over space after each width.
 
     The early ones tell of surfaces, which a network that learns shapes soon forgets.
 
     Args:
         channels: of the images.
         widths: channels of the stages.
+        pool: timm's name of what is taken over space: "avg", "max" or "catavgmax", both. The largest values say whether
+            something small is anywhere, such as the one corner in sight.
     """
 
-    def __init__(self, channels: int, widths: tuple[int, ...] = (32, 64, 128)) -> None:
+    def __init__(self, channels: int, widths: tuple[int, ...] = (32, 64, 128), pool: str = "avg") -> None:
         super().__init__()
+        from timm.layers import SelectAdaptivePool2d
+
+        if pool not in POOLS:
+            raise InputError("encoder.pool", pool, f"choose one of {', '.join(POOLS)}")
+        self.pool = SelectAdaptivePool2d(pool_type=pool, flatten=True)
         self.stages = nn.ModuleList()
         for before, width in zip((channels, *widths), widths):
             layers: list[nn.Module] = []
@@ -141,11 +150,11 @@ class Convolutions(nn.Module):
             self.stages.append(nn.Sequential(*layers))
 
     def forward(self, images: Tensor) -> Tensor:
-        means = []
+        found = []
         for stage in self.stages:
             images = stage(images)
-            means.append(images.mean(dim=(2, 3)))
-        return torch.cat(means, dim=1)  # (N, sum of the widths)
+            found.append(self.pool(images))
+        return torch.cat(found, dim=1)  # (N, sum of the widths), twice as many for both
 
 
 def _by_groups(channels: int, **_: Any) -> nn.Module:

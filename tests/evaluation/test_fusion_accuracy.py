@@ -17,8 +17,8 @@ from torch.nn.functional import cross_entropy
 
 from mmdiff.errors import InputError
 from mmdiff.evaluation import fusion_accuracy
-from mmdiff.evaluation.fusion_bags import held_out_bags, one_large, single_photos, training_bags
-from mmdiff.evaluation.fusion_classifier import Classifiers
+from mmdiff.evaluation.fusion_bags import front_views, held_out_bags, one_large, single_photos, training_bags
+from mmdiff.evaluation.fusion_classifier import Classifiers, Retrieval
 from mmdiff.evaluation.fusion_learning import ENTRIES, FINE_TUNED, ZERO_SHOT, fit
 from mmdiff.evaluation.fusion_scores import best, between_seeds, mass, scores
 from mmdiff.evaluation.fusion_settings import Schedule, Settings, load_settings
@@ -27,17 +27,22 @@ from mmdiff.modalities.fusion import FUSIONS, build_fusion
 
 Cli = Callable[..., Any]
 ROOT = Path(__file__).parents[2]
-EXPERIMENTS = sorted((ROOT / "experiments" / "fusion").glob("accuracy_*.yaml"))
+EXPERIMENTS = sorted(
+    path for path in (ROOT / "experiments" / "fusion").glob("*.yaml") if path.stem.startswith(("accuracy", "retrieval"))
+)
 TOY = [
     *("data.options.rows=24", "data.options.validation_rows=8", "seeds=2", "hidden=4"),
     *("test.rows=6", "test.views=[1,3]", "test.distractors=[0,0.5]", "pretraining.steps=2", "training.steps=1"),
 ]
 SMALL = ["small.width=16", "small.layers=1", "small.patch=12"]
-DIGITS = ["data.options.source=digits", "data.options.object=label", "tasks.category.columns=[label]"]
+DIGITS = {
+    stem: ["data.options.source=digits", "data.options.object=label", f"tasks.{task}.columns=[label]"]
+    for stem, task in (("accuracy_coil", "category"), ("retrieval_coil", "object"))
+}
 
 
 def toy(stem: str, *more: str) -> Settings:
-    chosen = [*TOY, *(DIGITS if stem == "accuracy_coil" else []), *more]
+    chosen = [*TOY, *DIGITS.get(stem, []), *more]
     return load_settings(ROOT / "experiments" / "fusion" / f"{stem}.yaml", chosen)
 
 
@@ -143,6 +148,20 @@ def test_besides_the_fusion_only_what_shall_learns(tmp_path: Path, learns: str, 
     assert {name.partition(".")[0] for name in moved} == set(parts.split())
 
 
+def test_an_object_never_seen_is_found_by_its_front_view(tmp_path: Path) -> None:
+    """Each front view finds itself, in whatever order; training has none of these objects, no set a front view."""
+    settings = toy("retrieval_coil", "test.rows=8")
+    way, fronts = Retrieval(settings, tmp_path), front_views(settings)
+    assert set(fronts) == set(held_out_bags(settings, 1, 0.0).answers["object"]) and len(fronts) > 1
+    assert not set(fronts) & set(training_bags(settings).answers["object"])
+    shown = {photo.tobytes() for photos in held_out_bags(settings, 4, 0.5).photos for photo in photos}
+    assert not shown & {front.tobytes() for front in fronts.values()}
+    model, pixels = way._pretrained(0), [torch.from_numpy(np.array(front)) for front in fronts.values()]
+    with torch.no_grad():
+        features = model.features(torch.stack(pixels).permute(0, 3, 1, 2)).flip(0)
+        assert way._named(model, 3.0 * features) == list(fronts)[::-1]
+
+
 @pytest.mark.parametrize("stem", ["accuracy_shapes_llava", "accuracy_shapes_blip2"])
 def test_a_language_model_learns_its_answers(tmp_path: Path, stem: str) -> None:
     """It says by heart what it has seen often: three sets, a task each."""
@@ -174,12 +193,13 @@ def test_an_experiment_is_a_record_named_after_its_file(path: Path) -> None:
         "accuracy_shapes",
         "accuracy_shapes_llava",
         pytest.param("accuracy_coil", marks=pytest.mark.slow),
+        pytest.param("retrieval_coil", marks=pytest.mark.slow),
         pytest.param("accuracy_shapes_blip2", marks=pytest.mark.slow),
     ],
 )
 def test_the_command_leaves_a_table_and_goes_on(stem: str, cli: Cli, tmp_path: Path) -> None:
     more = [*TOY, *SMALL, "new_tokens=2", "seeds=1", "test.distractors=[0.5]", "test.rows=3"]
-    more += DIGITS if stem == "accuracy_coil" else []
+    more += DIGITS.get(stem, [])
     call = ("benchmark", "fusion", ROOT / "experiments" / "fusion" / f"{stem}.yaml", *more, "--out", tmp_path)
     answer = cli(*call)
     assert answer.code == 0, answer.err
@@ -209,8 +229,8 @@ def test_means_and_gains_are_of_the_parts(tmp_path: Path) -> None:
 
     def cell(entry: str, seed: int, views: int, share: float) -> dict[str, Any]:
         own = accuracy.get(entry, 0.1) + 0.01 * seed + (0.3 if views == 1 else 0.0) - 0.1 * share
-        return {"task": "category", "views": views, "distractors": share, "sets": 6, "accuracy": own} | dict.fromkeys(
-            ("precision", "recall"), own
+        return {"task": "category", "views": views, "distractors": share, "sets": 6, "answers": 3} | dict.fromkeys(
+            ("accuracy", "precision", "recall"), own
         )
 
     parts = [
@@ -230,6 +250,7 @@ def test_means_and_gains_are_of_the_parts(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ("test.veiws=[1]", "did you mean views"),
+        ("way=retrieval data.front=back", "fusion.data = 'back': the source has the columns"),
         ("data.photos=pictures", "fusion.data = 'pictures': the source has the columns"),
         ("way=oracle", "way"),
         ("tasks.more.columns=[label]", "a classifier has one task"),
@@ -238,7 +259,7 @@ def test_means_and_gains_are_of_the_parts(tmp_path: Path) -> None:
 )
 def test_bad_settings_are_one_line(change: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
-        fusion_accuracy.results(toy("accuracy_shapes", change), tmp_path, progress=False)
+        fusion_accuracy.results(toy("accuracy_shapes", *change.split()), tmp_path, progress=False)
 
 
 def test_the_command_needs_experiments(cli: Cli, tmp_path: Path) -> None:

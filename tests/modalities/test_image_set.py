@@ -203,6 +203,7 @@ def test_an_encoder_of_ones_own_keeps_the_contract(module: str) -> None:
         ({"kind": "{module}:Map"}, r"encoder = \(2, 3, 16, 16\): two images need features of shape \(2, d\)"),
         ({"kind": "{module}:Average", "power": 2}, "encoder = .*its settings do not fit"),
         ({"kind": "no_such_module_at_all:X"}, "encoder.kind = .*cannot be imported"),
+        ({"kind": "convolutions", "pool": "median"}, "encoder.pool = 'median': choose one of avg, max, catavgmax"),
         ({"kind": "resnet", "name": "resnet17"}, "encoder.name = 'resnet17': no model of timm"),
         ({"kind": "open_clip", "model": "ViT-Z"}, "encoder.model = 'ViT-Z': no model of open_clip"),
     ],
