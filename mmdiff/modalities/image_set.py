@@ -36,8 +36,8 @@ class ImageSet(Condition):
         shape: the surroundings, see `Modality`.
         channels, size, resize: of the images, see `Image`.
         max_images: n; read from the first rows where the config leaves it out.
-        encoder: ``kind`` "resnet" (small, of timm), "open_clip" or an import path, and its settings, see
-            `mmdiff.modalities.encoders`.
+        encoder: ``kind`` "resnet" (small, of timm), "convolutions", "open_clip" or an import path, and its settings,
+            see `mmdiff.modalities.encoders`.
         fusion: a key of `mmdiff.modalities.fusion.FUSIONS`; ``hidden``: width of its layer.
         dim: d of the fused embedding.
         observe_as: how a set reaches the backbone: "context" (the embedding) or "channels" (E, a map).
