@@ -16,7 +16,7 @@ from mmdiff.objective import Where
 from mmdiff.training.checkpoint import checkpoints
 from mmdiff.training.loop import TrainingError, check_started_alike, train
 
-SHARE = 4  # a short run takes a quarter of the steps
+SHORT, SHARE = 125, 4  # a short run takes so many steps, a quarter of the whole training's at most
 ROWS, DRAWS = 256, 4  # held-out rows, and times and states drawn for each, of the validation loss
 
 
@@ -39,7 +39,7 @@ def swept(config: Config, factors: Sequence[float], folder: Path, progress: bool
     if not factors or min(factors) <= 0:
         raise InputError("--sweep", list(factors), "needs factors of the learning rate, numbers > 0")
     rates = [config.train.learning_rate * factor for factor in factors]
-    steps = max(1, config.train.steps // SHARE)
+    steps = short_steps(config.train.steps)
     losses = {}
     for rate in rates if len(rates) > 1 else ():
         short = _trained(config, rate, steps, folder / "sweeps" / config.name / f"rate-{rate:g}", progress)
@@ -52,6 +52,11 @@ def swept(config: Config, factors: Sequence[float], folder: Path, progress: bool
     record = {"chosen": best, "steps": steps, "validation loss by learning rate": losses}
     (run / "sweep.json").write_text(json.dumps(record, indent=1) + "\n")
     return run
+
+
+def short_steps(steps: int) -> int:
+    """How many steps a short run takes."""
+    return max(1, min(SHORT, steps // SHARE))
 
 
 def _trained(config: Config, rate: float, steps: int, folder: Path, progress: bool) -> Path:

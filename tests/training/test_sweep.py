@@ -14,7 +14,7 @@ from mmdiff.config import Config, load_config
 from mmdiff.errors import InputError
 from mmdiff.model import MTDiffusionModel
 from mmdiff.objective import Where
-from mmdiff.training.sweep import DRAWS, ROWS, swept, validation_loss
+from mmdiff.training.sweep import DRAWS, ROWS, short_steps, swept, validation_loss
 
 Configure = Callable[..., Config]
 
@@ -46,6 +46,10 @@ def test_a_sweep_takes_the_best_and_is_not_repeated(configure: Configure, tmp_pa
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
     assert swept(config, (1e-4, 1.0), tmp_path / "out", progress=False) == run
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")} == files
+
+
+def test_short_runs_are_a_quarter_or_125_steps() -> None:
+    assert [short_steps(steps) for steps in (1, 8, 500, 2000)] == [1, 2, 125, 125]
 
 
 def test_one_factor_is_no_sweep(configure: Configure, tmp_path: Path) -> None:
