@@ -92,14 +92,21 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
         """
         if not trust_custom_modalities:
             hub = {key: value for key, value in kwargs.items() if key in _HUB_ARGUMENTS}
-            config = cls.load_config(pretrained_model_name_or_path, **hub)["modality_config"]
-            for key, path in custom_kinds(config, "modalities"):
-                remedy = "is code of its author's; pass trust_custom_modalities=True to import it"
-                raise InputError(key, path, remedy)
+            _refuse_custom(cls.load_config(pretrained_model_name_or_path, **hub))  # before weights are looked for
         dtype = kwargs.pop("torch_dtype", None)  # diffusers would build in it, and not every start can be drawn in it
         # low_cpu_mem_usage builds on the meta device, where the fixed starts of palettes and maps have no values
-        model = super().from_pretrained(pretrained_model_name_or_path, **{"low_cpu_mem_usage": False, **kwargs})
+        kwargs = {"low_cpu_mem_usage": False, "trust_custom_modalities": trust_custom_modalities, **kwargs}
+        model = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         return model if dtype is None else nn.Module.to(model, dtype)
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], trust_custom_modalities: bool = False, **kwargs: Any
+    ) -> MTDiffusionModel:
+        """Build what a config describes, with weights drawn at random; arguments and errors as of `from_pretrained`."""
+        if not trust_custom_modalities:
+            _refuse_custom(config)
+        return super().from_config(config, **kwargs)
 
     def load_initial_weights(self) -> None:
         """Pretrained weights that the modalities' settings name; for the start of a run."""
@@ -156,6 +163,11 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
             name: self.modalities[name].decode(output.features, output.pooled).to(outside) for name in self.generated
         }
         return MTDiffusionModelOutput(prediction=output.prediction.to(outside), params=params)
+
+
+def _refuse_custom(config: Mapping[str, Any]) -> None:
+    for key, path in custom_kinds(config.get("modality_config", {}), "modalities"):
+        raise InputError(key, path, "is code of its author's; pass trust_custom_modalities=True to import it")
 
 
 def _backbone(config: Mapping[str, Any]) -> tuple[type[Backbone], dict[str, Any]]:

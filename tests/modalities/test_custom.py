@@ -124,13 +124,20 @@ def test_it_is_trained_saved_and_loaded_when_trusted(user: User) -> None:
     assert settings["std"] == pytest.approx(logs.std(), rel=1e-4)
 
     user.forget()
-    for load, path in ((MTDiffusionPipeline, folder / "pipeline"), (MTDiffusionModel, folder / "pipeline" / "model")):
+    model = folder / "pipeline" / "model"
+    described = MTDiffusionModel.load_config(model)
+    for load, source in (
+        (MTDiffusionPipeline.from_pretrained, folder / "pipeline"),
+        (MTDiffusionModel.from_pretrained, model),
+        (MTDiffusionModel.from_config, described),
+    ):
         with pytest.raises(InputError) as caught:
-            load.from_pretrained(path)
+            load(source)
         remedy = "is code of its author's; pass trust_custom_modalities=True to import it"
         assert str(caught.value) == f"modalities.depth.kind = '{KIND}': {remedy}"
         assert not user.loaded  # refused before it was imported
-    assert MTDiffusionModel.from_pretrained(folder / "pipeline" / "model", trust_custom_modalities=True)
+    assert MTDiffusionModel.from_pretrained(model, trust_custom_modalities=True)
+    assert MTDiffusionModel.from_config(described, trust_custom_modalities=True).names == ("depth", "image")
 
     user.forget()
     pipe = MTDiffusionPipeline.from_pretrained(folder / "pipeline", trust_custom_modalities=True)
