@@ -35,7 +35,7 @@ class Branches(NamedTuple):
 
 class Evaluation(NamedTuple):
     """``prediction`` (B, C, H, W) and ``params`` by modality, of the branch with all; ``unseen`` {name: its params in
-    the branch that leaves it out}."""
+    the branch that leaves it out}, of those that have a head."""
 
     prediction: Tensor
     params: dict[str, Tensor]
@@ -82,10 +82,11 @@ def guided(
     output = model(sample.repeat(count, 1, 1, 1), timesteps.repeat(count), told.observation)
     full, *without = output.prediction.chunk(count)
     pairs = [(scales[name], part) for name, part in zip(told.left_out, without, strict=True) if name in scales]
+    heads = {name: params.chunk(count) for name, params in output.params.items()}
     return Evaluation(
         prediction=full + sum((scale - 1.0) * (full - part) for scale, part in pairs),
-        params={name: params.chunk(count)[0] for name, params in output.params.items()},
-        unseen={name: output.params[name].chunk(count)[k] for k, name in enumerate(told.left_out, start=1)},
+        params={name: parts[0] for name, parts in heads.items()},
+        unseen={name: heads[name][k] for k, name in enumerate(told.left_out, start=1) if name in heads},
     )
 
 

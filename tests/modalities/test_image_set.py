@@ -12,7 +12,7 @@ import datasets
 import open_clip
 import pytest
 import torch
-from networks import alive
+from networks import alive, random_model
 from PIL import Image as PILImage
 from torch import Generator, Tensor
 
@@ -28,6 +28,8 @@ from mmdiff.model import MTDiffusionModel
 from mmdiff.objective import Where
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.plots import set_weights
+from mmdiff.schedulers import MTDiffusionScheduler
+from mmdiff.steering import branches, guided
 from mmdiff.training import train
 
 Cli = Callable[..., Any]
@@ -311,6 +313,33 @@ def test_weighting_it_is_refused(tree: dict[str, Any]) -> None:
     tree["modalities"]["image_set"]["weight"] = {"schedule": "constant"}
     with pytest.raises(InputError, match="modalities.image_set.weight.schedule = 'constant': ImageSet is observed or"):
         build(parse_config(tree))
+
+
+@torch.no_grad()
+def test_classifier_free_guidance_of_what_has_no_head() -> None:
+    """absent + s (observed − absent) of two separate forwards, and a pipeline call by name and for all."""
+    sets = {"kind": "image_set", "channels": 3, "size": 16, "max_images": 3, "encoder": {"kind": "convolutions"}}
+    image, label = {"kind": "image", "channels": 3, "size": 16}, {"kind": "label", "num_classes": 3}
+    model = random_model({"image": image, "image_set": sets, "label": label}, std=0.3).eval()
+    given = {"image_set": model.modalities["image_set"].examples(2, torch.Generator().manual_seed(0))}
+    z_t, timesteps = torch.randn(2, 3, 16, 16), torch.tensor([40, 900])
+    told = branches(model, given, (), ("image_set",), ("image_set",), like=z_t)
+    found = guided(model, z_t, timesteps, told, {"image_set": 2.5})
+    everywhere = torch.ones(2, dtype=torch.bool)
+    full, absent = (
+        model(z_t, timesteps, model.observation(given, {}, seen, like=z_t)).prediction
+        for seen in ({"image_set": everywhere}, {})
+    )
+    assert (full - absent).abs().max() > 1e-3  # the set matters
+    torch.testing.assert_close(found.prediction, absent + 2.5 * (full - absent), rtol=1e-4, atol=1e-5)
+    assert set(found.params) == {"label"} and found.unseen == {}
+    pipe = MTDiffusionPipeline(model=model, scheduler=MTDiffusionScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    by_name, by_all = (
+        pipe(observed=given, guidance_scale=scale, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
+        for scale in ({"image_set": 2.0}, 2.0)
+    )
+    assert by_name.samples["label"] == by_all.samples["label"] and len(by_name.samples["image"]) == 2
 
 
 def test_sets_condition_and_their_weights_come_out(config: Config, cli: Cli, tmp_path: Path) -> None:
