@@ -207,9 +207,9 @@ class Retrieval(Classifiers):
         return front_views(self.settings)
 
     def _named(self, model: Classifier, features: Tensor) -> list[str]:
-        fronts = normalize(model.features(Sets([[front] for front in self._fronts.values()]).images), dim=1)
-        nearest = (normalize(features, dim=1) @ fronts.mT).argmax(dim=1)
-        return [list(self._fronts)[index] for index in nearest.tolist()]
+        names, images = list(self._fronts), torch.stack([_pixels(front) for front in self._fronts.values()])
+        cosines = normalize(features, dim=1) @ normalize(model.features(images), dim=1).mT  # (B, objects)
+        return [names[index] for index in cosines.argmax(dim=1).tolist()]
 
 
 def _pixels(photo: object) -> Tensor:

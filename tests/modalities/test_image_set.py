@@ -22,7 +22,7 @@ from mmdiff.data import Table
 from mmdiff.errors import InputError
 from mmdiff.modalities import ImageSet, Shape
 from mmdiff.modalities.contract import check_modality
-from mmdiff.modalities.encoders import ClipTower
+from mmdiff.modalities.encoders import POOLS, ClipTower, Convolutions
 from mmdiff.modalities.fusion import FUSIONS
 from mmdiff.model import MTDiffusionModel
 from mmdiff.objective import Where
@@ -193,6 +193,18 @@ def test_an_encoder_of_ones_own_keeps_the_contract(module: str) -> None:
     assert [f for f in check_modality(lambda _: image_set(encoder=encoder), SHAPE) if f.fault] == []
     modality = image_set(encoder=encoder)
     assert modality.encoder.width == 6 and float(modality.encoder.network.factor) == 2.0
+
+
+def test_convolutions_take_means_largest_values_or_both() -> None:
+    images, found = torch.rand(3, 3, 16, 16), {}
+    for pool in POOLS:
+        torch.manual_seed(0)
+        network = Convolutions(3, (8,), pool)
+        found[pool] = network(images)
+    maps = network.stages[0](images)  # (3, 8, 8, 8): the weights are those of all three
+    torch.testing.assert_close(found["avg"], maps.mean(dim=(2, 3)))
+    torch.testing.assert_close(found["max"], maps.amax(dim=(2, 3)))
+    assert torch.equal(found["catavgmax"], torch.cat([found["avg"], found["max"]], dim=1))
 
 
 @pytest.mark.parametrize(
