@@ -235,6 +235,7 @@ def build_objective(config: Config, model: MTDiffusionModel, scheduler: MTSchedu
         terminal_weight=config.loss.terminal,
         anchor_hidden=config.states.anchor_hidden,
         min_snr_gamma=config.loss.min_snr_gamma,
+        uncertainty=config.loss.uncertainty,
         learn_scale=tuple(name for name in learned if config.modalities[name].weight.learn_scale),
         seed=config.train.seed,
     )

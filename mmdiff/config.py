@@ -139,7 +139,15 @@ class LossConfig(_Strict):
     """How the terms are added up."""
 
     min_snr_gamma: float | None = Field(None, gt=0)  # cap of the SNR weighting of L1; none: plain
+    uncertainty: bool = False  # L1 as a Gaussian's likelihood, its σ told by the network, instead of a plain error
     terminal: float = Field(1.0, ge=0)  # coefficient of L0
+
+    @field_validator("uncertainty")
+    @classmethod
+    def _one_weighting(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("min_snr_gamma") is not None:
+            raise ValueError("one weighting of L1 is enough; leave this or min_snr_gamma out")
+        return value
 
 
 class TrainConfig(_Strict):

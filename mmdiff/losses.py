@@ -1,10 +1,12 @@
 """The four terms of the bound, L0 … L3, per sample and unreduced: (B,), Eq. (7)–(10).
 
 Each has the exact form, in nats, that `mmdiff.evaluation.elbo` sums; L1 and L3 are trained in the reweighted form
-`denoising_error`, L2 in each modality's own `nll`.
+`denoising_error` (`uncertain_error`), L2 in each modality's own `nll`.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -40,6 +42,17 @@ def denoising_error(prediction: Tensor, target: Tensor, weight: Tensor | None = 
     """The reweighted L1 and L3: ‖target − prediction‖² per dimension, times an optional weight (B,)."""
     error = mean_except_batch((prediction.float() - target.float()) ** 2)
     return error if weight is None else error * weight
+
+
+def uncertain_error(error: Tensor, log_std: Tensor) -> Tensor:
+    """−log N(target; prediction, σ² I) per dimension, nats, from ‖target − prediction‖² per dimension: (B,).
+
+    ``log_std`` (B,) is what the network expects of the error, a function of all that it sees and of nothing else, so
+    that the best prediction stays the conditional mean. At the best σ every row counts alike, ½ log of its error
+    (Kendall et al., 2018; by noise level alone Karras et al., 2024).
+    """
+    log_std = log_std.float().clamp(-5.0, 2.0)
+    return 0.5 * error * torch.exp(-2 * log_std) + log_std + 0.5 * math.log(2 * math.pi)
 
 
 def min_snr_weight(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:

@@ -23,10 +23,12 @@ _HUB_ARGUMENTS = ("subfolder", "revision", "token", "cache_dir", "local_files_on
 
 @dataclass
 class MTDiffusionModelOutput(BaseOutput):
-    """``prediction`` (B, C, H, W) of u_t; ``params`` {auxiliary modality with a head: parameters of p_θ(x_i | z_t)}."""
+    """``prediction`` (B, C, H, W) of u_t; ``params`` {auxiliary modality with a head: parameters of p_θ(x_i | z_t)};
+    ``pooled`` (B, P), the backbone's."""
 
     prediction: Tensor
     params: dict[str, Tensor]
+    pooled: Tensor
 
 
 class MTDiffusionModel(ModelMixin, ConfigMixin):
@@ -74,7 +76,7 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
         observed = sum(modality.observation_channels for modality in self.modalities.values())
         width = sum(2 + modality.context_width for modality in self.modalities.values())
         self.backbone = backbone(space, observed, width, **backbone_settings)
-        self.space = space
+        self.space, self.pooled_width = space, shape.pooled
 
     @classmethod
     def from_pretrained(
@@ -162,7 +164,9 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
         params = {
             name: self.modalities[name].decode(output.features, output.pooled).to(outside) for name in self.generated
         }
-        return MTDiffusionModelOutput(prediction=output.prediction.to(outside), params=params)
+        return MTDiffusionModelOutput(
+            prediction=output.prediction.to(outside), params=params, pooled=output.pooled.to(outside)
+        )
 
 
 def _refuse_custom(config: Mapping[str, Any]) -> None:

@@ -48,6 +48,7 @@ class MTObjective(nn.Module):
         anchor_hidden: probability that the anchor is hidden (unless it is observed): nothing is denoised, and the
             heads learn to read from what else is observed in one evaluation.
         min_snr_gamma: cap of the SNR weight of L1, or None for the plain error.
+        uncertainty: L1 and L3 as the likelihood of a Gaussian whose σ the network tells, one number per sample.
         learn_scale: auxiliary modalities with a learned schedule whose scale is learned too.
         seed: of the run.
     """
@@ -62,6 +63,7 @@ class MTObjective(nn.Module):
         terminal_weight: float = 1.0,
         anchor_hidden: float = 0.0,
         min_snr_gamma: float | None = None,
+        uncertainty: bool = False,
         learn_scale: tuple[str, ...] = (),
         seed: int = 0,
     ) -> None:
@@ -71,6 +73,10 @@ class MTObjective(nn.Module):
         self.law = LAWS[law]
         self.terminal_weight, self.min_snr_gamma, self.seed = terminal_weight, min_snr_gamma, seed
         self.anchor_hidden = anchor_hidden
+        self.log_std = nn.Linear(model.pooled_width, 1) if uncertainty else None
+        if self.log_std is not None:
+            nn.init.zeros_(self.log_std.weight)  # start from σ = 1
+            nn.init.zeros_(self.log_std.bias)
         self.weighted = tuple(sorted(scheduler.config.weights or {}))
         learned = [n for n, w in (scheduler.config.weights or {}).items() if w.get("schedule") == "learned"]
         self.schedule_shapes = nn.ParameterDict({name: initial_parameters() for name in learned})
@@ -102,7 +108,10 @@ class MTObjective(nn.Module):
         output = model(z_t, timesteps, model.observation(batch.values, aggregated, observed, like=z_t))
 
         target = scheduler.training_target(z_0, noise, timesteps)
-        error = losses.denoising_error(output.prediction, target, self.snr_weight(timesteps)) * denoised  # (B,)
+        error = losses.denoising_error(output.prediction, target, self.snr_weight(timesteps))  # (B,)
+        if self.log_std is not None:
+            error = losses.uncertain_error(error, self.log_std(output.pooled)[:, 0])
+        error = error * denoised
         terminal = losses.terminal_kl(
             scheduler.marginal(z_0, timesteps.new_full((len(z_0),), scheduler.terminal_timestep), encodings)
         )

@@ -259,7 +259,13 @@ def torchrun(processes: int) -> list[str]:
 
 
 # windows of three steps straddle the checkpoints at 20 and 40, parts and processes split the batch of 12
-SIXTY_STEPS = ["train.steps=60", "train.checkpoint_every=20", "train.accumulate=2", "train.resume=auto"]
+SIXTY_STEPS = [
+    "train.steps=60",
+    "train.checkpoint_every=20",
+    "train.accumulate=2",
+    "train.resume=auto",
+    "loss.uncertainty=true",
+]
 
 
 @pytest.fixture(scope="session")

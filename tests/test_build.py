@@ -176,5 +176,8 @@ def test_the_objective_has_the_configs_numbers(configure: Configure) -> None:
     assert (objective.min_snr_gamma, objective.terminal_weight, objective.seed) == (5, 0.25, 9)
     assert objective.schedule_scales["label"].requires_grad
     assert objective.law is LAWS["independent"]
-    config = resolve(configure("states.law=each_alone"), rows())
-    assert build_objective(config, build_model(config), build_scheduler(config)).law is LAWS["each_alone"]
+    assert objective.log_std is None
+    config = resolve(configure("states.law=each_alone", "loss.uncertainty=true"), rows())
+    objective = build_objective(config, build_model(config), build_scheduler(config))
+    assert objective.law is LAWS["each_alone"]
+    assert not objective.log_std.weight.any() and not objective.log_std.bias.any()  # σ = 1, whatever the seed

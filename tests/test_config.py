@@ -100,6 +100,13 @@ def test_a_value_out_of_range_is_refused_by_name(tiny: Tree, key: str) -> None:
     assert complaint(lambda: parse_config(changed(tiny, key, value))).startswith(f"{key} = {value!r}: ")
 
 
+def test_l1_has_one_weighting(tiny: Tree) -> None:
+    both = changed(changed(tiny, "loss.min_snr_gamma", 5.0), "loss.uncertainty", True)
+    assert complaint(lambda: parse_config(both)).startswith(
+        "loss.uncertainty = True: one weighting of L1 is enough; leave "
+    )
+
+
 @pytest.mark.parametrize("key", ["train.steps", "train.seed", "evaluate.num_samples"])
 def test_a_truth_value_is_no_number(tiny: Tree, key: str) -> None:
     assert complaint(lambda: parse_config(changed(tiny, key, True))).startswith(f"{key} = True: ")

@@ -111,6 +111,29 @@ def test_denoising_error_is_a_mean_per_sample() -> None:
     torch.testing.assert_close(losses.denoising_error(prediction, target, weight), expected * weight)
 
 
+@pytest.mark.parametrize("size", [4, 32])
+def test_the_uncertain_error_is_the_likelihood_of_a_gaussian(size: int) -> None:
+    prediction, target = randn(0, (3, 1, size, size)), randn(1, (3, 1, size, size))
+    log_std = torch.tensor([-4.9, -1.0, 1.9], dtype=torch.float64)
+    law = torch.distributions.Normal(prediction, log_std.exp()[:, None, None, None])
+    expected = -law.log_prob(target).mean(dim=(1, 2, 3)).float()
+    error = losses.denoising_error(prediction, target)
+    torch.testing.assert_close(losses.uncertain_error(error, log_std), expected, rtol=1e-5, atol=0)
+    beyond = losses.uncertain_error(error, torch.tensor([-60.0, -5.0, 90.0]))
+    assert torch.equal(beyond, losses.uncertain_error(error, torch.tensor([-5.0, -5.0, 2.0])))  # never without bounds
+
+
+def test_the_best_uncertainty_is_the_error_itself_and_rows_then_count_alike() -> None:
+    """min over σ is at σ² = error; the gradient of ½ log(error) does not know the error's scale."""
+    error = torch.tensor([1e-3, 0.04, 1.0], dtype=torch.float64, requires_grad=True)
+    log_std = (0.5 * error.detach().log()).requires_grad_()
+    loss = losses.uncertain_error(error, log_std)
+    of_error, of_std = torch.autograd.grad(loss.sum(), (error, log_std))
+    torch.testing.assert_close(of_std, torch.zeros_like(of_std), rtol=0, atol=1e-6)
+    torch.testing.assert_close(of_error * error.detach(), torch.full_like(error, 0.5), rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss, 0.5 * error.log() + 0.5 * math.log(2 * math.pi * math.e), rtol=1e-6, atol=1e-6)
+
+
 def test_recovery_counts_dimensions() -> None:
     assert losses.recovery_nll(torch.tensor([1.0, 2.0]), 64).tolist() == [64.0, 128.0]
 

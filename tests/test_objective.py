@@ -328,3 +328,28 @@ def test_min_snr_weighs_every_row() -> None:
         one, other = (o(*rows(whole, at, torch.tensor([k]))).terms for o in (plain, weighted))
         expected = float(one["l1"] + one["l3"]) * min(snr, 0.5) / (snr + 1)
         assert float(other["l1"] + other["l3"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_uncertainty_weighs_rows_that_are_denoised_and_no_others() -> None:
+    """A fresh network tells σ = 1: half of the plain error; where the anchor is observed there is nothing to tell."""
+    image = StateLaw(0.0, 0.4)
+    plain, uncertain, whole, at = build(image=image), build(image=image, uncertainty=True), batch(), where()
+    denoised = plain.draw_states(whole, at)[2]
+    assert 0 < denoised.sum() < 8
+    for k in range(8):
+        one, other = (o(*rows(whole, at, torch.tensor([k]))).terms for o in (plain, uncertain))
+        expected = float(denoised[k]) * (0.5 * float(one["l1"] + one["l3"]) + 0.5 * math.log(2 * math.pi))
+        assert float(other["l1"] + other["l3"]) == pytest.approx(expected, rel=1e-5)
+        assert float(other["l2/label"]) == float(one["l2/label"])
+
+
+def test_the_uncertainty_is_told_by_the_network_and_learned() -> None:
+    objective, whole, at = build(uncertainty=True), batch(), where()
+    torch.nn.init.constant_(objective.log_std.bias, -1.0)  # σ = 1 / e everywhere
+    plain = build()(whole, at).terms
+    (output,), found = gradients(objective, (whole, at))
+    expected = 0.5 * math.e**2 * (plain["l1"] + plain["l3"]) - 1 + 0.5 * math.log(2 * math.pi)
+    torch.testing.assert_close(output.terms["l1"] + output.terms["l3"], expected)
+    error = (plain["l1"] + plain["l3"]).item()
+    assert found["log_std.bias"].item() == pytest.approx(1 - math.e**2 * error, rel=1e-4)  # 0 where σ² is the error
+    assert found["log_std.weight"].any()  # it is told apart by what the network sees

@@ -27,6 +27,7 @@ M = np.array([-0.6, 0.8])  # their means of x_0
 S = 0.3  # and one standard deviation
 E = np.array([1.0, -1.0])  # their encodings
 SHAPE = Shape((1, 1, 1), 1, 1)
+NOTHING = torch.zeros(0)  # of the backbone's pooled vector, which the bound does not ask for
 BUMP, CONSTANT, NONE = ({"schedule": name, "scale": 0.5} for name in ("bump", "constant", "none"))
 each_process = pytest.mark.parametrize(
     ("weight", "prediction_type"),
@@ -101,7 +102,7 @@ class ExactNetwork:
         posterior = law(self.process, int(timestep[0]), z)
         prediction = posterior.prediction(z, self.process.config.prediction_type)
         params = {"label": torch.from_numpy(posterior.label).clamp(min=1e-300).log()}
-        return MTDiffusionModelOutput(prediction=torch.from_numpy(prediction).reshape(sample.shape), params=params)
+        return MTDiffusionModelOutput(torch.from_numpy(prediction).reshape(sample.shape), params, NOTHING)
 
 
 class ConstantNetwork(ExactNetwork):
@@ -109,7 +110,7 @@ class ConstantNetwork(ExactNetwork):
 
     def __call__(self, sample: Tensor, timestep: Tensor, observation: Observation) -> MTDiffusionModelOutput:
         params = {"label": torch.zeros(len(sample), 2, dtype=torch.float64)}
-        return MTDiffusionModelOutput(prediction=torch.full_like(sample, 0.3), params=params)
+        return MTDiffusionModelOutput(torch.full_like(sample, 0.3), params, NOTHING)
 
 
 def draw(count: int) -> dict[str, Tensor]:

@@ -83,6 +83,7 @@ ALL_MODALITIES = {
         "embedding": {"kind": "embedding"},
     },
     "states": {"anchor_hidden": 0.1},
+    "loss": {"uncertainty": True},
 }
 
 
