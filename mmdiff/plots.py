@@ -135,7 +135,8 @@ def curves(metrics: Path, path: Path) -> Path:
     axis = figure.subplots()
     for name in names:
         axis.plot([line["step"] for line in lines], [line[name] for line in lines], label=name)
-    axis.set_yscale("symlog", linthresh=0.01)  # densities have negative terms
+    if min(line[name] for line in lines for name in names) > -0.1:
+        axis.set_yscale("symlog", linthresh=0.01)  # errors fall over decades; densities below 0 do not
     axis.set(xlabel="step", title="terms of the loss")
     axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small")  # beside the curves, not on them
     figure.savefig(path, dpi=110)
