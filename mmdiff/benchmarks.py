@@ -57,8 +57,8 @@ def restoration(
     ] = None,
     sdedit: Annotated[str, typer.Option(help="evaluations of SDEdit")] = "50",
     sweep: Annotated[
-        str, typer.Option(help="learning rates that a YAML file is tried with, times its own")
-    ] = "0.5,1,2",
+        str, typer.Option(help="learning rates of the short runs that a YAML file is tried with, times its own")
+    ] = "1,2,4",
     reference: Annotated[
         str | None, typer.Option(help="the row that all others are compared with, by its name in the table")
     ] = None,

@@ -310,7 +310,7 @@ def test_one_command_trains_and_scores_them_all(cli: Cli, tmp_path: Path, backbo
         run, short = tmp_path / "out" / "runs" / name, tmp_path / "out" / "sweeps" / name
         sweep = json.loads((run / "sweep.json").read_text())
         losses = sweep["validation loss by learning rate"]
-        assert set(losses) == {"0.0005", "0.001"} and sweep["chosen"] == float(min(losses, key=losses.__getitem__))
+        assert set(losses) == {"0.0005", "0.001"} and sweep["best"] == float(min(losses, key=losses.__getitem__))
         assert load_config(run / "config.yaml").train.learning_rate == sweep["chosen"]
         assert load_config(run / "config.yaml").train.steps == 4
         assert sorted(path.name for path in short.iterdir()) == ["rate-0.0005", "rate-0.001"]

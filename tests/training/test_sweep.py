@@ -14,7 +14,7 @@ from mmdiff.config import Config, load_config
 from mmdiff.errors import InputError
 from mmdiff.model import MTDiffusionModel
 from mmdiff.objective import Where
-from mmdiff.training.sweep import DRAWS, ROWS, short_steps, swept, validation_loss
+from mmdiff.training.sweep import DRAWS, ROWS, over_steps, short_steps, swept, validation_loss
 
 Configure = Callable[..., Config]
 
@@ -36,9 +36,8 @@ def test_a_sweep_takes_the_best_and_is_not_repeated(configure: Configure, tmp_pa
     run = swept(config, (1e-4, 1.0), tmp_path / "out", progress=False)
     record = json.loads((run / "sweep.json").read_text())
     losses = {float(rate): loss for rate, loss in record["validation loss by learning rate"].items()}
-    assert (
-        record["steps"] == 2 and record["chosen"] == min(losses, key=losses.__getitem__) == 1e-3
-    )  # 1e-7 learns nothing
+    assert record["steps"] == 2 and record["best"] == min(losses, key=losses.__getitem__) == 1e-3  # 1e-7 learns nothing
+    assert load_config(run / "config.yaml").train.learning_rate == record["chosen"] == over_steps(1e-3, 2, 8) == 6.42e-4
     for rate, loss in losses.items():
         short = tmp_path / "out" / "sweeps" / "tiny" / f"rate-{rate:g}"
         assert load_config(short / "config.yaml").train.learning_rate == rate
@@ -50,6 +49,13 @@ def test_a_sweep_takes_the_best_and_is_not_repeated(configure: Configure, tmp_pa
 
 def test_short_runs_are_a_quarter_or_125_steps() -> None:
     assert [short_steps(steps) for steps in (1, 8, 500, 2000)] == [1, 2, 125, 125]
+
+
+def test_the_rate_falls_with_the_horizon() -> None:
+    assert over_steps(3e-4, 125, 125) == 3e-4
+    assert over_steps(5e-3, 125, 2000) == pytest.approx(5e-3 * 16**-0.32, rel=5e-3)
+    once, twice = over_steps(1.0, 125, 2000), over_steps(over_steps(1.0, 125, 500), 500, 2000)
+    assert once == pytest.approx(twice, rel=5e-3)  # by one step or by two
 
 
 def test_one_factor_is_no_sweep(configure: Configure, tmp_path: Path) -> None:
