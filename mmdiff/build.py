@@ -15,7 +15,7 @@ from mmdiff.config import Config, MaskingConfig, ModalityConfig, WeightConfig, p
 from mmdiff.data import Holes, Rows, StandIn, Table, open_splits
 from mmdiff.data.embeddings import add_embeddings
 from mmdiff.data.masking import known_masks
-from mmdiff.errors import InputError
+from mmdiff.errors import InputError, at
 from mmdiff.modalities import Modality, find_modality
 from mmdiff.model import MTDiffusionModel
 from mmdiff.objective import MTObjective
@@ -141,10 +141,8 @@ def resolve_scheduler(config: Config) -> Config:
 def _resolved_settings(config: Config, name: str, kind: type[Modality], rows: Rows | None) -> dict[str, Any]:
     """What the config sets, over what files and the data determine."""
     settings = config.modalities[name].settings()
-    try:
+    with at(f"modalities.{name}"):
         settings = {**kind.settings_from_files(**settings), **settings}
-    except InputError as error:
-        raise InputError(f"modalities.{name}.{error.key}", error.value, error.remedy) from None
     if rows is None:
         return settings
     column = config.column(config.anchor if name in config.data.masking else name)
@@ -152,17 +150,13 @@ def _resolved_settings(config: Config, name: str, kind: type[Modality], rows: Ro
         remedy = f"the source has no such column, but {', '.join(rows.column_names)}; set data.columns.{name}=…"
         raise InputError(f"data.columns.{name}", column, remedy)
     values = (row[column] for row in _each(rows.select_columns([column])))  # decodes only what is asked for
-    try:
+    with at(f"data.columns.{name}={column}", ": "):
         return {**kind.settings_from_data(rows.features[column], values, **settings), **settings}
-    except InputError as error:
-        raise InputError(f"data.columns.{name}={column}: {error.key}", error.value, error.remedy) from None
 
 
 def _check_holes(key: str, law: MaskingConfig) -> None:
-    try:
+    with at(key):
         known_masks(law.law, law.ratio, 32, 32, 0, torch.zeros(1, dtype=torch.int64))
-    except InputError as error:
-        raise InputError(f"{key}.{error.key}", error.value, error.remedy) from None
 
 
 def _each(rows: Rows) -> Iterator[dict[str, Any]]:

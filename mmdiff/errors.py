@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 
 class InputError(ValueError):
     """Bad input from a person: a config key, a command-line argument, a data row, a file.
@@ -10,13 +13,27 @@ class InputError(ValueError):
         key: where the value came from, for example ``"modalities.label.weight.scale"``.
         value: the offending value.
         remedy: what is wrong and what to do about it.
+        everywhere: whether every process of a run meets it, as with a config; False for a data row.
     """
 
-    def __init__(self, key: str, value: object, remedy: str) -> None:
-        self.key, self.value, self.remedy = key, value, remedy
-        self.everywhere = True  # whether every process of a run meets it, as with a config; False for a data row
+    def __init__(self, key: str, value: object, remedy: str, everywhere: bool = True) -> None:
+        self.key, self.value, self.remedy, self.everywhere = key, value, remedy, everywhere
         shown = repr(value) if len(repr(value)) <= 120 else repr(value)[:117] + "..."
         super().__init__(f"{key} = {shown}: {remedy}".replace("\n", " "))
 
     def __reduce__(self) -> tuple:  # survives the trip out of a data worker
-        return type(self), (self.key, self.value, self.remedy)
+        return type(self), (self.key, self.value, self.remedy, self.everywhere)
+
+
+@contextlib.contextmanager
+def at(prefix: str, join: str = ".") -> Iterator[None]:
+    """Say where: an `InputError` raised within gets ``prefix`` before its key.
+
+    Args:
+        prefix: the outer key, for example ``"modalities.label"``.
+        join: what stands between the two keys.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{prefix}{join}{error.key}", error.value, error.remedy, error.everywhere) from error

@@ -14,7 +14,7 @@ from torch import Tensor
 from mmdiff.data import abo, bags, digits, shape_bags
 from mmdiff.data.masking import known_masks
 from mmdiff.data.sampler import Visit
-from mmdiff.errors import InputError
+from mmdiff.errors import InputError, at
 from mmdiff.randomness import uniform
 
 ROW = "__row__"
@@ -227,11 +227,8 @@ class Table(torch.utils.data.Dataset):
         )
 
     def _value(self, name: str, raw: object, index: int) -> Tensor:
-        try:
+        with at(f"data.columns.{name}={self.columns[name]}, row {index}", ": "):
             return self.preprocess[name](raw)
-        except InputError as error:
-            key = f"data.columns.{name}={self.columns[name]}, row {index}: {error.key}"
-            raise InputError(key, error.value, error.remedy) from None
 
 
 def _missing(raw: object) -> bool:

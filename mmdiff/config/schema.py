@@ -1,22 +1,12 @@
-"""One experiment as data: pydantic models, read from YAML and `key=value` overrides; unknown keys are errors.
-
-Nothing of the package but the error is imported here: a config can be read, checked and shown without torch.
-"""
+"""One experiment as data: a pydantic model for every section; unknown keys are errors."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-import pydantic
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
-
-from mmdiff.errors import InputError
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Scale = Annotated[float, Field(ge=0)]
@@ -32,7 +22,7 @@ class _Base(BaseModel):
         return value
 
 
-class _Strict(_Base):
+class Strict(_Base):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
@@ -46,7 +36,7 @@ class _Open(_Base):
         return dict(self.model_extra or {})
 
 
-class MaskingConfig(_Strict):
+class MaskingConfig(Strict):
     """Random holes in the anchor: a fresh one whenever a row is visited in training, one per row in evaluation."""
 
     law: str = "squares"  # squares, box, half, checkerboard, free-form; mixed: one of them per row
@@ -58,7 +48,7 @@ class MaskingConfig(_Strict):
         return (value, value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-class EmbeddingConfig(_Strict):
+class EmbeddingConfig(Strict):
     """Image embeddings by a frozen CLIP tower, computed once and cached."""
 
     model: str = "ViT-B-32"  # of open_clip
@@ -66,7 +56,7 @@ class EmbeddingConfig(_Strict):
     column: str = "image"  # what is embedded
 
 
-class DataConfig(_Strict):
+class DataConfig(Strict):
     """Where rows come from."""
 
     source: str  # an embedded set (digits, shapes), a hub name, a folder, or a parquet file or glob
@@ -82,7 +72,7 @@ class DataConfig(_Strict):
     workers: int = Field(0, ge=0)  # processes that read rows
 
 
-class WeightConfig(_Strict):
+class WeightConfig(Strict):
     """W_t of a modality (README, Theory, section 3)."""
 
     schedule: Literal["constant", "bump", "early", "none", "learned"] = "constant"
@@ -90,7 +80,7 @@ class WeightConfig(_Strict):
     learn_scale: bool = False  # only with schedule learned
 
 
-class ModalityStates(_Strict):
+class ModalityStates(Strict):
     """A modality's own probabilities, over those of `states`."""
 
     aggregated: float | None = Field(None, ge=0, le=1)
@@ -123,7 +113,7 @@ class SchedulerConfig(_Open):
     solver_config: dict[str, Any] | None = None
 
 
-class StatesConfig(_Strict):
+class StatesConfig(Strict):
     """The law by which training draws each modality's state (README, Theory, section 4)."""
 
     # each_alone: at most one modality is observed; half_alone: so in half of the samples; source: always aggregated;
@@ -135,7 +125,7 @@ class StatesConfig(_Strict):
     anchor_hidden: float = Field(0.0, ge=0, le=1)  # nothing is denoised, the heads read from what else is observed
 
 
-class LossConfig(_Strict):
+class LossConfig(Strict):
     """How the terms are added up."""
 
     min_snr_gamma: float | None = Field(None, gt=0)  # cap of the SNR weighting of L1; none: plain
@@ -150,7 +140,7 @@ class LossConfig(_Strict):
         return value
 
 
-class TrainConfig(_Strict):
+class TrainConfig(Strict):
     """One training run."""
 
     steps: int = Field(1000, ge=1)  # optimizer steps
@@ -178,7 +168,7 @@ class TrainConfig(_Strict):
         return "no" if value is False else value  # YAML reads a bare no as False
 
 
-class SampleConfig(_Strict):
+class SampleConfig(Strict):
     """How grids and evaluations sample."""
 
     steps: int = Field(20, ge=1)  # solver steps
@@ -192,7 +182,7 @@ class SampleConfig(_Strict):
         return {name: self.guidance.get(name, self.guidance_scale) for name in observed}
 
 
-class LpipsConfig(_Strict):
+class LpipsConfig(Strict):
     """The perceptual distance."""
 
     net: Literal["alex", "vgg", "squeeze"] = "alex"
@@ -200,7 +190,7 @@ class LpipsConfig(_Strict):
     heads: str | None = None  # a local state dict of the heads, instead of those in the package
 
 
-class ZeroShotConfig(_Strict):
+class ZeroShotConfig(Strict):
     """CLIP zero-shot classification by open_clip."""
 
     model: str = "ViT-B-32"
@@ -209,7 +199,7 @@ class ZeroShotConfig(_Strict):
     template: str = "a photo of a {}."
 
 
-class EvaluateConfig(_Strict):
+class EvaluateConfig(Strict):
     """What `mmdiff evaluate` measures."""
 
     num_samples: int = Field(749, ge=2)
@@ -223,7 +213,7 @@ class EvaluateConfig(_Strict):
     masks: dict[str, MaskingConfig] = {}  # {name: holes} to score masked images on; default: that of data.masking
 
 
-class Config(_Strict):
+class Config(Strict):
     """One experiment."""
 
     name: str
@@ -258,122 +248,3 @@ class Config(_Strict):
     def auxiliary(self) -> list[str]:
         """Names of all modalities but the anchor, sorted."""
         return sorted(set(self.modalities) - {self.anchor})
-
-
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML file, apply `key=value` overrides and check everything.
-
-    Raises:
-        InputError: one line with the key, the value and the remedy.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError("config", str(path), "no such file")
-    try:
-        tree = OmegaConf.merge(OmegaConf.load(path), parse_overrides(overrides or []))
-        plain = OmegaConf.to_container(tree, resolve=True)
-    except InputError:
-        raise
-    except (OmegaConfBaseException, ValueError, OSError) as error:
-        raise InputError("config", str(path), f"cannot be read: {error}") from error
-    except Exception as error:  # yaml raises its own family
-        raise InputError("config", str(path), f"is no valid YAML: {error}") from error
-    return parse_config(plain)
-
-
-def parse_overrides(items: list[str]) -> Any:
-    """`key=value` texts as one tree.
-
-    Raises:
-        InputError: one line with the text and the remedy.
-    """
-    tree = OmegaConf.create()
-    for item in items:
-        if "=" not in item:
-            raise InputError("override", item, "write key=value, for example train.steps=600")
-        try:
-            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([item]))
-        except Exception as error:  # yaml and omegaconf raise families of their own
-            raise InputError("override", item, f"its value is no valid YAML: {error}") from None
-    return tree
-
-
-def parse_config(tree: Any) -> Config:
-    """Check a plain tree of dicts and lists."""
-    if not isinstance(tree, dict):
-        raise InputError("config", tree, "must be a mapping of keys")
-    try:
-        config = Config.model_validate(tree)
-    except pydantic.ValidationError as error:
-        raise _readable(error.errors()[0], Config) from None
-    if config.anchor not in config.modalities:
-        raise InputError("anchor", config.anchor, f"choose one of modalities: {', '.join(sorted(config.modalities))}")
-    for name in config.data.columns:
-        if name not in config.modalities:
-            raise InputError(f"data.columns.{name}", config.data.columns[name], "names no modality")
-    return config
-
-
-def parse_arguments(key: str, arguments: Mapping[str, tuple[Any, Any]], settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a class, of the types that its constructor declares, over its defaults.
-
-    Args:
-        key: of the section.
-        arguments: {name: (annotation, default)}.
-        settings: what the config sets.
-
-    Raises:
-        InputError: on an unknown key, with the nearest known one, and on a wrong type.
-    """
-    model: Any = pydantic.create_model(key, __base__=_Strict, **arguments)
-    try:
-        return model.model_validate(settings).model_dump()
-    except pydantic.ValidationError as error:
-        found = _readable(error.errors()[0], model)
-        raise InputError(f"{key}.{found.key}", found.value, found.remedy) from None
-
-
-def save_config(config: Config, path: Path) -> None:
-    """Write the resolved config; reading it gives the same config again."""
-    OmegaConf.save(OmegaConf.create(config.model_dump(mode="json")), path)
-
-
-def first_difference(one: Config, other: Config, ignore: set[str]) -> tuple[str, Any, Any] | None:
-    """(key, value in one, value in other) of the first key in which two configs differ."""
-    return _difference(one.model_dump(mode="json"), other.model_dump(mode="json"), "", ignore)
-
-
-def _difference(one: Any, other: Any, key: str, ignore: set[str]) -> tuple[str, Any, Any] | None:
-    if key in ignore:
-        return None
-    if isinstance(one, dict) and isinstance(other, dict):
-        for name in sorted(set(one) | set(other)):
-            found = _difference(one.get(name), other.get(name), f"{key}.{name}".lstrip("."), ignore)
-            if found:
-                return found
-        return None
-    return None if one == other else (key, one, other)
-
-
-def _readable(error: Any, model: Any) -> InputError:
-    """A pydantic error as our one line; unknown keys get the nearest known one."""
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        known = _fields_at(model, error["loc"][:-1])
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
-        return InputError(
-            key, error["input"], f"unknown key; {f'did you mean {near[0]}?' if near else 'known: ' + ', '.join(known)}"
-        )
-    if error["type"] == "missing":
-        return InputError(key, None, "is missing; add it to the config")
-    message = error["msg"].removeprefix("Value error, ")
-    return InputError(key, error["input"], message[0].lower() + message[1:])
-
-
-def _fields_at(model: Any, path: tuple) -> list[str]:
-    """Names of the fields of the section of a model at a path of keys."""
-    for part in path:
-        model = get_args(model)[1] if get_origin(model) is dict else model.model_fields[part].annotation
-        if get_origin(model) is UnionType:  # an optional section
-            model = next(one for one in get_args(model) if one is not type(None))
-    return sorted(model.model_fields)

@@ -1,0 +1,46 @@
+"""The config of an experiment: its schema, and how it is read and written. Nothing here imports torch."""
+
+from mmdiff.config.load import first_difference, load_config, parse_arguments, parse_config, parse_overrides, save_config
+from mmdiff.config.schema import (
+    BackboneConfig,
+    Config,
+    DataConfig,
+    EmbeddingConfig,
+    EvaluateConfig,
+    LossConfig,
+    LpipsConfig,
+    MaskingConfig,
+    ModalityConfig,
+    ModalityStates,
+    SampleConfig,
+    SchedulerConfig,
+    StatesConfig,
+    TrainConfig,
+    WeightConfig,
+    ZeroShotConfig,
+)
+
+__all__ = [
+    "BackboneConfig",
+    "Config",
+    "DataConfig",
+    "EmbeddingConfig",
+    "EvaluateConfig",
+    "LossConfig",
+    "LpipsConfig",
+    "MaskingConfig",
+    "ModalityConfig",
+    "ModalityStates",
+    "SampleConfig",
+    "SchedulerConfig",
+    "StatesConfig",
+    "TrainConfig",
+    "WeightConfig",
+    "ZeroShotConfig",
+    "first_difference",
+    "load_config",
+    "parse_arguments",
+    "parse_config",
+    "parse_overrides",
+    "save_config",
+]

@@ -1,0 +1,135 @@
+"""Read a config from YAML and `key=value` overrides, check it, write it; every error is one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin
+
+import pydantic
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mmdiff.config.schema import Config, Strict
+from mmdiff.errors import InputError
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply `key=value` overrides and check everything.
+
+    Raises:
+        InputError: one line with the key, the value and the remedy.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError("config", str(path), "no such file")
+    try:
+        tree = OmegaConf.merge(OmegaConf.load(path), parse_overrides(overrides or []))
+        plain = OmegaConf.to_container(tree, resolve=True)
+    except InputError:
+        raise
+    except (OmegaConfBaseException, ValueError, OSError) as error:
+        raise InputError("config", str(path), f"cannot be read: {error}") from error
+    except Exception as error:  # yaml raises its own family
+        raise InputError("config", str(path), f"is no valid YAML: {error}") from error
+    return parse_config(plain)
+
+
+def parse_overrides(items: list[str]) -> Any:
+    """`key=value` texts as one tree.
+
+    Raises:
+        InputError: one line with the text and the remedy.
+    """
+    tree = OmegaConf.create()
+    for item in items:
+        if "=" not in item:
+            raise InputError("override", item, "write key=value, for example train.steps=600")
+        try:
+            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([item]))
+        except Exception as error:  # yaml and omegaconf raise families of their own
+            raise InputError("override", item, f"its value is no valid YAML: {error}") from None
+    return tree
+
+
+def parse_config(tree: Any) -> Config:
+    """Check a plain tree of dicts and lists."""
+    if not isinstance(tree, dict):
+        raise InputError("config", tree, "must be a mapping of keys")
+    try:
+        config = Config.model_validate(tree)
+    except pydantic.ValidationError as error:
+        raise _readable(error.errors()[0], Config) from None
+    if config.anchor not in config.modalities:
+        raise InputError("anchor", config.anchor, f"choose one of modalities: {', '.join(sorted(config.modalities))}")
+    for name in config.data.columns:
+        if name not in config.modalities:
+            raise InputError(f"data.columns.{name}", config.data.columns[name], "names no modality")
+    return config
+
+
+def parse_arguments(key: str, arguments: Mapping[str, tuple[Any, Any]], settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a class, of the types that its constructor declares, over its defaults.
+
+    Args:
+        key: of the section.
+        arguments: {name: (annotation, default)}.
+        settings: what the config sets.
+
+    Raises:
+        InputError: on an unknown key, with the nearest known one, and on a wrong type.
+    """
+    model: Any = pydantic.create_model(key, __base__=Strict, **arguments)
+    try:
+        return model.model_validate(settings).model_dump()
+    except pydantic.ValidationError as error:
+        found = _readable(error.errors()[0], model)
+        raise InputError(f"{key}.{found.key}", found.value, found.remedy) from None
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved config; reading it gives the same config again."""
+    OmegaConf.save(OmegaConf.create(config.model_dump(mode="json")), path)
+
+
+def first_difference(one: Config, other: Config, ignore: set[str]) -> tuple[str, Any, Any] | None:
+    """(key, value in one, value in other) of the first key in which two configs differ."""
+    return _difference(one.model_dump(mode="json"), other.model_dump(mode="json"), "", ignore)
+
+
+def _difference(one: Any, other: Any, key: str, ignore: set[str]) -> tuple[str, Any, Any] | None:
+    if key in ignore:
+        return None
+    if isinstance(one, dict) and isinstance(other, dict):
+        for name in sorted(set(one) | set(other)):
+            found = _difference(one.get(name), other.get(name), f"{key}.{name}".lstrip("."), ignore)
+            if found:
+                return found
+        return None
+    return None if one == other else (key, one, other)
+
+
+def _readable(error: Any, model: Any) -> InputError:
+    """A pydantic error as our one line; unknown keys get the nearest known one."""
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = _fields_at(model, error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        return InputError(
+            key, error["input"], f"unknown key; {f'did you mean {near[0]}?' if near else 'known: ' + ', '.join(known)}"
+        )
+    if error["type"] == "missing":
+        return InputError(key, None, "is missing; add it to the config")
+    message = error["msg"].removeprefix("Value error, ")
+    return InputError(key, error["input"], message[0].lower() + message[1:])
+
+
+def _fields_at(model: Any, path: tuple) -> list[str]:
+    """Names of the fields of the section of a model at a path of keys."""
+    for part in path:
+        model = get_args(model)[1] if get_origin(model) is dict else model.model_fields[part].annotation
+        if get_origin(model) is UnionType:  # an optional section
+            model = next(one for one in get_args(model) if one is not type(None))
+    return sorted(model.model_fields)
