@@ -1,6 +1,13 @@
 """The config of an experiment: its schema, and how it is read and written. Nothing here imports torch."""
 
-from mmdiff.config.load import first_difference, load_config, parse_arguments, parse_config, parse_overrides, save_config
+from mmdiff.config.load import (
+    first_difference,
+    load_config,
+    parse_arguments,
+    parse_config,
+    parse_overrides,
+    save_config,
+)
 from mmdiff.config.schema import (
     BackboneConfig,
     Config,

@@ -2,7 +2,8 @@
 
 from mmdiff.data import shapes_rules
 from mmdiff.data.sampler import Order
-from mmdiff.data.sources import Batch, Holes, Rows, StandIn, Table, open_splits
+from mmdiff.data.sources import open_splits
+from mmdiff.data.table import Batch, Holes, Rows, StandIn, Table
 
 #: {embedded source: {column: images -> values}}: what can be read off a procedural image by the rule that made it.
 RULES = {"shapes": shapes_rules.RULES}
