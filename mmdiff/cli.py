@@ -177,7 +177,7 @@ def main() -> None:
     """The entry point: one line and exit code 2 for bad input, 1 for training that cannot go on."""
     _set_wait_policy()
     sys.path.insert(0, "")  # modalities of one's own are found in the working directory, as `python -m` does
-    from mmdiff.errors import InputError
+    from mmdiff.errors import InputError, TrainingError
 
     # typer brings a click of its own in some versions: take the class from typer, whichever it is
     usage_error = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
@@ -190,9 +190,7 @@ def main() -> None:
         _fail(error.format_message(), 2)
     except typer.Abort:
         _fail("interrupted", 130)
-    except RuntimeError as error:
-        if type(error).__name__ != "TrainingError":
-            raise
+    except TrainingError as error:
         _fail(str(error), 1)
     else:
         if code:

@@ -1,4 +1,4 @@
-"""The one exception for input that cannot be used: it names the key, the value and the remedy in a single line."""
+"""What goes wrong, said in one line: input by key, value and remedy; training that cannot go on."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ class InputError(ValueError):
 
     def __reduce__(self) -> tuple:  # survives the trip out of a data worker
         return type(self), (self.key, self.value, self.remedy, self.everywhere)
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says where and why."""
 
 
 @contextlib.contextmanager

@@ -19,8 +19,8 @@ from mmdiff.config import Config
 from mmdiff.errors import InputError
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.schedulers import SOLVERS
-from mmdiff.training.loop import Trainer
 from mmdiff.training.process import make_accelerator, set_threads
+from mmdiff.training.trainer import Trainer
 
 
 def compare(config: Config, rounds: int = 5, steps: int = 10, against: str = "bare") -> str:

@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmdiff.build import build_stand_in
 from mmdiff.config import Config
-from mmdiff.training.loop import Trainer, check_finite
 from mmdiff.training.process import make_accelerator, set_threads
 from mmdiff.training.tracking import Window
+from mmdiff.training.trainer import Trainer, check_finite
 
 STATE_BYTES = 4 + 4 + 8 + 4  # per parameter, float32: weight, gradient, Adam's two moments, EMA
 

@@ -3,49 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from mmdiff import plots
-from mmdiff.build import Experiment, build, resolve_scheduler
-from mmdiff.config import Config, SampleConfig, TrainConfig, first_difference, load_config, save_config
-from mmdiff.data import Batch, Order
-from mmdiff.data.sampler import MicroBatches
-from mmdiff.errors import InputError
-from mmdiff.objective import MTObjective, Where
-from mmdiff.pipeline import MTDiffusionPipeline
-from mmdiff.randomness import fold
-from mmdiff.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from mmdiff.training.ema import Ema
-from mmdiff.training.muon import Muon
+from mmdiff.build import build
+from mmdiff.config import Config
+from mmdiff.training.learning_rate import learning_rate
 from mmdiff.training.process import StopSignal, make_accelerator, set_threads
+from mmdiff.training.run_folder import claim_folder
 from mmdiff.training.tracking import Tracker, Window
-
-# what may change between a checkpoint and the run that continues it
-RESUMABLE = {
-    "output",
-    "track",
-    "sample",
-    "evaluate",
-    "data.cache_mib",
-    "data.workers",
-    *(
-        f"train.{key}"
-        for key in ("resume", "threads", "log_every", "checkpoint_every", "keep_checkpoints", "sample_every")
-    ),
-}
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says where and why."""
+from mmdiff.training.trainer import Trainer, check_finite
 
 
 def train(config: Config, progress: bool = True) -> Path:
@@ -64,255 +36,95 @@ def train(config: Config, progress: bool = True) -> Path:
     experiment = build(config)
     config, folder = experiment.config, experiment.config.folder()
     trainer = Trainer(experiment, accelerator)
-    first_step, window = claim_folder(folder, config, trainer, accelerator)
-    tracker = Tracker(folder, config, first_step) if accelerator.is_main_process else None
-    grid = folder / "samples" / f"step-{config.train.steps}.png"
-    bar = tqdm(
-        total=config.train.steps,
-        initial=first_step,
-        disable=not (progress and accelerator.is_main_process),
-        unit="step",
-    )
-    with contextlib.closing(trainer.loader(first_step)) as loader, bar, StopSignal() as stop:
-        started, images = time.perf_counter(), 0
-        for step in range(first_step, config.train.steps):
-            window.add(trainer.step(step, loader))
-            images += config.train.batch_size
-            done = step + 1
-            final = done == config.train.steps
-            due = done % config.train.log_every == 0
+    done, window = claim_folder(folder, config, trainer, accelerator)
+    log = Log(folder, config, done, accelerator, progress)
+    stopping = False
+    with contextlib.closing(trainer.loader(done)) as loader, log.bar, StopSignal() as stop:
+        while done < config.train.steps and not stopping:
+            window.add(trainer.step(done, loader))
+            done += 1
+            final, due = done == config.train.steps, done % config.train.log_every == 0
+            log.step()
             if due or final:
-                rows = window.rows(accelerator)
-                check_finite(rows, window.names, done, config.train)
-                means = dict(zip(window.names, rows.double().mean(0).tolist(), strict=True))
-                rate = images / (time.perf_counter() - started)
-                line = {"step": done, **means, "learning_rate": learning_rate(step, config.train)}
-                if tracker:
-                    tracker.log(line | {"images_per_second": rate})
-                    bar.set_postfix_str(_postfix(line, rate), refresh=False)
-                window.clear()
-                started, images = time.perf_counter(), 0
-            bar.update()
+                log.line(done, window)
             stopping = stop.agreed(accelerator, due) and not final
             if final or stopping or _every(config.train.checkpoint_every, done):
                 trainer.save(folder / "checkpoints", done, window)
-            if stopping:
-                break
-            if tracker and not final and _every(config.train.sample_every, done):
-                path = trainer.save_grid(folder / "samples" / f"step-{done}.png", config.sample)
-                tracker.image("samples", path, done)
-                started, images = time.perf_counter(), 0
-        else:
-            stopping = False
+            if not final and not stopping and _every(config.train.sample_every, done):
+                log.grid(trainer, done)
 
     if stopping:
         accelerator.print(f"stopped at step {done} of {config.train.steps}; continue with train.resume=auto")
-    elif tracker:
+    elif accelerator.is_main_process:
         with trainer.ema.swapped_in():
             trainer.pipeline().save_pretrained(folder / "pipeline")
-        tracker.image("samples", trainer.save_grid(grid, config.sample), config.train.steps)
-    if tracker:
-        tracker.close()
-        plots.curves(folder / "metrics.jsonl", folder / "curves.png")
+        log.grid(trainer, done)
+    log.close()
     accelerator.end_training()
     return folder
 
 
-class Trainer:
-    """What one optimizer step needs, on this process."""
-
-    def __init__(self, experiment: Experiment, accelerator: Accelerator) -> None:
-        self.config, self.accelerator, self.table = experiment.config.train, accelerator, experiment.train
-        self.workers = experiment.config.data.workers
-        per_part = accelerator.num_processes * self.config.accumulate
-        if self.config.batch_size % per_part:
-            raise InputError(
-                "train.batch_size",
-                self.config.batch_size,
-                f"is the global batch; it must be a multiple of {accelerator.num_processes} processes × "
-                f"train.accumulate = {per_part}",
-            )
-        self.bare: MTObjective = experiment.objective
-        self.bare.to(accelerator.device)
-        self.objective, self.optimizer = accelerator.prepare(self.bare, make_optimizer(self.bare, self.config))
-        self.ema = Ema(self.bare, self.config.ema_decay)
-
-    def batches(self, first_step: int) -> MicroBatches:
-        """The rows of this process from a step on."""
-        order, world = Order(len(self.table), self.config.seed), self.accelerator.num_processes
-        return MicroBatches(
-            order,
-            first_step,
-            self.config.steps,
-            self.config.batch_size,
-            self.config.accumulate,
-            self.accelerator.process_index,
-            world,
-        )
-
-    def loader(self, first_step: int) -> Generator[Batch | InputError, None, None]:
-        """Batches of this process from a step on, read ahead by `data.workers` processes."""
-        self.micro_batches = self.batches(first_step)
-        yield from DataLoader(
-            self.table,
-            batch_sampler=self.micro_batches,
-            num_workers=self.workers,
-            collate_fn=_as_read,
-            pin_memory=self.accelerator.device.type == "cuda",
-            generator=torch.Generator(),  # leaves the global one, which dropout draws from, alone
-        )
-
-    def step(self, step: int, loader: Generator[Batch | InputError, None, None]) -> dict[str, torch.Tensor]:
-        """One optimizer step; returns this process's terms."""
-        config, accelerator = self.config, self.accelerator
-        torch.manual_seed(fold(config.seed, step, f"process {accelerator.process_index}"))  # dropout resumes too
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
-        total: dict[str, torch.Tensor] = {}
-        for part in range(config.accumulate):
-            batch = next(loader)
-            if isinstance(batch, InputError):
-                batch.everywhere = False  # only this process has read the row
-                raise batch
-            share = self.micro_batches.positions(part)
-            positions = torch.arange(share.start, share.stop, device=accelerator.device)
-            where = Where(step, positions, config.batch_size)
-            last = part == config.accumulate - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.objective):
-                output = self.objective(batch.to(accelerator.device), where)
-                accelerator.backward(output.loss / config.accumulate)
-            for name, term in output.terms.items():
-                total[name] = total.get(name, 0.0) + term / config.accumulate
-        total["grad_norm"] = accelerator.clip_grad_norm_(self.bare.parameters(), config.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.ema.update(step)
-        return total
-
-    def facts(self) -> dict[str, Any]:
-        """What a checkpoint must state to be continued bit-equally."""
-        scaler = self.accelerator.scaler
-        return {
-            "threads": torch.get_num_threads(),
-            "processes": self.accelerator.num_processes,
-            "torch": torch.__version__,
-            "scaler": scaler.state_dict() if scaler is not None else None,
-        }
-
-    def save(self, folder: Path, step: int, window: Window) -> None:
-        """Write a checkpoint from the main process."""
-        rows = window.rows(self.accelerator)
-        if self.accelerator.is_main_process:
-            check_finite(rows, window.names, step, self.config)
-            optimizer = self.optimizer.optimizer
-            keep = self.config.keep_checkpoints
-            save_checkpoint(folder, step, self.bare, self.ema.averages, optimizer, rows, self.facts(), keep)
-        self.accelerator.wait_for_everyone()
-
-    def load(self, path: Path) -> tuple[int, Window]:
-        """Continue from a checkpoint: (steps taken, window)."""
-        state, rows = load_checkpoint(path, self.bare, self.ema, self.optimizer.optimizer, self.facts())
-        if state["scaler"] is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        return state["step"], Window(rows)
-
-    def save_grid(self, path: Path, sample: SampleConfig) -> Path:
-        """Sample with the averaged weights."""
-        with self.ema.swapped_in():
-            return plots.save_grid(self.pipeline(), path, sample)
-
-    def pipeline(self) -> MTDiffusionPipeline:
-        """A pipeline on the live model; learned weight schedules are written into its scheduler's config."""
-        scheduler = self.bare.scheduler
-        weights = {name: dict(entry) for name, entry in (scheduler.config.weights or {}).items()}
-        for name, (parameters, log_scale) in self.bare.learned_weights().items():
-            weights[name] |= {"parameters": parameters.tolist(), "log_scale": log_scale.item()}
-        scheduler = type(scheduler).from_config(scheduler.config, weights=weights)
-        pipeline = MTDiffusionPipeline(model=self.bare.model, scheduler=scheduler)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
-
-
-def make_optimizer(objective: MTObjective, config: TrainConfig) -> torch.optim.Optimizer:
-    """`train.optimizer`; Muon is for the backbone's matrices, tables and heads stay with AdamW."""
-    trained = [p for p in objective.parameters() if p.requires_grad]
-    arguments = {"lr": config.learning_rate, "betas": config.betas, "weight_decay": config.weight_decay}
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(trained, **arguments, fused=True)
-    matrices = [p for p in objective.model.backbone.parameters() if p.requires_grad and p.ndim > 1]
-    kept = {id(p) for p in matrices}
-    return Muon(matrices, [p for p in trained if id(p) not in kept], **arguments)
-
-
-def claim_folder(folder: Path, config: Config, trainer: Trainer, accelerator: Accelerator) -> tuple[int, Window]:
-    """Make the run folder, or continue what stands in it: (steps taken, window). Never overwrites."""
-    exists = folder.exists()
-    accelerator.wait_for_everyone()  # every process looks before one of them creates
-    if not exists:
-        if accelerator.is_main_process:
-            (folder / "checkpoints").mkdir(parents=True)
-            (folder / "samples").mkdir()
-            save_config(config, folder / "config.yaml")
-        accelerator.wait_for_everyone()
-        return 0, Window()
-    if config.train.resume != "auto":
-        raise InputError(
-            "output", str(folder), "exists; choose another output=…, or continue it with train.resume=auto"
-        )
-    check_started_alike(folder, config)
-    newest = checkpoints(folder / "checkpoints")[-1:]
-    return trainer.load(newest[0]) if newest else (0, Window())
-
-
-def check_started_alike(folder: Path, config: Config) -> None:
-    """A run folder can be taken for this experiment's.
+class Log:
+    """What a run says on its way: lines of metrics, a progress bar, grids of samples; from the main process alone.
 
     Args:
-        folder: that exists.
+        folder: the run folder.
         config: resolved.
-
-    Raises:
-        InputError: it is no run folder, or its run was started with other settings.
+        first_step: steps taken before.
+        accelerator: whose main process writes.
+        progress: show the bar.
     """
-    if not (folder / "config.yaml").is_file():
-        raise InputError("output", str(folder), "exists and is no run folder (no config.yaml); choose another output=…")
-    found = first_difference(resolve_scheduler(load_config(folder / "config.yaml")), config, ignore=RESUMABLE)
-    if found:
-        key, before, now = found
-        raise InputError(
-            key, now, f"the run in {folder} was started with {before!r}; restore it or choose another output=…"
-        )
 
+    def __init__(self, folder: Path, config: Config, first_step: int, accelerator: Accelerator, progress: bool) -> None:
+        self.folder, self.config, self.accelerator = folder, config, accelerator
+        self.tracker = Tracker(folder, config, first_step) if accelerator.is_main_process else None
+        hidden = not (progress and accelerator.is_main_process)
+        self.bar = tqdm(total=config.train.steps, initial=first_step, disable=hidden, unit="step")
+        self._restart()
 
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then a cosine to 0: a function of the step alone."""
-    if step < config.warmup:
-        return config.learning_rate * (step + 1) / config.warmup
-    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    def _restart(self) -> None:
+        self.started, self.images = time.perf_counter(), 0
 
+    def step(self) -> None:
+        """One more optimizer step."""
+        self.images += self.config.train.batch_size
+        self.bar.update()
 
-def check_finite(rows: torch.Tensor, names: tuple[str, ...], done: int, config: TrainConfig) -> None:
-    """Stop at the first step of the window with a non-finite term."""
-    for offset, row in enumerate(rows):
-        for name, value in zip(names, row.tolist(), strict=True):
-            overflow = name == "grad_norm" and config.mixed_precision == "fp16"  # the scaler skips such steps
-            if not math.isfinite(value) and not overflow:
-                step = done - len(rows) + offset + 1
-                raise TrainingError(
-                    f"step {step}: {name} is {value} at learning rate {learning_rate(step - 1, config):.3g}; "
-                    "nothing was saved after it; lower train.learning_rate or raise train.warmup"
-                )
+    def line(self, done: int, window: Window) -> None:
+        """Average the window into a line of metrics; every process must call it.
+
+        Raises:
+            TrainingError: where a term is not finite.
+        """
+        rows = window.rows(self.accelerator)
+        check_finite(rows, window.names, done, self.config.train)
+        means = dict(zip(window.names, rows.double().mean(0).tolist(), strict=True))
+        rate = self.images / (time.perf_counter() - self.started)
+        line = {"step": done, **means, "learning_rate": learning_rate(done - 1, self.config.train)}
+        if self.tracker:
+            self.tracker.log(line | {"images_per_second": rate})
+            self.bar.set_postfix_str(_postfix(line, rate), refresh=False)
+        window.clear()
+        self._restart()
+
+    def grid(self, trainer: Trainer, done: int) -> None:
+        """A picture of samples at a step."""
+        if self.tracker:
+            path = trainer.save_grid(self.folder / "samples" / f"step-{done}.png", self.config.sample)
+            self.tracker.image("samples", path, done)
+            self._restart()
+
+    def close(self) -> None:
+        """Draw the curves and end the tracking."""
+        if self.tracker:
+            self.tracker.close()
+            plots.curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
 
 
 def _every(interval: int, done: int) -> bool:
     return interval > 0 and done % interval == 0
 
 
-def _as_read(batch: Batch | InputError) -> Batch | InputError:
-    return batch
-
-
-def _postfix(line: dict[str, float], rate: float) -> str:
+def _postfix(line: dict[str, Any], rate: float) -> str:
     terms = " ".join(f"{name} {line[name]:.3f}" for name in line if name == "loss" or name[:2] in ("l1", "l2"))
     return f"{terms} {rate:.0f} images/s"

@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 
 from mmdiff.build import build_model, build_objective, build_scheduler, build_table, open_rows, resolve
 from mmdiff.config import Config, load_config
-from mmdiff.errors import InputError
+from mmdiff.errors import InputError, TrainingError
 from mmdiff.objective import Where
 from mmdiff.training.checkpoint import checkpoints
-from mmdiff.training.loop import TrainingError, check_started_alike, train
+from mmdiff.training.loop import train
+from mmdiff.training.run_folder import check_started_alike
 
 SHORT, SHARE = 125, 4  # a short run takes so many steps, a quarter of the whole training's at most
 HORIZON = 0.32  # the best rate falls with this power of the number of steps (Bjorck et al., 2025)

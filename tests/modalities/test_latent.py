@@ -24,8 +24,8 @@ from mmdiff.errors import InputError
 from mmdiff.modalities import Image, Shape
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.training import train
-from mmdiff.training.loop import Trainer
 from mmdiff.training.process import make_accelerator
+from mmdiff.training.trainer import Trainer
 
 SIZE, FACTOR, LATENTS, SCALE = 32, 4, 4, 0.7
 

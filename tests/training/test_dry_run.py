@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from mmdiff.build import build_stand_in
 from mmdiff.config import Config, load_config
 from mmdiff.data.sampler import Visit
-from mmdiff.errors import InputError
+from mmdiff.errors import InputError, TrainingError
 from mmdiff.objective import Where
 from mmdiff.training.dry_run import dry_run
-from mmdiff.training.loop import TrainingError
 
 GIB = 2**30
 

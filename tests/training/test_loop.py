@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mmdiff.config import Config, TrainConfig, load_config
-from mmdiff.errors import InputError
+from mmdiff.errors import InputError, TrainingError
 from mmdiff.states import LAWS
 from mmdiff.training import train
 from mmdiff.training.ema import Ema
-from mmdiff.training.loop import TrainingError, learning_rate
+from mmdiff.training.learning_rate import learning_rate
 
 Configure = Callable[..., Config]
 

@@ -1,0 +1,171 @@
+"""One optimizer step, and what a run saves of it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+
+from mmdiff import plots
+from mmdiff.build import Experiment
+from mmdiff.config import SampleConfig, TrainConfig
+from mmdiff.data import Batch, Order
+from mmdiff.data.sampler import MicroBatches
+from mmdiff.errors import InputError, TrainingError
+from mmdiff.objective import MTObjective, Where
+from mmdiff.pipeline import MTDiffusionPipeline
+from mmdiff.randomness import fold
+from mmdiff.training.checkpoint import load_checkpoint, save_checkpoint
+from mmdiff.training.ema import Ema
+from mmdiff.training.learning_rate import learning_rate
+from mmdiff.training.muon import Muon
+from mmdiff.training.tracking import Window
+
+
+class Trainer:
+    """What one optimizer step needs, on this process."""
+
+    def __init__(self, experiment: Experiment, accelerator: Accelerator) -> None:
+        self.config, self.accelerator, self.table = experiment.config.train, accelerator, experiment.train
+        self.workers = experiment.config.data.workers
+        per_part = accelerator.num_processes * self.config.accumulate
+        if self.config.batch_size % per_part:
+            raise InputError(
+                "train.batch_size",
+                self.config.batch_size,
+                f"is the global batch; it must be a multiple of {accelerator.num_processes} processes × "
+                f"train.accumulate = {per_part}",
+            )
+        self.bare: MTObjective = experiment.objective
+        self.bare.to(accelerator.device)
+        self.objective, self.optimizer = accelerator.prepare(self.bare, make_optimizer(self.bare, self.config))
+        self.ema = Ema(self.bare, self.config.ema_decay)
+
+    def batches(self, first_step: int) -> MicroBatches:
+        """The rows of this process from a step on."""
+        order, world = Order(len(self.table), self.config.seed), self.accelerator.num_processes
+        return MicroBatches(
+            order,
+            first_step,
+            self.config.steps,
+            self.config.batch_size,
+            self.config.accumulate,
+            self.accelerator.process_index,
+            world,
+        )
+
+    def loader(self, first_step: int) -> Generator[Batch | InputError, None, None]:
+        """Batches of this process from a step on, read ahead by `data.workers` processes."""
+        self.micro_batches = self.batches(first_step)
+        yield from DataLoader(
+            self.table,
+            batch_sampler=self.micro_batches,
+            num_workers=self.workers,
+            collate_fn=_as_read,
+            pin_memory=self.accelerator.device.type == "cuda",
+            generator=torch.Generator(),  # leaves the global one, which dropout draws from, alone
+        )
+
+    def step(self, step: int, loader: Generator[Batch | InputError, None, None]) -> dict[str, torch.Tensor]:
+        """One optimizer step; returns this process's terms."""
+        config, accelerator = self.config, self.accelerator
+        torch.manual_seed(fold(config.seed, step, f"process {accelerator.process_index}"))  # dropout resumes too
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        total: dict[str, torch.Tensor] = {}
+        for part in range(config.accumulate):
+            batch = next(loader)
+            if isinstance(batch, InputError):
+                batch.everywhere = False  # only this process has read the row
+                raise batch
+            share = self.micro_batches.positions(part)
+            positions = torch.arange(share.start, share.stop, device=accelerator.device)
+            where = Where(step, positions, config.batch_size)
+            last = part == config.accumulate - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.objective):
+                output = self.objective(batch.to(accelerator.device), where)
+                accelerator.backward(output.loss / config.accumulate)
+            for name, term in output.terms.items():
+                total[name] = total.get(name, 0.0) + term / config.accumulate
+        total["grad_norm"] = accelerator.clip_grad_norm_(self.bare.parameters(), config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.update(step)
+        return total
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint must state to be continued bit-equally."""
+        scaler = self.accelerator.scaler
+        return {
+            "threads": torch.get_num_threads(),
+            "processes": self.accelerator.num_processes,
+            "torch": torch.__version__,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+
+    def save(self, folder: Path, step: int, window: Window) -> None:
+        """Write a checkpoint from the main process."""
+        rows = window.rows(self.accelerator)
+        if self.accelerator.is_main_process:
+            check_finite(rows, window.names, step, self.config)
+            optimizer = self.optimizer.optimizer
+            keep = self.config.keep_checkpoints
+            save_checkpoint(folder, step, self.bare, self.ema.averages, optimizer, rows, self.facts(), keep)
+        self.accelerator.wait_for_everyone()
+
+    def load(self, path: Path) -> tuple[int, Window]:
+        """Continue from a checkpoint: (steps taken, window)."""
+        state, rows = load_checkpoint(path, self.bare, self.ema, self.optimizer.optimizer, self.facts())
+        if state["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        return state["step"], Window(rows)
+
+    def save_grid(self, path: Path, sample: SampleConfig) -> Path:
+        """Sample with the averaged weights."""
+        with self.ema.swapped_in():
+            return plots.save_grid(self.pipeline(), path, sample)
+
+    def pipeline(self) -> MTDiffusionPipeline:
+        """A pipeline on the live model; learned weight schedules are written into its scheduler's config."""
+        scheduler = self.bare.scheduler
+        weights = {name: dict(entry) for name, entry in (scheduler.config.weights or {}).items()}
+        for name, (parameters, log_scale) in self.bare.learned_weights().items():
+            weights[name] |= {"parameters": parameters.tolist(), "log_scale": log_scale.item()}
+        scheduler = type(scheduler).from_config(scheduler.config, weights=weights)
+        pipeline = MTDiffusionPipeline(model=self.bare.model, scheduler=scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+
+def make_optimizer(objective: MTObjective, config: TrainConfig) -> torch.optim.Optimizer:
+    """`train.optimizer`; Muon is for the backbone's matrices, tables and heads stay with AdamW."""
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    arguments = {"lr": config.learning_rate, "betas": config.betas, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(trained, **arguments, fused=True)
+    matrices = [p for p in objective.model.backbone.parameters() if p.requires_grad and p.ndim > 1]
+    kept = {id(p) for p in matrices}
+    return Muon(matrices, [p for p in trained if id(p) not in kept], **arguments)
+
+
+def check_finite(rows: torch.Tensor, names: tuple[str, ...], done: int, config: TrainConfig) -> None:
+    """Stop at the first step of the window with a non-finite term."""
+    for offset, row in enumerate(rows):
+        for name, value in zip(names, row.tolist(), strict=True):
+            overflow = name == "grad_norm" and config.mixed_precision == "fp16"  # the scaler skips such steps
+            if not math.isfinite(value) and not overflow:
+                step = done - len(rows) + offset + 1
+                raise TrainingError(
+                    f"step {step}: {name} is {value} at learning rate {learning_rate(step - 1, config):.3g}; "
+                    "nothing was saved after it; lower train.learning_rate or raise train.warmup"
+                )
+
+
+def _as_read(batch: Batch | InputError) -> Batch | InputError:
+    return batch
