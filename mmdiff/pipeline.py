@@ -228,8 +228,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
         model, scheduler = self.model, self.scheduler
         feed = feed_for(feed, scheduler.is_stochastic)
         unknown, fed = sorted(set(model.generated) - set(values)), sorted(plan.fed)
-        changing = bool(fed or plan.known)
-        scheduler.set_timesteps(num_inference_steps, device=model.device, changing_encodings=changing)
+        scheduler.set_timesteps(num_inference_steps, device=model.device, constant_encodings=not (fed or plan.known))
         plugged = model.encode({name: values[name] for name in sorted(plan.plugged)})
         randn = self._noise(count, generator)
         z_t, encodings, drawn = randn(model.space), dict(plugged), {}

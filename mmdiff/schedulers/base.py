@@ -8,10 +8,12 @@ encodings change from call to call.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
@@ -19,7 +21,7 @@ from torch import Tensor
 from mmdiff.errors import InputError
 from mmdiff.schedulers.path import Encodings, GaussianPath
 from mmdiff.schedulers.predictions import PREDICTIONS
-from mmdiff.schedulers.solvers import Solver
+from mmdiff.schedulers.solvers import Solver, check_options
 from mmdiff.schedulers.weights import checked_weight
 
 TIMESTEP_SAMPLING = {  # uniform numbers -> shares of the path, (B,) float64; Esser et al. (2024) for the second
@@ -62,11 +64,9 @@ class MTScheduler(GaussianPath):
         if config.solver not in self.solvers:
             reason = self.refused.get(config.solver, "is not known to be right under the shift u_t = z_t − c_t")
             raise InputError("solver", config.solver, f"{reason}; choose one of {', '.join(self.solvers)}")
-        options = self._traits.options
-        for key in config.solver_config or {}:
-            if key not in options:
-                remedy = self._traits.refused.get(key, f"choose from {', '.join(options)}")
-                raise InputError(f"solver_config.{key}", config.solver_config[key], remedy)
+        check_options(self._traits, config.solver_config or {})
+        if not 0 < config.clip_sample_range < math.inf:
+            raise InputError("clip_sample_range", config.clip_sample_range, "needs a finite number > 0")
         self.num_inference_steps: int | None = None
         self._step_index: int | None = None
         return {name: checked_weight(name, config.weights[name]) for name in sorted(config.weights or {})}
@@ -145,23 +145,26 @@ class MTScheduler(GaussianPath):
     # ------------------------------------------------------------------------------------------------------ sampling
 
     def set_timesteps(
-        self, num_inference_steps: int, device: torch.device | str | None = None, changing_encodings: bool = False
+        self, num_inference_steps: int, device: torch.device | str | None = None, constant_encodings: bool = False
     ) -> None:
         """Choose the timesteps of a sampling run and forget the last one.
 
         Args:
             num_inference_steps: solver steps, 1 … T.
             device: where ``timesteps`` will live.
-            changing_encodings: whether an unknown modality is aggregated, so that encodings change from call to call;
-                UniPC's corrector, which re-uses an earlier sample, is then off.
+            constant_encodings: whether `step` gets the same encodings at every call. Only then may a corrector that
+                re-uses an earlier sample (UniPC's) run.
         """
         total = len(self)
+        if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int | np.integer):
+            raise InputError("num_inference_steps", num_inference_steps, "is no whole number")
+        num_inference_steps = int(num_inference_steps)
         if not 1 <= num_inference_steps <= total:
             raise InputError("num_inference_steps", num_inference_steps, f"needs 1 … num_train_timesteps = {total}")
         timesteps = self._place_steps(num_inference_steps, 0)
         if self._traits.has_corrector:
             fixed = (self.config.solver_config or {}).get("disable_corrector", [])
-            self._solver.disable_corrector = list(range(num_inference_steps)) if changing_encodings else list(fixed)
+            self._solver.disable_corrector = list(fixed) if constant_encodings else list(range(num_inference_steps))
         self.timesteps = timesteps.to(device)
         self.num_inference_steps = len(self.timesteps)
         self._step_index = 0

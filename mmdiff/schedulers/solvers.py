@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from pydantic import Field, TypeAdapter, ValidationError
 
 from mmdiff.errors import InputError
 
@@ -25,7 +26,7 @@ class Solver:
     """What the wrapper must know of a diffusers scheduler."""
 
     scheduler: type
-    options: tuple[str, ...]  # what `solver_config` may set; everything else belongs to the wrapper
+    options: Mapping[str, Any]  # {what `solver_config` may set: type of its values}; all else is the wrapper's
     takes_generator: bool = False
     multistep: bool = False
     zero_terminal_snr: bool = True
@@ -36,30 +37,78 @@ class Solver:
     place: Callable[[Any, int], None] = lambda solver, count: solver.set_timesteps(count, device="cpu")
 
 
-_MULTISTEP = ("solver_order", "solver_type", "lower_order_final", "steps_offset")
+_ORDER = Annotated[int, Field(strict=True, ge=1, le=3)]
+_SWITCH = Annotated[bool, Field(strict=True)]
+_COUNT = Annotated[int, Field(strict=True, ge=0)]
+_SHIFT = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+_ALGORITHM = Literal["dpmsolver++", "sde-dpmsolver++"]
+_NOISE_FORM = "the solvers in noise form divide by √ā_T, which is 0 on these schedules"
+_UNIPC_REFUSED = {  # measured: NaN at the last step, or at every one
+    "lower_order_final": "must stay true: in its last step UniPC's higher order divides by σ = 0",
+    "predict_x0": "must stay true: the noise form divides by √ā_T, which is 0 on these schedules",
+}
 SOLVERS = {
     "DDPMScheduler": Solver(
-        DDPMScheduler, ("variance_type", "steps_offset"), takes_generator=True, is_stochastic=lambda options: True
+        DDPMScheduler,
+        {"variance_type": Literal["fixed_small", "fixed_small_log", "fixed_large"], "steps_offset": _COUNT},
+        takes_generator=True,
+        is_stochastic=lambda options: True,
     ),
     "DDIMScheduler": Solver(
         DDIMScheduler,
-        ("eta", "set_alpha_to_one", "steps_offset"),
+        {
+            "eta": Annotated[float, Field(strict=True, ge=0, le=1)],
+            "set_alpha_to_one": _SWITCH,
+            "steps_offset": _COUNT,
+        },
         takes_generator=True,
         is_stochastic=lambda options: options.get("eta", 0.0) > 0,
     ),
     "DPMSolverMultistepScheduler": Solver(
         DPMSolverMultistepScheduler,
-        (*_MULTISTEP, "algorithm_type", "euler_at_final", "final_sigmas_type", "lambda_min_clipped"),
+        {
+            "solver_order": _ORDER,
+            "solver_type": Literal["midpoint", "heun"],
+            "lower_order_final": _SWITCH,
+            "steps_offset": _COUNT,
+            "algorithm_type": _ALGORITHM,
+            "euler_at_final": _SWITCH,
+            "final_sigmas_type": Literal["zero"],
+        },
         takes_generator=True,
         multistep=True,
         is_stochastic=lambda options: options.get("algorithm_type", "").startswith("sde"),
+        refused={
+            "algorithm_type": _NOISE_FORM,
+            "final_sigmas_type": "sigma_min makes the last step of trailing spacing one of length 0: NaN at higher orders",
+            "lambda_min_clipped": "gives NaN with trailing spacing; take rescale_betas_zero_snr, or leave it out",
+        },
     ),
-    "DEISMultistepScheduler": Solver(DEISMultistepScheduler, _MULTISTEP, multistep=True, zero_terminal_snr=False),
+    "DEISMultistepScheduler": Solver(
+        DEISMultistepScheduler,
+        {
+            "solver_order": _ORDER,
+            "solver_type": Literal["logrho"],
+            "lower_order_final": _SWITCH,
+            "steps_offset": _COUNT,
+        },
+        multistep=True,
+        zero_terminal_snr=False,
+    ),
     "UniPCMultistepScheduler": Solver(
         UniPCMultistepScheduler,
-        (*_MULTISTEP, "predict_x0", "disable_corrector", "final_sigmas_type"),
+        {
+            "solver_order": _ORDER,
+            "solver_type": Literal["bh2"],
+            "steps_offset": _COUNT,
+            "disable_corrector": list[_COUNT],
+            "final_sigmas_type": Literal["zero", "sigma_min"],
+            "lower_order_final": Literal[True],
+            "predict_x0": Literal[True],
+        },
         multistep=True,
         has_corrector=True,
+        refused=_UNIPC_REFUSED,
     ),
 }
 _REFUSED = (
@@ -78,11 +127,10 @@ _FLOW_SIGMAS = {
     "velocity": {"use_flow_sigmas": True, "prediction_type": "flow_prediction"},
     "sample": {"use_flow_sigmas": True, "prediction_type": "sample"},
 }
-_FLOW_MULTISTEP = ("solver_order", "solver_type", "lower_order_final", "flow_shift")
 FLOW_SOLVERS = {
     "FlowMatchEulerDiscreteScheduler": Solver(
         FlowMatchEulerDiscreteScheduler,
-        ("shift",),
+        {"shift": _SHIFT},
         arguments={"velocity": {}},
         # its own spacing ends with a step from σ = 1/T; diffusers' pipelines pass this one
         place=lambda solver, count: solver.set_timesteps(sigmas=np.linspace(1.0, 1 / count, count), device="cpu"),
@@ -93,18 +141,33 @@ FLOW_SOLVERS = {
     ),
     "DPMSolverMultistepScheduler": Solver(
         DPMSolverMultistepScheduler,
-        (*_FLOW_MULTISTEP, "algorithm_type", "euler_at_final"),
+        {
+            "solver_order": _ORDER,
+            "solver_type": Literal["midpoint", "heun"],
+            "lower_order_final": _SWITCH,
+            "flow_shift": _SHIFT,
+            "algorithm_type": _ALGORITHM,
+            "euler_at_final": _SWITCH,
+        },
         takes_generator=True,
         multistep=True,
         is_stochastic=SOLVERS["DPMSolverMultistepScheduler"].is_stochastic,
+        refused={"algorithm_type": _NOISE_FORM},
         arguments=_FLOW_SIGMAS,
     ),
     "UniPCMultistepScheduler": Solver(
         UniPCMultistepScheduler,
-        (*_FLOW_MULTISTEP, "disable_corrector"),
+        {
+            "solver_order": _ORDER,
+            "solver_type": Literal["bh2"],
+            "flow_shift": _SHIFT,
+            "disable_corrector": list[_COUNT],
+            "lower_order_final": Literal[True],
+        },
         multistep=True,
         has_corrector=True,
         arguments=_FLOW_SIGMAS,
+        refused=_UNIPC_REFUSED,
     ),
 }
 FLOW_REFUSED = {
@@ -114,8 +177,25 @@ FLOW_REFUSED = {
 }
 
 
+def check_options(solver: Solver, options: Mapping[str, Any]) -> None:
+    """Refuse an option that the solver does not take, and a value that its class does not document or that gives NaN.
+
+    Raises:
+        InputError: naming `solver_config.<option>`.
+    """
+    for key, value in options.items():
+        where, reason = f"solver_config.{key}", solver.refused.get(key)
+        if key not in solver.options:
+            raise InputError(where, value, reason or f"choose from {', '.join(solver.options)}")
+        try:
+            TypeAdapter(solver.options[key]).validate_python(value)
+        except ValidationError as error:
+            problem = error.errors()[0]["msg"]
+            raise InputError(where, value, f"{problem}; {reason}" if reason else problem) from None
+
+
 def trim_timesteps(solver: Any, count: int, multistep: bool) -> None:
-    """Undo two slips of diffusers' spacings: a last timestep −1 too many, and repeated timesteps.
+    """Undo or refuse slips of diffusers' spacings: a last timestep −1 too many, one beyond the table, repeated ones.
 
     np.arange(T, 0, −T/n) has n + 1 entries for some n (61 of 1000); the last would read ā_T as ā_0.
     """
@@ -124,6 +204,14 @@ def trim_timesteps(solver: Any, count: int, multistep: bool) -> None:
         if multistep:
             solver.sigmas = torch.cat([solver.sigmas[:count], solver.sigmas[-1:]])
             solver.num_inference_steps = count
+    if int(solver.timesteps.max()) >= solver.config.num_train_timesteps:
+        offset = solver.config.steps_offset
+        raise InputError(
+            "solver_config.steps_offset",
+            offset,
+            f"leaves the {solver.config.num_train_timesteps} "
+            f"timesteps with num_inference_steps = {count}; take 0, or fewer steps",
+        )
     if len(solver.timesteps.unique()) < len(solver.timesteps):
         remedy = "the spacing repeats timesteps for this solver; take fewer, or trailing spacing"
         raise InputError("num_inference_steps", count, remedy)

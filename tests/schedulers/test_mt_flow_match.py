@@ -181,7 +181,7 @@ def reference(solver: str, options: Options, steps: int, start: Tensor, predicti
 def wrapped(sched: MTFlowMatchScheduler, steps: int, start: Tensor, encoding: Tensor | None) -> list[Tensor]:
     """The trajectory of u_t = z_t − c_t under the wrapper, for one constant encoding."""
     shown = None if encoding is None else {"label": encoding}
-    sched.set_timesteps(steps)
+    sched.set_timesteps(steps, constant_encodings=True)
     generator, times = torch.Generator().manual_seed(1), [*sched.timesteps.tolist(), 0.0]
     z, trajectory = start + sched.aggregate(shown, times[0], start), [start]
     for now, then in zip(times, times[1:], strict=False):
@@ -258,7 +258,7 @@ def generate(
     prior: float = 0.5, changing: bool = True,
 ) -> Joint:  # fmt: skip
     sched = scheduler(solver=solver, solver_config=options, prediction_type=prediction_type)
-    sched.set_timesteps(steps, changing_encodings=changing)
+    sched.set_timesteps(steps, constant_encodings=not changing)
     mixture, generator = Mixture(prior), torch.Generator().manual_seed(0)
     table = [0.0, *sched.cumulative_weights("label").tolist()]
     z = torch.randn(n, 1, 1, 1, generator=generator, dtype=torch.float64)

@@ -21,7 +21,7 @@ STOCHASTIC: list[tuple[str, Options]] = [(DDPM, {}), (DDIM, {"eta": 1.0}), (DPM,
 DETERMINISTIC: list[tuple[str, Options]] = [(DDIM, {}), (DPM, {}), (DEIS, {}), (UNIPC, {})]
 MORE: list[tuple[str, Options]] = [
     (DPM, {"solver_order": 3}),
-    (DPM, {"final_sigmas_type": "sigma_min"}),
+    (UNIPC, {"final_sigmas_type": "sigma_min"}),
     (UNIPC, {"disable_corrector": [0, 1]}),
 ]
 each_solver = pytest.mark.parametrize(("solver", "options"), STOCHASTIC + DETERMINISTIC)
@@ -66,7 +66,7 @@ def reference(solver: str, options: Options, steps: int, start: Tensor, **common
 def wrapped(scheduler: MTDiffusionScheduler, steps: int, start: Tensor, encoding: Tensor | None) -> list[Tensor]:
     """The trajectory of u_t = z_t − c_t under the wrapper, for one constant encoding of the modality "label"."""
     encodings = None if encoding is None else {"label": encoding}
-    scheduler.set_timesteps(steps)
+    scheduler.set_timesteps(steps, constant_encodings=True)
     generator = torch.Generator().manual_seed(1)
     times = [*scheduler.timesteps.tolist(), -1]
     z, trajectory = start + scheduler.aggregate(encodings, times[0], start), [start]
@@ -122,11 +122,12 @@ def test_a_constant_encoding_shifts_the_trajectory(
         torch.testing.assert_close(u, by_diffusers, rtol=0, atol=1e-12)
 
 
-def test_changing_encodings_switch_the_corrector_off_for_one_run_only() -> None:
+def test_the_corrector_runs_only_where_encodings_are_said_to_be_constant() -> None:
     common = {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "beta_schedule": "squaredcos_cap_v2"}
     scheduler, start = wrapper(UNIPC, {}, **common), noise(0, torch.float32)
-    for changing, disabled in ((True, list(range(9))), (False, [])):
-        scheduler.set_timesteps(9, changing_encodings=changing)
+    every = list(range(9))
+    for arguments, disabled in (({}, every), ({"constant_encodings": True}, []), ({}, every)):  # off by default
+        scheduler.set_timesteps(9, **arguments)
         sample = start
         for t in scheduler.timesteps:
             sample = scheduler.step(network(sample, int(t)), t, sample).prev_sample
@@ -188,7 +189,7 @@ def generate(
     solver: str, options: Options, how: str, n: int, steps: int = 200, prior: float = 0.5, changing: bool = True
 ) -> Joint:
     scheduler = wrapper(solver, options)  # v-prediction, cosine, peak W = 1.5
-    scheduler.set_timesteps(steps, changing_encodings=changing)
+    scheduler.set_timesteps(steps, constant_encodings=not changing)
     mixture, generator = Mixture(prior), torch.Generator().manual_seed(0)
     roots, sigmas = scheduler.alphas_cumprod.sqrt(), (1 - scheduler.alphas_cumprod).sqrt()
     weights = scheduler.cumulative_weights("label")
