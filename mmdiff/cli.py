@@ -117,8 +117,8 @@ def check_modality(
     chosen, numbers = OmegaConf.to_container(parse_overrides(settings or [])), integers("--space", space)
     if len(numbers) != 3 or min(numbers) < 1 or numbers[1] % 2 or numbers[2] % 2:
         raise InputError("--space", space, "write channels,height,width, the sides even: 3,16,16")
-    from mmdiff.build import check_settings
     from mmdiff.modalities import Shape, contract, find_modality
+    from mmdiff.resolve import check_settings
 
     modality = find_modality(kind, "modality")
     check_settings("settings", modality, chosen)
@@ -160,8 +160,9 @@ def show(
     from mmdiff.config import load_config
 
     loaded = load_config(config, overrides)
-    from mmdiff.build import build_model, build_scheduler, needs_data, open_rows, resolve
+    from mmdiff.build import build_model, build_scheduler, open_rows
     from mmdiff.report import describe
+    from mmdiff.resolve import needs_data, resolve
 
     splits = open_rows(loaded) if needs_data(loaded) else None
     resolved = resolve(loaded, splits[0] if splits else None)

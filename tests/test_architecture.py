@@ -21,7 +21,7 @@ LAYERS = {
     **dict.fromkeys(
         ("objective", "batches", "conditioning", "steering", "reading", "replacement", "observed", "pipeline"), 3
     ),
-    **dict.fromkeys(("build", "evaluation"), 4),
+    **dict.fromkeys(("resolve", "build", "evaluation"), 4),
     **dict.fromkeys(("training", "plots", "report"), 5),
     "sampling": 6,
     **dict.fromkeys(("cli", "arguments", "benchmarks", "evaluation.speed"), 6),

@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mmdiff.build import build_model, build_objective, build_scheduler, resolve, resolve_scheduler, state_law
+from mmdiff.build import build_model, build_objective, build_scheduler, state_law
 from mmdiff.config import Config
 from mmdiff.errors import InputError
+from mmdiff.resolve import resolve, resolve_scheduler
 from mmdiff.schedulers import SCHEDULERS
 from mmdiff.states import LAWS, StateLaw
 
@@ -62,7 +63,7 @@ def test_a_wrong_explicit_size_is_refused_with_row_and_column(configure: Configu
     from mmdiff.build import build
 
     message = complaint(lambda: build(configure("modalities.image.size=[32,32]", "data.cache_mib=512")))
-    assert message == "data.columns.image=image, row 0: image = '16x16': expected 32x32; or set resize: true"
+    assert message == "data.columns.image=image, row 0 of digits: image = '16x16': expected 32x32; or set resize: true"
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_a_wrong_explicit_size_is_refused_with_row_and_column(configure: Configu
         ("modalities.image.shape=3", "modalities.image.shape = 3: unknown key"),
         ("modalities.image.head=true", "modalities.image.head = True: unknown key"),
         ("data.columns.label=digit", "data.columns.label = 'digit': the source has no such column, but image, label"),
-        ("data.columns.image=label", "data.columns.image=label: image = 'int': is no image column"),
+        ("data.columns.image=label", "data.columns.image=label: row 0 of digits: image = 'int': is no image"),
         ("data.columns.label=image", "data.columns.label=image: label = "),
     ],
 )

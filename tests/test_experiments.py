@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from mmdiff.build import build_model, needs_data, resolve
+from mmdiff.build import build_model
 from mmdiff.config import Config, first_difference, load_config, parse_config
 from mmdiff.data.sources import EMBEDDED
+from mmdiff.resolve import needs_data, resolve
 from mmdiff.training import train
 from mmdiff.training.dry_run import dry_run
 

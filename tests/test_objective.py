@@ -67,7 +67,7 @@ def where(count: int = 8, step: int = 5) -> Where:
 
 
 def rows(whole: Batch, at: Where, chosen: Tensor) -> tuple[Batch, Where]:
-    values, present = ({name: x[chosen] for name, x in part.items()} for part in whole)
+    values, present = ({name: x[chosen] for name, x in part.items()} for part in whole[:2])
     return Batch(values, present), at._replace(positions=at.positions[chosen])
 
 

@@ -70,6 +70,8 @@ class DataConfig(Strict):
     holdout: int | None = Field(None, ge=2)  # k: hold out rows with index % k == k − 1 of `split` instead
     cache_mib: float = Field(512.0, ge=0)  # keep decoded rows in memory where they fit
     workers: int = Field(0, ge=0)  # processes that read rows
+    on_error: Literal["raise", "skip"] = "raise"  # skip: a value that cannot be used counts as absent
+    max_errors: Share = 0.01  # share of rows that may have such a value; more stop the run
 
 
 class WeightConfig(Strict):

@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from mmdiff.data.files import undecoded
 from mmdiff.data.made_rows import MadeRows
 from mmdiff.data.shapes import row_uniform
 from mmdiff.errors import InputError
@@ -125,7 +126,7 @@ def load(
     sizes, shares = _checked(views, distractors, hold_out, every, rows, validation_rows)
     if split not in splits:
         raise InputError("split", split, f"the source has the splits {', '.join(splits)}")
-    base = splits[split]
+    base = undecoded(splits[split])
     for key, column in (("object", object), ("image", image)):
         if column not in base.column_names:
             raise InputError(key, column, f"the source has {', '.join(base.column_names)}")

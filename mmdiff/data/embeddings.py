@@ -57,7 +57,7 @@ def add_embeddings(
 
     def embed(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         images = batch[image_column]
-        found = [image for image in images if image is not None]
+        found = [_decoded(image) for image in images if image is not None]
         vectors = iter(tower()(found).cpu().numpy() if found else ())
         return {CACHED: [None if image is None else next(vectors) for image in images]}
 
@@ -75,6 +75,11 @@ def add_embeddings(
         desc=f"Embedding {image_column} with {model}",
     )
     return datasets.concatenate_datasets([rows, embedded.rename_column(CACHED, column)], axis=1, split=rows.split)
+
+
+def _decoded(image: Any) -> Any:
+    """A PIL image of one that rows hold as it is stored."""
+    return datasets.Image().decode_example(image) if isinstance(image, Mapping) else image
 
 
 def load_clip(

@@ -50,6 +50,8 @@ def open_splits(
     if holdout is not None:
         rows = splits[split]
         if isinstance(rows, datasets.Dataset):
+            if ROW in rows.column_names:
+                raise InputError("data.source", source, f"has a column {ROW}, which mmdiff uses itself; rename it")
             rows = rows.add_column(ROW, list(range(len(rows))))  # errors name a row by its number in the source
         held_out = [i for i in range(len(rows)) if i % holdout == holdout - 1]
         kept = [i for i in range(len(rows)) if i % holdout != holdout - 1]

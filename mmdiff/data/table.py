@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import datasets
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from mmdiff.errors import InputError, at
 from mmdiff.randomness import uniform
 
 ROW = "__row__"
+logger = logging.getLogger(__name__)
 
 
 class Rows(Protocol):
@@ -45,10 +48,12 @@ class Holes(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """``values`` {modality: (B, …)} and ``present`` {modality: (B,) bool}; every key is always there."""
+    """``values`` {modality: (B, …)} and ``present`` {modality: (B,) bool}; every key is always there. ``unusable`` says
+    which values of the rows could not be used, one line each."""
 
     values: dict[str, Tensor]
     present: dict[str, Tensor]
+    unusable: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
@@ -56,7 +61,36 @@ class Batch(NamedTuple):
         return Batch(
             {name: value.to(**move) for name, value in self.values.items()},
             {name: mask.to(**move) for name, mask in self.present.items()},
+            self.unusable,
         )
+
+
+class Unusable:
+    """Counts the values that were skipped, each once, and stops when they are too many.
+
+    Args:
+        rows: of the data set.
+        share: of the rows that may have such a value.
+    """
+
+    def __init__(self, rows: int, share: float) -> None:
+        self.rows, self.share, self.found = rows, share, dict[str, None]()
+
+    def add(self, lines: Sequence[str]) -> None:
+        """Count them, and say which are new.
+
+        Raises:
+            InputError: when they are more than the share.
+        """
+        new = [line for line in lines if line not in self.found]
+        self.found |= dict.fromkeys(new)
+        first = "; ".join(new[:3]) + ("; …" if len(new) > 3 else "")
+        if len(self.found) > self.share * self.rows:
+            count = f"{len(self.found)} unusable values in {self.rows} rows"
+            remedy = f"are more than data.max_errors = {self.share:g}; mend them, or raise it: {first}"
+            raise InputError("data.on_error", count, remedy, everywhere=False)
+        if new:
+            logger.warning("%d of %d rows have a value that counts as absent: %s", len(self.found), self.rows, first)
 
 
 class Table(torch.utils.data.Dataset):
@@ -71,6 +105,9 @@ class Table(torch.utils.data.Dataset):
         missing: {modality: share of rows whose value is hidden}, the same rows always.
         seed: of the hidden values.
         cache_mib: keep all values in memory where they fit into this many MiB, so that nothing is decoded twice.
+        source: what the rows come from, for errors.
+        on_error: "raise", or "skip": a value that cannot be used counts as absent.
+        max_errors: share of rows that may have such a value; more stop the run.
     """
 
     def __init__(
@@ -83,6 +120,9 @@ class Table(torch.utils.data.Dataset):
         missing: Mapping[str, float] | None = None,
         seed: int = 0,
         cache_mib: float = 512.0,
+        source: str = "",
+        on_error: str = "raise",
+        max_errors: float = 0.01,
     ) -> None:
         for name, column in columns.items():
             if column not in rows.column_names:
@@ -90,10 +130,13 @@ class Table(torch.utils.data.Dataset):
         self.rows = rows.select_columns(sorted({*columns.values(), ROW} & set(rows.column_names)))
         self.columns, self.preprocess, self.placeholders = dict(columns), dict(preprocess), dict(placeholders)
         self.holes, self.missing, self.seed = dict(holes or {}), dict(missing or {}), seed
+        self.source = origin(source, rows)
+        self.skip, self.unusable = on_error == "skip", Unusable(len(rows), max_errors)
         row_bytes = sum(math.prod(placeholders[n].shape) * placeholders[n].element_size() for n in columns)
         self._cache: Batch | None = None
         if len(rows) * row_bytes <= cache_mib * 2**20:
             self._cache = self._read(range(len(rows)))
+            self.unusable.add(self._cache.unusable)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -119,13 +162,13 @@ class Table(torch.utils.data.Dataset):
         if self._cache is None:
             read = self._read(indices)
         else:
-            read = Batch(*({name: tensor[chosen] for name, tensor in part.items()} for part in self._cache))
+            read = Batch(*({name: tensor[chosen] for name, tensor in part.items()} for part in self._cache[:2]))
         batch = self._with_holes(read, chosen if samples is None else torch.as_tensor(samples, dtype=torch.int64))
         hidden = {
             name: batch.present[name] & (uniform(self.seed, 0, f"missing/{name}", chosen) >= share)
             for name, share in self.missing.items()
         }
-        return Batch(batch.values, batch.present | hidden)
+        return Batch(batch.values, batch.present | hidden, batch.unusable)
 
     def all(self, limit: int | None = None) -> Batch:
         """The first ``limit`` rows, or all of them."""
@@ -139,25 +182,41 @@ class Table(torch.utils.data.Dataset):
             known = known_masks(holes.law, holes.ratio, *image.shape[-2:], holes.seed, samples)  # (B, 1, H, W)
             values[name] = torch.cat([image * known, known], dim=1)
             present[name] = present[holes.source]
-        return Batch(values, present)
+        return Batch(values, present, batch.unusable)
 
     def _read(self, indices: Sequence[int]) -> Batch:
         values: dict[str, list[Tensor]] = {name: [] for name in self.columns}
         present: dict[str, list[bool]] = {name: [] for name in self.columns}
+        unusable: list[str] = []
         for index in indices:
             row = self.rows[int(index)]
             for name, column in self.columns.items():
-                raw, there = row.get(column), not _missing(row.get(column))
-                present[name].append(there)
-                values[name].append(self._value(name, raw, row.get(ROW, index)) if there else self.placeholders[name])
+                value = self._value(name, row.get(column), row.get(ROW, index), unusable)
+                present[name].append(value is not None)
+                values[name].append(self.placeholders[name] if value is None else value)
         return Batch(
             {name: torch.stack(items) for name, items in values.items()},
             {name: torch.tensor(mask) for name, mask in present.items()},
+            tuple(unusable),
         )
 
-    def _value(self, name: str, raw: object, index: int) -> Tensor:
-        with at(f"data.columns.{name}={self.columns[name]}, row {index}", ": "):
-            return self.preprocess[name](raw)
+    def _value(self, name: str, raw: object, row: int, unusable: list[str]) -> Tensor | None:
+        """None where it is missing; so is one that cannot be used, where such are skipped."""
+        if _missing(raw):
+            return None
+        try:
+            with at(f"data.columns.{name}={self.columns[name]}, row {row} of {self.source}", ": "):
+                return self.preprocess[name](raw)
+        except InputError as error:
+            if not self.skip:
+                raise
+            unusable.append(str(error))
+            return None
+
+
+def origin(source: str, rows: Rows) -> str:
+    """A source and the split that rows are of, for errors."""
+    return f"{source} ({rows.split})" if isinstance(rows, datasets.Dataset) and rows.split else source
 
 
 def _missing(raw: object) -> bool:
@@ -174,7 +233,7 @@ class StandIn(torch.utils.data.Dataset):
     """
 
     def __init__(self, examples: Mapping[str, Callable[[int, torch.Generator], Tensor]], rows: int = 2**20) -> None:
-        self.examples, self.rows = dict(examples), rows
+        self.examples, self.rows, self.unusable = dict(examples), rows, Unusable(rows, 0.0)
 
     def __len__(self) -> int:
         return self.rows

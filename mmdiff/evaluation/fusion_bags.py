@@ -13,6 +13,7 @@ from mmdiff.data import Rows
 from mmdiff.data.sources import open_splits
 from mmdiff.errors import InputError
 from mmdiff.evaluation.fusion_settings import Bagged, Settings, Task
+from mmdiff.modalities.pictures import flat, loaded
 
 Photos = list[PILImage.Image]
 
@@ -65,10 +66,10 @@ def one_large(photos: Photos) -> PILImage.Image:
     return large
 
 
-def square(photo: PILImage.Image, size: int) -> PILImage.Image:
+def square(photo: Any, size: int) -> PILImage.Image:
     """In colour, and as large as asked for."""
-    photo = photo.convert("RGB")
-    return photo if photo.size == (size, size) else photo.resize((size, size), PILImage.Resampling.BICUBIC)
+    picture = flat(loaded("photo", photo), 3, (255, 255, 255))
+    return picture if picture.size == (size, size) else picture.resize((size, size), PILImage.Resampling.BICUBIC)
 
 
 def _with_law(data: Bagged, views: int, share: float) -> dict[str, Any]:

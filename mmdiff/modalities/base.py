@@ -85,6 +85,11 @@ class Modality(nn.Module, ABC):
         return {}
 
     @classmethod
+    def settings_from_anchor(cls, **settings: Any) -> dict[str, Any]:
+        """Constructor arguments that the anchor's resolved settings determine."""
+        return {}
+
+    @classmethod
     @abstractmethod
     def settings_from_data(cls, feature: Any, values: Iterable[Any], **settings: Any) -> dict[str, Any]:
         """Constructor arguments that a data column determines, beside those already set.
@@ -93,6 +98,14 @@ class Modality(nn.Module, ABC):
             feature: the column's `datasets` feature.
             values: its values, read lazily.
             settings: what the config sets.
+        """
+
+    @classmethod
+    def check_readable(cls, raw: Any) -> None:
+        """Refuse a raw value that `settings_from_data` could not read; for an image its header is enough.
+
+        Raises:
+            InputError: saying why.
         """
 
     @abstractmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from mmdiff.modalities.heads import (
     to_grid,
     to_space,
 )
+from mmdiff.modalities.pictures import loaded
 
 _ROWS = 2000  # that statistics are read from
 
@@ -74,12 +75,17 @@ class Dense(Modality):
     @staticmethod
     def read(raw: Any) -> np.ndarray:
         """A raw value as an array (channels, h, w); a subclass may bring it to other units here."""
+        raw = loaded("dense", raw) if isinstance(raw, PILImage.Image | Mapping) else raw
         if isinstance(raw, PILImage.Image) and raw.mode not in ("F", "I", "I;16", "L"):
             raise InputError("dense", raw.mode, "is no map of numbers; store mode F, I or I;16, or an array")
         array = as_array(raw)
         if array.ndim not in (2, 3) or array.dtype.kind not in "iuf":
             raise InputError("dense", type(raw).__name__, "is no map of numbers (h, w) or (channels, h, w)")
         return array.astype(np.float32).reshape(-1, *array.shape[-2:])
+
+    @classmethod
+    def check_readable(cls, raw: Any) -> None:
+        cls.read(raw)
 
     def preprocess(self, raw: Any) -> Tensor:
         array = self.read(raw)

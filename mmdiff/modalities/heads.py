@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ import einops
 import numpy as np
 import torch
 from PIL import Image as PILImage
-from PIL import ImageOps
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool3d, avg_pool2d, pixel_shuffle, pixel_unshuffle
 
 from mmdiff.errors import InputError
 from mmdiff.modalities.base import Shape
+from mmdiff.modalities.pictures import loaded
 
 Size = int | tuple[int, int] | list[int]
 
@@ -38,13 +39,8 @@ def file_at(key: str, text: str) -> Path:
 
 
 def open_image(key: str, text: str) -> PILImage.Image:
-    """An image file, turned upright as a camera's EXIF data say."""
-    path = file_at(key, text)
-    try:
-        with PILImage.open(path) as file:
-            return ImageOps.exif_transpose(file)
-    except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:  # PIL's own families
-        raise InputError(key, text, f"cannot be read as an image: {error}") from None
+    """An image file, upright as its EXIF data say."""
+    return loaded(key, {"bytes": None, "path": str(file_at(key, text))})
 
 
 def open_array(key: str, text: str) -> np.ndarray:
@@ -72,8 +68,10 @@ def save_image(shown: PILImage.Image, stem: Path) -> Path:
 
 def as_array(raw: Any) -> np.ndarray:
     """A list, an array or an image as an array; anything else, a ragged list too, as one of no dimension."""
+    if isinstance(raw, Mapping | PILImage.Image):
+        return np.asarray(loaded("map", raw))
     try:
-        return np.asarray(raw) if isinstance(raw, list | tuple | np.ndarray | PILImage.Image) else np.zeros(())
+        return np.asarray(raw) if isinstance(raw, list | tuple | np.ndarray) else np.zeros(())
     except ValueError:
         return np.zeros(())
 

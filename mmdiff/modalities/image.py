@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image as PILImage
@@ -26,21 +25,24 @@ from mmdiff.modalities.heads import (
     save_image,
     to_space,
 )
+from mmdiff.modalities.pictures import MODES, flat, headers, loaded, one_size, opened, pixels_of, resized
 
-_MODES = {1: "L", 3: "RGB"}
-_GREY = ("1", "L", "I;16")
-_COLOUR = ("RGB", "RGBA", "RGBX", "RGBa", "P", "PA", "LA", "La", "CMYK", "YCbCr", "LAB", "HSV")  # become RGB
+Background = int | tuple[int, int, int] | list[int]
 
 
 class Image(Modality):
     """An image; its value is (channels, height, width) float32 in [−1, 1].
 
+    A raw value is whatever Pillow opens, of any mode: it is turned upright by its EXIF data and converted; 16 bits are
+    scaled by their full range.
+
     Args:
         shape: the surroundings, see `Modality`.
-        channels: 1 (grey) or 3 (RGB). Taken from the data where the config leaves it out.
-        size: (height, width) in pixels, or one number for both. Taken from the data where the config leaves it out.
+        channels: 1 (grey) or 3 (RGB). Left out: 1 where all rows are grey, else 3.
+        size: (height, width) in pixels, or one number for both. Left out: that of all rows, which must have one.
         resize: bring images of another size to `size` (centre crop to its shape, then bicubic) instead of refusing.
         scale: E(x) = scale · x; 1 for an anchor, 1/rms of the data for an aggregated image.
+        background: RGB, or one number for a grey, 0 … 255, that shows through transparent pixels; default white.
         space: of an anchor: "pixel", or "latent", where E is the autoencoder's (frozen, never saved with the model).
         autoencoder: of a latent anchor: hub name or folder of a diffusers `AutoencoderKL`.
         latent_channels, latent_factor: of the autoencoder; read from it where the config leaves them out.
@@ -59,12 +61,14 @@ class Image(Modality):
         latent_channels: int | None = None,
         latent_factor: int | None = None,
         head: bool = True,
+        background: Background = 255,
     ) -> None:
         super().__init__(shape)
-        if channels not in _MODES:
+        if channels not in MODES:
             raise InputError("channels", channels, "an image has 1 (grey) or 3 (RGB) channels")
         if space == "latent" and head:
             raise InputError("space", space, "only the anchor is diffused in a latent space; leave it out here")
+        self.background = _rgb(background)
         self.channels, (self.height, self.width) = channels, height_width(size)
         self.resize, self.scale, self.latent, self.autoencoder = resize, scale, space == "latent", autoencoder
         self.head = GaussianHead(shape, channels, (self.height, self.width)) if head else None
@@ -124,43 +128,41 @@ class Image(Modality):
         return {"latent_channels": config["latent_channels"], "latent_factor": factor}
 
     @classmethod
-    def settings_from_data(cls, feature: Any, values: Iterable[Any], **_: Any) -> dict[str, Any]:
-        example = next((value for value in values if value is not None), None)
-        if not isinstance(example, PILImage.Image):
-            raise InputError("image", type(example).__name__, "is no image column; check data.columns")
-        channels = channels_of(example.mode)
-        return {"channels": channels, "size": [example.height, example.width]}
+    def settings_from_data(
+        cls, feature: Any, values: Iterable[Any], channels: int | None = None, size: Any = None, **_: Any
+    ) -> dict[str, Any]:
+        if channels is not None and size is not None:
+            return {}
+        found, sizes = headers("image", values)
+        if not found:
+            raise InputError("image", None, "the column holds no image; check data.columns")
+        return {"channels": found[0], **({} if size is not None else {"size": one_size("image", sizes)})}
+
+    @classmethod
+    def check_readable(cls, raw: Any) -> None:
+        opened("image", raw)
 
     def preprocess(self, raw: Any) -> Tensor:
-        if not isinstance(raw, PILImage.Image):
-            raise InputError("image", type(raw).__name__, "is no image; check data.columns")
-        if channels_of(raw.mode) != self.channels:
-            raise InputError(
-                "image", raw.mode, f"has another mode than the {_MODES[self.channels]} that was expected; convert it"
-            )
-        if raw.size != (self.width, self.height):
-            if not self.resize:
-                raise InputError(
-                    "image", f"{raw.width}x{raw.height}", f"expected {self.width}x{self.height}; or set resize: true"
-                )
-            raw = self._fitted(raw)
-        if raw.mode == "I;16":  # PIL's own conversion cuts off instead of scaling
-            pixels = np.asarray(raw, dtype=np.float32) / 257
-        else:
-            pixels = np.asarray(raw.convert(_MODES[self.channels]), dtype=np.float32)
-        value = torch.from_numpy(pixels / 127.5 - 1.0)
-        return value[None] if self.channels == 1 else value.permute(2, 0, 1).contiguous()
+        picture = self._picture(raw)
+        if picture.size != (self.width, self.height) and not self.resize:
+            found = f"{picture.width}x{picture.height}"
+            raise InputError("image", found, f"expected {self.width}x{self.height}; or set resize: true")
+        return self.value(picture)
 
     def parse(self, text: str) -> PILImage.Image:
-        return self._fitted(open_image("image", text))
+        return self.fitted(open_image("image", text))
 
-    def _fitted(self, raw: PILImage.Image) -> PILImage.Image:
-        """Centre crop to the shape, then bicubic."""
-        if raw.size == (self.width, self.height):
-            return raw
-        if raw.mode not in ("L", "I;16"):
-            raw = raw.convert(_MODES[channels_of(raw.mode)])  # PIL resamples palettes and two levels by nearest
-        return crop_to(raw, self.width, self.height)
+    def fitted(self, raw: Any) -> PILImage.Image:
+        """A raw value brought to the size, whatever `resize` says."""
+        return resized(self._picture(raw), self.width, self.height)
+
+    def value(self, picture: PILImage.Image) -> Tensor:
+        """An image from `flat`, of any size, as a value."""
+        fitted = resized(picture, self.width, self.height)
+        return torch.from_numpy(pixels_of(fitted, self.channels) / 127.5 - 1.0)
+
+    def _picture(self, raw: Any) -> PILImage.Image:
+        return flat(loaded("image", raw), self.channels, self.background)
 
     def save(self, shown: PILImage.Image, stem: Path) -> Path:
         return save_image(shown, stem)
@@ -225,19 +227,8 @@ class Image(Modality):
         return self.encode(params[:, :-1])
 
 
-def channels_of(mode: str) -> int:
-    """1 for a grey image of PIL's mode, 3 for a coloured one."""
-    if mode not in _GREY + _COLOUR:
-        raise InputError("image", mode, "is a mode whose values have no known range; convert it to L, I;16 or RGB")
-    return 1 if mode in _GREY else 3
-
-
-def crop_to(
-    image: PILImage.Image, width: int, height: int, by: PILImage.Resampling = PILImage.Resampling.BICUBIC
-) -> PILImage.Image:
-    """Largest centred crop of the wanted shape, then resampled."""
-    factor = min(image.width / width, image.height / height)
-    crop_width, crop_height = factor * width, factor * height
-    left, top = (image.width - crop_width) / 2, (image.height - crop_height) / 2
-    box = (left, top, left + crop_width, top + crop_height)
-    return image.resize((width, height), by, box=box)
+def _rgb(background: Background) -> tuple[int, int, int]:
+    colour = tuple(background) if isinstance(background, list | tuple) else (background,) * 3
+    if len(colour) != 3 or not all(isinstance(c, int) and 0 <= c <= 255 for c in colour):
+        raise InputError("background", background, "needs one grey or three RGB numbers, 0 … 255")
+    return colour

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,9 +18,8 @@ from mmdiff.modalities.base import Condition, Shape
 from mmdiff.modalities.encoders import build_encoder
 from mmdiff.modalities.fusion import Fused, build_fusion
 from mmdiff.modalities.heads import Size, height_width, open_image, widened
-from mmdiff.modalities.image import Image
+from mmdiff.modalities.image import Background, Image
 
-_ROWS = 256  # from which the largest number of images is read
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 
 
@@ -34,8 +32,8 @@ class ImageSet(Condition):
 
     Args:
         shape: the surroundings, see `Modality`.
-        channels, size, resize: of the images, see `Image`.
-        max_images: n; read from the first rows where the config leaves it out.
+        channels, size, resize, background: of the images, see `Image`.
+        max_images: n; read from the data where the config leaves it out.
         encoder: ``kind`` "resnet" (small, of timm), "convolutions", "open_clip" or an import path, and its settings,
             see `mmdiff.modalities.encoders`.
         fusion: a key of `mmdiff.modalities.fusion.FUSIONS`; ``hidden``: width of its layer.
@@ -57,6 +55,7 @@ class ImageSet(Condition):
         hidden: int = 128,
         observe_as: str = "context",
         map_size: int | None = None,
+        background: Background = 255,
     ) -> None:
         super().__init__(shape)
         if max_images < 1:
@@ -68,7 +67,7 @@ class ImageSet(Condition):
         space, height, width = shape.space
         if map_size is not None and (map_size < 1 or height % map_size or width % map_size):
             raise InputError("map_size", map_size, f"must divide the diffusion space's {height}x{width}")
-        self.image = Image(shape, channels, size, resize, head=False)
+        self.image = Image(shape, channels, size, resize, head=False, background=background)
         self.max_images, self.dim, self.by_context = max_images, dim, observe_as == "context"
         self.encoder = build_encoder(encoder or {"kind": "resnet"}, channels, height_width(size))
         self.project = nn.Linear(self.encoder.width, dim)
@@ -83,14 +82,19 @@ class ImageSet(Condition):
     # ------------------------------------------------------------------------------------------------ data <-> value
 
     @classmethod
-    def settings_from_data(
-        cls, feature: Any, values: Iterable[Any], max_images: int | None = None, **_: Any
-    ) -> dict[str, Any]:
-        sets = [_members(raw) for raw in itertools.islice(values, _ROWS if max_images is None else 16)]
+    def settings_from_data(cls, feature: Any, values: Iterable[Any], **settings: Any) -> dict[str, Any]:
+        if {"channels", "size", "max_images"} <= set(settings):
+            return {}
+        sets = [_members(raw) for raw in values]
         images = [image for members in sets for image in members]
         if not images:
-            raise InputError("image_set", None, "no lists of images in the first rows; check data.columns")
-        return {**Image.settings_from_data(None, images[:1]), "max_images": max(map(len, sets))}
+            raise InputError("image_set", None, "the column holds no lists of images; check data.columns")
+        return {**Image.settings_from_data(None, images, **settings), "max_images": max(map(len, sets))}
+
+    @classmethod
+    def check_readable(cls, raw: Any) -> None:
+        for image in _members(raw):
+            Image.check_readable(image)
 
     def preprocess(self, raw: Any) -> Tensor:
         if isinstance(raw, PILImage.Image):
@@ -112,7 +116,7 @@ class ImageSet(Condition):
                 raise InputError("image_set", text, "holds no image")
         else:
             files = [text] if path.is_file() else text.split(",")
-        return [self.image._fitted(page) for file in files for page in _pages(file)]
+        return [self.image.fitted(page) for file in files for page in _pages(file)]
 
     def save(self, shown: list[PILImage.Image], stem: Path) -> Path:
         """As the pages of one TIFF."""

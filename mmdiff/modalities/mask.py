@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from mmdiff.modalities.heads import (
     to_space,
     widened,
 )
-from mmdiff.modalities.image import crop_to
+from mmdiff.modalities.pictures import loaded, resized
 
 
 class Mask(Modality):
@@ -96,6 +96,10 @@ class Mask(Modality):
             raise InputError("mask", None, "the column holds no class ids; check data.columns")
         return {**found, "num_classes": largest + 1}
 
+    @classmethod
+    def check_readable(cls, raw: Any) -> None:
+        _ids(raw)
+
     def preprocess(self, raw: Any) -> Tensor:
         ids = _ids(raw)
         if ids.shape != (self.height, self.width):
@@ -103,7 +107,7 @@ class Mask(Modality):
                 shown = f"{ids.shape[1]}x{ids.shape[0]}"
                 raise InputError("mask", shown, f"expected {self.width}x{self.height}; or set resize: true")
             picture = PILImage.fromarray(ids.astype(np.int32))
-            ids = np.asarray(crop_to(picture, self.width, self.height, PILImage.Resampling.NEAREST))
+            ids = np.asarray(resized(picture, self.width, self.height, PILImage.Resampling.NEAREST))
         value = torch.from_numpy(ids.astype(np.int64))
         self._check_ids(value)
         return value
@@ -112,7 +116,7 @@ class Mask(Modality):
         raw = open_image("mask", text)
         if raw.size == (self.width, self.height):
             return raw
-        return crop_to(raw, self.width, self.height, PILImage.Resampling.NEAREST)
+        return resized(raw, self.width, self.height, PILImage.Resampling.NEAREST)
 
     def save(self, shown: PILImage.Image, stem: Path) -> Path:
         return save_image(shown, stem)
@@ -215,7 +219,8 @@ def colours(num_classes: int, ignore: int = 255) -> list[int]:
 
 def _ids(raw: Any) -> np.ndarray:
     """A PIL image of ids, or a nested list -> (height, width)."""
-    if isinstance(raw, PILImage.Image):
+    if isinstance(raw, PILImage.Image | Mapping):
+        raw = loaded("mask", raw)
         if raw.mode not in ("1", "L", "P", "I", "I;16"):
             raise InputError("mask", raw.mode, "is no image of class ids; store ids as a PNG of mode L or P")
         return np.asarray(raw).astype(np.int64)

@@ -27,7 +27,7 @@ from mmdiff.modalities.heads import (
     to_grid,
     to_space,
 )
-from mmdiff.modalities.image import Image, channels_of, crop_to
+from mmdiff.modalities.pictures import flat, pixels_of, resized, with_alpha
 
 _MODES = {1: "LA", 3: "RGBA"}
 
@@ -41,7 +41,7 @@ class MaskedImage(Modality):
 
     Args:
         shape: the surroundings, see `Modality`.
-        channels, size, resize: as the anchor's, see `Image`.
+        channels, size: the anchor's, also where the config leaves them out; resize as of `Image`.
         fill: what the backbone sees in an observed hole, beside the hole channel: "zero", or "smooth", a fill from the
             pixels around it (see `smooth_fill`), which leaves a short training only the rest to learn.
     """
@@ -61,10 +61,13 @@ class MaskedImage(Modality):
         self.head = GaussianHead(shape, channels, (self.height, self.width))
 
     @classmethod
+    def settings_from_anchor(cls, channels: int | None = None, size: Any = None, **_: Any) -> dict[str, Any]:
+        found = {"channels": channels, "size": size}
+        return {name: value for name, value in found.items() if value is not None}
+
+    @classmethod
     def settings_from_data(cls, feature: Any, values: Iterable[Any], **_: Any) -> dict[str, Any]:
-        example = next((value for value in values if value is not None), None)
-        settings = Image.settings_from_data(feature, [example])
-        return {**settings, "channels": 1} if example.mode == "LA" else settings  # an image would read it as colour
+        return {}
 
     def check_anchor(self, anchor: Modality) -> None:
         own = (self.channels, self.height, self.width)
@@ -72,19 +75,11 @@ class MaskedImage(Modality):
             raise InputError("size", own, f"must be the anchor's (channels, height, width) = {anchor.value_shape}")
 
     def preprocess(self, raw: Any) -> Tensor:
-        if not isinstance(raw, PILImage.Image):
-            raise InputError("masked_image", type(raw).__name__, "is no image; check data.columns")
-        if raw.mode != _MODES[self.channels]:
-            wanted = _MODES[self.channels]
-            raise InputError("masked_image", raw.mode, f"needs mode {wanted}, the alpha channel opaque where known")
-        if raw.size != (self.width, self.height):
-            if not self.resize:
-                raise InputError(
-                    "masked_image",
-                    f"{raw.width}x{raw.height}",
-                    f"expected {self.width}x{self.height}; or set resize: true",
-                )
-            raw = self._fitted(raw)
+        raw = with_alpha("masked_image", raw, _MODES[self.channels])
+        if raw.size != (self.width, self.height) and not self.resize:
+            found = f"{raw.width}x{raw.height}"
+            raise InputError("masked_image", found, f"expected {self.width}x{self.height}; or set resize: true")
+        raw = self._fitted(raw)
         pixels = torch.from_numpy(np.asarray(raw, dtype=np.float32)).permute(2, 0, 1)  # (channels + 1, h, w)
         known = (pixels[-1:] >= 128).float()
         return torch.cat([(pixels[:-1] / 127.5 - 1.0) * known, known])
@@ -95,30 +90,37 @@ class MaskedImage(Modality):
         if mask == "":
             raise InputError("masked_image", text, "names no file after the @; write photo.png@mask.png")
         photo = open_image("masked_image", path)
-        if channels_of(photo.mode) != self.channels and photo.mode != _MODES[self.channels]:
-            wanted = _MODES[self.channels]
-            raise InputError("masked_image", photo.mode, f"has another mode than {wanted[:-1]} or {wanted}; convert it")
         if mask is None and not photo.has_transparency_data:
             remedy = "has no alpha channel that says where it is known; write photo.png@mask.png, black in the hole"
             raise InputError("masked_image", text, remedy)
-        photo = photo.convert(_MODES[self.channels])
+        photo = self._known_where_opaque(photo)
         if mask is not None:
             known = _known(text, open_image("masked_image", mask), photo.size)
             photo.putalpha(ImageChops.darker(photo.getchannel("A"), known))
-        return photo if photo.size == (self.width, self.height) else self._fitted(photo)
+        return self._fitted(photo)
+
+    def _known_where_opaque(self, photo: PILImage.Image) -> PILImage.Image:
+        if photo.has_transparency_data:
+            return with_alpha("masked_image", photo, _MODES[self.channels])
+        pixels = pixels_of(flat(photo, self.channels, (255, 255, 255)), self.channels).round().astype(np.uint8)
+        whole = PILImage.fromarray(pixels[0] if self.channels == 1 else pixels.transpose(1, 2, 0))
+        whole.putalpha(255)
+        return whole
 
     def _fitted(self, raw: PILImage.Image) -> PILImage.Image:
         """Centre crop to the shape, then resampled over what is known; holes keep their edges (nearest).
 
         Hamming's filter is as sharp as bicubic and has no negative lobes, which overshoot where known pixels end.
         """
+        if raw.size == (self.width, self.height):
+            return raw
         alpha = raw.getchannel("A").point([0] * 128 + [255] * 128)
         raw = raw.copy()
         raw.putalpha(alpha)
-        fitted = crop_to(
+        fitted = resized(
             raw, self.width, self.height, PILImage.Resampling.HAMMING
         )  # PIL weighs colours by alpha: nothing leaks out of the hole
-        fitted.putalpha(crop_to(alpha, self.width, self.height, PILImage.Resampling.NEAREST))
+        fitted.putalpha(resized(alpha, self.width, self.height, PILImage.Resampling.NEAREST))
         return fitted
 
     def save(self, shown: PILImage.Image, stem: Path) -> Path:
@@ -236,12 +238,10 @@ FILLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 def _known(text: str, mask: PILImage.Image, size: tuple[int, int]) -> PILImage.Image:
     """A mask file as an alpha channel."""
-    if mask.mode not in ("1", "L", "P", "RGB"):
-        raise InputError("masked_image", mask.mode, "is no mask; store it in black and white, mode L or 1")
     if mask.size != size:
         sizes = f"{size[0]}x{size[1]} and {mask.width}x{mask.height}"
         raise InputError("masked_image", text, f"the photo and its mask need one size, they have {sizes}")
-    known = mask.convert("L")
+    known = PILImage.fromarray(pixels_of(flat(mask, 1, (0, 0, 0)), 1)[0].round().astype(np.uint8))
     if known.getextrema()[1] < 128:
         raise InputError(
             "masked_image", text, "the mask hides every pixel: white (255) is known, black (0) is the hole"

@@ -80,7 +80,7 @@ SOLVERS = {
         is_stochastic=lambda options: options.get("algorithm_type", "").startswith("sde"),
         refused={
             "algorithm_type": _NOISE_FORM,
-            "final_sigmas_type": "sigma_min makes the last step of trailing spacing one of length 0: NaN at higher orders",
+            "final_sigmas_type": "with sigma_min the last step of trailing spacing has length 0: NaN at higher orders",
             "lambda_min_clipped": "gives NaN with trailing spacing; take rescale_betas_zero_snr, or leave it out",
         },
     ),

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from mmdiff.build import resolve_scheduler
 from mmdiff.config import Config, first_difference, load_config, save_config
 from mmdiff.errors import InputError
+from mmdiff.resolve import resolve_scheduler
 from mmdiff.training.checkpoint import checkpoints
 from mmdiff.training.tracking import Window
 from mmdiff.training.trainer import Trainer

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from mmdiff.build import build_model, build_objective, build_scheduler, build_table, open_rows, resolve
+from mmdiff.build import build_model, build_objective, build_scheduler, build_table, open_rows
 from mmdiff.config import Config, load_config
 from mmdiff.errors import InputError, TrainingError
 from mmdiff.objective import Where
+from mmdiff.resolve import resolve
 from mmdiff.training.checkpoint import checkpoints
 from mmdiff.training.loop import train
 from mmdiff.training.run_folder import check_started_alike

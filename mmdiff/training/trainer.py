@@ -84,6 +84,7 @@ class Trainer:
             if isinstance(batch, InputError):
                 batch.everywhere = False  # only this process has read the row
                 raise batch
+            self.table.unusable.add(batch.unusable)
             share = self.micro_batches.positions(part)
             positions = torch.arange(share.start, share.stop, device=accelerator.device)
             where = Where(step, positions, config.batch_size)

@@ -46,7 +46,8 @@ def bags(source: str, **options: Any) -> tuple[Any, Any]:
 
 def shown(image: Any) -> tuple[int, int]:
     """(object, view) of an image."""
-    red, green, _ = image.getpixel((0, 0))
+    stored = isinstance(image, dict)  # photos stay as they are stored until a modality reads them
+    red, green, _ = (datasets.Image().decode_example(image) if stored else image).getpixel((0, 0))
     return red // 40, green // 20
 
 

@@ -12,7 +12,6 @@ import torch
 from networks import KNOWN, RHO, SCALE, ExactGaussian, alive
 from torch import Generator, Tensor
 
-from mmdiff.build import resolve
 from mmdiff.config import Config, parse_config
 from mmdiff.data.masking import known_masks
 from mmdiff.evaluation.inpainting import (
@@ -31,6 +30,7 @@ from mmdiff.evaluation.restored import pasted, per_image
 from mmdiff.model import MTDiffusionModel
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.replacement import visits
+from mmdiff.resolve import resolve
 from mmdiff.schedulers import MTDiffusionScheduler
 
 FLOORS = [name for name, method in METHODS.items() if method.able is None]

@@ -571,7 +571,9 @@ def test_settings_from_data_fit_the_data(case: Case) -> None:
     features = datasets.Features({"column": case.feature})
     rows = datasets.Dataset.from_dict({"column": [None, *case.raws]}, features=features)
     kind = type(build(case))
-    settings = kind.settings_from_data(rows.features["column"], (row["column"] for row in rows))
+    channels, *size = (build(case).value_shape + (0, 0, 0))[:3]
+    settings = kind.settings_from_anchor(channels=channels - 1, size=size)  # a masked image has a channel for its hole
+    settings |= kind.settings_from_data(rows.features["column"], (row["column"] for row in rows), **settings)
     modality = kind(case.shape, **settings)
     assert modality.value_shape == build(case).value_shape
     for row, raw in zip(rows.select(range(1, len(rows))), case.raws, strict=True):

@@ -27,10 +27,9 @@ def picture(width: int, height: int, mode: str = "L") -> PILImage.Image:
     ("raw", "value", "remedy"),
     [
         (picture(9, 8), "9x8", "expected 8x8; or set resize: true"),
-        (picture(8, 8, "RGB"), "RGB", "expected"),
         ("cat.png", "str", "is no image; check data.columns"),
         (None, "NoneType", "is no image"),
-        (np.zeros((8, 8), np.uint8), "ndarray", "is no image"),
+        (np.zeros((8, 8)), "ndarray", "is no image"),
     ],
 )
 def test_unusable_values_are_refused_in_one_line(raw: Any, value: str, remedy: str) -> None:
@@ -39,12 +38,6 @@ def test_unusable_values_are_refused_in_one_line(raw: Any, value: str, remedy: s
     assert str(caught.value).startswith(f"image = '{value}': ")
     assert remedy in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("mode", ["1", "L"])
-def test_grey_is_refused_where_colour_is_expected(mode: str) -> None:
-    with pytest.raises(InputError, match=f"image = '{mode}': .*RGB"):
-        image(channels=3).preprocess(picture(8, 8).convert(mode))
 
 
 @pytest.mark.parametrize(
@@ -98,22 +91,19 @@ def test_every_grey_mode_spans_black_to_white(mode: str, shades: list[int]) -> N
     torch.testing.assert_close(value, 2 * torch.tensor(shades) / shades[-1] - 1, rtol=0, atol=one_level)
 
 
-@pytest.mark.parametrize("mode", ["I", "F"])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_modes_without_a_range_are_refused(mode: str, channels: int) -> None:
+@pytest.mark.parametrize(
+    "raw",
+    [
+        PILImage.fromarray(np.full((8, 8), 70000, np.int32)),
+        PILImage.fromarray(np.full((8, 8), -1, np.int32)),
+        PILImage.fromarray(np.full((8, 8), 1.5, np.float32)),
+        PILImage.fromarray(np.full((8, 8), np.nan, np.float32)),
+    ],
+)
+def test_numbers_without_a_range_are_refused(raw: PILImage.Image) -> None:
     """What their white is nobody knows; PIL would cut them off at 255."""
-    raw = PILImage.new(mode, (8, 8), 1)
-    with pytest.raises(InputError, match=f"image = '{mode}': "):
-        image(channels).preprocess(raw)
-    with pytest.raises(InputError, match=f"image = '{mode}': "):
-        Image.settings_from_data(None, [raw])
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "P"])
-def test_palettes_and_transparency_become_colour(mode: str) -> None:
-    raw = picture(8, 8, "RGB").convert(mode)
-    assert Image.settings_from_data(None, [raw])["channels"] == 3
-    assert torch.equal(image(3).preprocess(raw), image(3).preprocess(raw.convert("RGB")))
+    with pytest.raises(InputError, match="no known range"):
+        image().preprocess(raw)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.7])
@@ -131,7 +121,7 @@ def test_values_outside_the_range_are_clipped_for_display() -> None:
 
 
 def test_a_column_without_images_is_refused() -> None:
-    with pytest.raises(InputError, match="image = 'int': is no image column"):
+    with pytest.raises(InputError, match="image = 'int': is no image"):
         Image.settings_from_data(None, [None, 3])
 
 

@@ -1,0 +1,180 @@
+"""Images of any kind that Pillow opens: read, turned upright, laid over a background, in the channels asked for."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image as PILImage
+from PIL import ImageCms, ImageOps, UnidentifiedImageError
+
+from mmdiff.errors import InputError
+
+MODES = {1: "L", 3: "RGB"}
+GREY = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+_ORIENTATION = 0x0112  # the tag of EXIF
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, PILImage.DecompressionBombError)  # PIL's own families
+
+
+def opened(key: str, raw: Any) -> PILImage.Image:
+    """A raw value as an image of which the header is read, the pixels not yet.
+
+    Args:
+        key: of the value, for errors.
+        raw: a PIL image, a file of a data set as {"bytes": …, "path": …}, or a uint8 array (h, w) or (h, w, channels).
+
+    Raises:
+        InputError: naming the file, where there is one.
+    """
+    if isinstance(raw, PILImage.Image):
+        return raw
+    if isinstance(raw, np.ndarray) and raw.dtype == np.uint8 and raw.ndim in (2, 3):
+        return _read(key, f"array {raw.shape}", lambda: PILImage.fromarray(raw))
+    if not (isinstance(raw, Mapping) and set(raw) == {"bytes", "path"}):
+        raise InputError(key, type(raw).__name__, "is no image; check data.columns")
+    name = raw["path"] or f"{len(raw['bytes'] or b'')} bytes"
+    return _read(key, name, lambda: PILImage.open(raw["path"] if raw["bytes"] is None else io.BytesIO(raw["bytes"])))
+
+
+def loaded(key: str, raw: Any) -> PILImage.Image:
+    """The image with its pixels, upright as its EXIF data say; ``key`` and ``raw`` as of `opened`."""
+    image = opened(key, raw)
+    name = getattr(image, "filename", "") or _name(raw)
+    return _read(key, name, lambda: _upright(image))
+
+
+def size_of(image: PILImage.Image) -> tuple[int, int]:
+    """(height, width) of the upright image, from its header."""
+    if image.format == "TIFF":
+        image.load()  # Pillow turns these itself, at a moment that depends on its version
+    inside = image.format == "PNG" and "exif" not in image.info  # PIL would read all pixels to look behind them
+    turned = not inside and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def headers(key: str, values: Iterable[Any]) -> tuple[list[int], set[tuple[int, int]]]:
+    """(channels of all: [1] where every image is grey, else [3]; [] of none; all sizes) of a column."""
+    channels, sizes = 0, set()
+    for raw in values:
+        if raw is not None:
+            image = opened(key, raw)
+            channels = max(channels, 1 if image.mode in GREY else 3)
+            sizes.add(size_of(image))
+    return [channels] if channels else [], sizes
+
+
+def one_size(key: str, sizes: set[tuple[int, int]]) -> list[int]:
+    """[height, width] of images that have one size.
+
+    Raises:
+        InputError: for several.
+    """
+    if len(sizes) > 1:
+        (height, width), (other_height, other_width) = sorted(sizes)[0], sorted(sizes)[-1]
+        shown = f"{width}x{height} and {other_width}x{other_height}"
+        raise InputError(f"{key}.size", shown, "images of several sizes; set size, and resize: true")
+    return list(next(iter(sizes)))
+
+
+def flat(image: PILImage.Image, channels: int, background: tuple[int, int, int]) -> PILImage.Image:
+    """A loaded image without transparency, of mode L or RGB; 16 bits and floats as mode F in 0 … 1.
+
+    Args:
+        image: from `loaded`.
+        channels: 1 or 3.
+        background: RGB that shows through transparent pixels.
+
+    Raises:
+        InputError: for numbers without a known range.
+    """
+    if image.mode in _WIDE:
+        return PILImage.fromarray(_WIDE[image.mode](np.asarray(image, dtype=np.float32)))
+    if image.has_transparency_data:
+        image = _over(background, image)
+    image = _from_lab(image) if image.mode == "LAB" else image
+    return image.convert(MODES[channels])
+
+
+def pixels_of(image: PILImage.Image, channels: int) -> np.ndarray:
+    """(channels, h, w) float32 in 0 … 255 of an image from `flat`."""
+    pixels = np.asarray(image, dtype=np.float32) * np.float32(255 if image.mode == "F" else 1)
+    return np.repeat(pixels[None], channels, 0) if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def with_alpha(key: str, raw: Any, mode: str) -> PILImage.Image:
+    """A raw value as an image of ``mode`` LA or RGBA.
+
+    Raises:
+        InputError: for an image without transparency, which does not say what is known.
+    """
+    image = loaded(key, raw)
+    if not image.has_transparency_data:
+        raise InputError(key, image.mode, "has no alpha channel; it must be opaque where the image is known")
+    return (image.convert("LA") if image.mode == "La" else image).convert("RGBA").convert(mode)
+
+
+def resized(
+    image: PILImage.Image, width: int, height: int, by: PILImage.Resampling = PILImage.Resampling.BICUBIC
+) -> PILImage.Image:
+    """Largest centred crop of the wanted shape, then resampled; an image of this size stays as it is."""
+    if image.size == (width, height):
+        return image
+    factor = min(image.width / width, image.height / height)
+    crop_width, crop_height = factor * width, factor * height
+    left, top = (image.width - crop_width) / 2, (image.height - crop_height) / 2
+    image = image.resize((width, height), by, box=(left, top, left + crop_width, top + crop_height))
+    return PILImage.fromarray(np.asarray(image).clip(0, 1)) if image.mode == "F" else image  # bicubic overshoots
+
+
+def _read(key: str, name: str, read: Callable[[], PILImage.Image]) -> PILImage.Image:
+    try:
+        return read()
+    except UnidentifiedImageError:
+        raise InputError(key, name, "cannot be read as an image: no format that Pillow knows") from None
+    except _UNREADABLE as error:
+        raise InputError(key, name, f"cannot be read as an image: {error}") from None
+
+
+def _name(raw: Any) -> str:
+    return (raw["path"] or f"{len(raw['bytes'])} bytes") if isinstance(raw, Mapping) else "an image"
+
+
+def _upright(image: PILImage.Image) -> PILImage.Image:
+    image.load()
+    return image if image.getexif().get(_ORIENTATION, 1) == 1 else ImageOps.exif_transpose(image)
+
+
+def _over(background: tuple[int, int, int], image: PILImage.Image) -> PILImage.Image:
+    """Alpha compositing; grey stays grey where the background is."""
+    image = image.convert("LA") if image.mode == "La" else image  # PIL has no way from premultiplied grey to RGBA
+    below = PILImage.new("RGBA", image.size, (*background, 255))
+    below.alpha_composite(image.convert("RGBA"))
+    return below.convert("RGB")
+
+
+def _from_lab(image: PILImage.Image) -> PILImage.Image:
+    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+
+
+def _sixteen_bits(numbers: np.ndarray) -> np.ndarray:
+    if numbers.min(initial=0) < 0 or numbers.max(initial=0) > 65535:
+        found = f"{numbers.min():g} … {numbers.max():g}"
+        raise InputError("image", found, "32-bit integers outside 0 … 65535 have no known range; store 8 or 16 bits")
+    return numbers / np.float32(65535)
+
+
+def _unit_floats(numbers: np.ndarray) -> np.ndarray:
+    if not (np.isfinite(numbers).all() and numbers.min(initial=0) >= 0 and numbers.max(initial=0) <= 1):
+        found = f"{numbers.min():g} … {numbers.max():g}"
+        raise InputError("image", found, "floats outside 0 … 1 have no known range; store 0 … 1, or 8 or 16 bits")
+    return numbers
+
+
+#: {mode: numbers -> 0 … 1}
+_WIDE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    **dict.fromkeys(("I;16", "I;16L", "I;16B", "I;16N", "I"), _sixteen_bits),
+    "F": _unit_floats,
+}

@@ -1,0 +1,182 @@
+"""What files, the anchor and the data determine of a config, and whether its settings fit the classes they name."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from mmdiff.backbones import BACKBONES, Backbone
+from mmdiff.config import Config, DataConfig, MaskingConfig, ModalityConfig, WeightConfig, parse_arguments
+from mmdiff.data import Rows
+from mmdiff.data.masking import known_masks
+from mmdiff.data.table import ROW, origin
+from mmdiff.errors import InputError, at
+from mmdiff.modalities import Modality, find_modality
+from mmdiff.schedulers import SCHEDULERS, MTScheduler
+
+_GIVEN = {  # not for a config to set
+    Modality: {"self", "shape", "head"},
+    Backbone: {"self", "space", "observation_channels", "num_flags"},
+    MTScheduler: {"self", "weights"},
+}
+
+
+def needs_data(config: Config) -> bool:
+    """Whether a setting is left to the data."""
+    return any(missing_settings(kind, settings) for kind, settings in _all_settings(config, None).values())
+
+
+def resolve(config: Config, rows: Rows | None) -> Config:
+    """The config with every setting that files and data determine: sizes, channels, numbers of classes.
+
+    Args:
+        config: as it was read.
+        rows: training rows; None where the config is to stand without data.
+
+    Raises:
+        InputError: naming a setting that is unknown, or missing and not determined.
+    """
+    for name in {*config.data.masking, *config.data.embeddings, *config.data.missing} - set(config.modalities):
+        raise InputError("data", name, f"names no modality; choose from {', '.join(sorted(config.modalities))}")
+    for name, law in config.data.masking.items():
+        _check_holes(f"data.masking.{name}", law)
+    modalities, settings_of = {}, _all_settings(config, rows)
+    for name, entry in config.modalities.items():
+        kind, settings = settings_of[name]
+        check_settings(f"modalities.{name}", kind, settings)
+        modalities[name] = entry.model_copy(update={**settings, "weight": _weight(name, entry, kind)})
+    check_settings("backbone", backbone_class(config), config.backbone.settings())
+    resolved = config.model_dump()
+    resolved["modalities"] = {name: entry.model_dump() for name, entry in modalities.items()}
+    resolved["scheduler"]["clip_sample"] = _clip_sample(config, modalities)
+    return resolve_scheduler(Config.model_validate(resolved))
+
+
+def resolve_scheduler(config: Config) -> Config:
+    """The config with every argument of the scheduler's class, also those that came after the config was written.
+
+    Raises:
+        InputError: naming a setting that is unknown or of a wrong type.
+    """
+    cls, settings = scheduler_class(config), config.scheduler.model_dump(exclude={"kind"})
+    hints, parameters = typing.get_type_hints(cls.__init__), _parameters(cls)
+    arguments = {name: (hints[name], parameter.default) for name, parameter in parameters.items()}
+    if settings["clip_sample"] is None:  # left to the anchor
+        del settings["clip_sample"], arguments["clip_sample"]
+    resolved = config.model_dump()
+    resolved["scheduler"] |= parse_arguments("scheduler", arguments, settings)
+    return Config.model_validate(resolved)
+
+
+def _all_settings(config: Config, rows: Rows | None) -> dict[str, tuple[type[Modality], dict[str, Any]]]:
+    """{modality: (class, settings)}; the anchor's are found first, as others may take them over."""
+    found: dict[str, tuple[type[Modality], dict[str, Any]]] = {}
+    for name in (config.anchor, *config.auxiliary()):
+        kind = find_modality(config.modalities[name].kind, f"modalities.{name}.kind")
+        anchor = {} if name == config.anchor else found[config.anchor][1]
+        found[name] = kind, _resolved_settings(config, name, kind, rows, anchor)
+    return found
+
+
+def _resolved_settings(
+    config: Config, name: str, kind: type[Modality], rows: Rows | None, anchor: dict[str, Any]
+) -> dict[str, Any]:
+    """What the config sets, over what files, the anchor and the data determine."""
+    settings = {**kind.settings_from_anchor(**anchor), **config.modalities[name].settings()}
+    with at(f"modalities.{name}"):
+        settings = {**kind.settings_from_files(**settings), **settings}
+    if rows is None or name in config.data.masking:
+        return settings
+    column = config.column(name)
+    if column not in rows.column_names:
+        remedy = f"the source has no such column, but {', '.join(rows.column_names)}; set data.columns.{name}=…"
+        raise InputError(f"data.columns.{name}", column, remedy)
+    values = _readable(rows, column, kind, config.data)
+    with at(f"data.columns.{name}={column}", ": "):
+        return {**kind.settings_from_data(rows.features[column], values, **settings), **settings}
+
+
+def _readable(rows: Rows, column: str, kind: type[Modality], data: DataConfig) -> Iterator[Any]:
+    """The values of a column, of which only it is read; those that cannot be read are named or left out."""
+    chosen = rows.select_columns(sorted({column, ROW} & set(rows.column_names)))
+    for index in range(len(chosen)):
+        row = chosen[index]
+        try:
+            with at(f"row {row.get(ROW, index)} of {origin(data.source, rows)}", ": "):
+                if row[column] is not None:
+                    kind.check_readable(row[column])
+        except InputError:
+            if data.on_error == "raise":
+                raise
+            continue
+        yield row[column]
+
+
+def _check_holes(key: str, law: MaskingConfig) -> None:
+    with at(key):
+        known_masks(law.law, law.ratio, 32, 32, 0, torch.zeros(1, dtype=torch.int64))
+
+
+def _weight(name: str, entry: ModalityConfig, kind: type[Modality]) -> WeightConfig:
+    """The weight schedule; one that is never aggregated has none."""
+    if kind.aggregable:
+        return entry.weight or WeightConfig()
+    if entry.weight is not None and entry.weight.schedule != "none":
+        raise InputError(
+            f"modalities.{name}.weight.schedule",
+            entry.weight.schedule,
+            f"{kind.__name__} is observed or absent, never aggregated; leave weight out",
+        )
+    return WeightConfig(schedule="none")
+
+
+def _clip_sample(config: Config, modalities: dict[str, ModalityConfig]) -> bool:
+    anchor = modalities[config.anchor]
+    bounded = find_modality(anchor.kind, "").bounded(**anchor.settings())
+    if config.scheduler.clip_sample and not bounded:
+        raise InputError("scheduler.clip_sample", True, "the anchor's encodings have no bounds; leave it out")
+    return bounded if config.scheduler.clip_sample is None else config.scheduler.clip_sample
+
+
+def check_settings(key: str, cls: type, settings: dict[str, Any]) -> None:
+    """Settings must be constructor arguments of the class, and complete."""
+    parameters = _parameters(cls)
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        for name in settings:
+            if name not in parameters:
+                known = ", ".join(sorted(parameters))
+                raise InputError(f"{key}.{name}", settings[name], f"unknown key; {cls.__name__} takes {known}")
+    for name in missing_settings(cls, settings):
+        raise InputError(f"{key}.{name}", None, "is missing and the data do not determine it; add it to the config")
+
+
+def missing_settings(cls: type, settings: dict[str, Any]) -> list[str]:
+    """Constructor arguments without a default that are not set."""
+    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return [
+        name
+        for name, parameter in _parameters(cls).items()
+        if parameter.default is parameter.empty and parameter.kind not in variable and name not in settings
+    ]
+
+
+def _parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """The constructor arguments that are for a config to set."""
+    given = next(names for base, names in _GIVEN.items() if issubclass(cls, base))
+    return {n: p for n, p in inspect.signature(cls.__init__).parameters.items() if n not in given}
+
+
+def backbone_class(config: Config) -> type:
+    if config.backbone.kind not in BACKBONES:
+        raise InputError("backbone.kind", config.backbone.kind, f"choose one of {', '.join(sorted(BACKBONES))}")
+    return BACKBONES[config.backbone.kind]
+
+
+def scheduler_class(config: Config) -> type[MTScheduler]:
+    if config.scheduler.kind not in SCHEDULERS:
+        raise InputError("scheduler.kind", config.scheduler.kind, f"choose one of {', '.join(sorted(SCHEDULERS))}")
+    return SCHEDULERS[config.scheduler.kind]

@@ -1,0 +1,96 @@
+"""Rows that cannot be used: named, or skipped and counted, wherever they are met."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmdiff.build import build
+from mmdiff.config import Config
+from mmdiff.errors import InputError
+from mmdiff.training import train
+
+Configure = Callable[..., Config]
+ROWS, BAD = 40, 5
+SETTINGS = ["data.holdout=4", "modalities.image.channels=1", "modalities.image.size=8", "modalities.image.resize=true"]
+
+
+def stored(image: Image.Image, cut: int | None = None) -> dict[str, Any]:
+    file = io.BytesIO()
+    image.save(file, "JPEG")
+    return {"bytes": file.getvalue()[:cut], "path": "photo-5.jpg"}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Callable[..., str]:
+    """`source(5, 6)`: a parquet file in which these rows are truncated photos."""
+
+    def write(*bad: int) -> str:
+        pixels = np.random.default_rng(0).integers(0, 256, (ROWS, 16, 16), dtype=np.uint8)
+        images = [stored(Image.fromarray(p), 300 if i in bad else None) for i, p in enumerate(pixels)]
+        labels = [i % 3 for i in range(ROWS)]
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+        path = tmp_path / "rows.parquet"
+        datasets.Dataset.from_dict({"image": images, "label": labels}, features=features).to_parquet(path)
+        return f"data.source={path}"
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "options", [["data.cache_mib=64"], ["data.cache_mib=0"], ["data.cache_mib=0", "data.workers=1"]]
+)
+def test_a_row_is_named_with_everything_that_finds_it(
+    configure: Configure, source: Callable[..., str], options: list[str]
+) -> None:
+    config = configure(source(BAD), *SETTINGS, *options, "train.steps=30", "train.batch_size=4")
+    with pytest.raises(InputError) as caught:
+        train(config, progress=False)
+    line = str(caught.value)
+    for part in (config.data.source, "(train)", f"row {BAD} ", "data.columns.image=image", "photo-5.jpg"):
+        assert part in line
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("cache_mib", [64, 0])
+def test_skipped_values_count_as_absent_and_are_told(
+    configure: Configure, source: Callable[..., str], cache_mib: int, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    more = ["data.on_error=skip", "data.max_errors=0.1", f"data.cache_mib={cache_mib}", f"data.workers={workers}"]
+    config = configure(source(BAD), *SETTINGS, *more, "train.steps=10", "train.batch_size=6")
+    table = build(config).train
+    absent = [not there for there in table.all().present["image"].tolist()]
+    assert [i for i, gone in enumerate(absent) if gone] == [4]  # row 5 of the source: every fourth is held out
+    train(config, progress=False)
+    assert "row 5 of" in caplog.text and "photo-5.jpg" in caplog.text
+    assert "1 of 30 rows" in caplog.text
+
+
+def test_too_many_stop_the_run(configure: Configure, source: Callable[..., str]) -> None:
+    config = configure(source(4, 5, 6), *SETTINGS, "data.on_error=skip", "data.max_errors=0.05", "data.cache_mib=64")
+    with pytest.raises(InputError, match="3 unusable values in 30 rows.*data.max_errors"):
+        build(config)
+
+
+def test_settings_are_read_around_them(configure: Configure, source: Callable[..., str], tmp_path: Path) -> None:
+    path = source().removeprefix("data.source=")
+    rows = datasets.load_dataset("parquet", data_files=path, split="train")
+    images = [
+        {"bytes": b"no image", "path": None},
+        *rows.cast_column("image", datasets.Image(decode=False))["image"][1:],
+    ]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    broken = tmp_path / "broken.parquet"
+    datasets.Dataset.from_dict({"image": images, "label": rows["label"]}, features=features).to_parquet(broken)
+    options = [f"data.source={broken}", "data.holdout=4", "data.max_errors=0.1"]
+    with pytest.raises(InputError, match="data.columns.image=image: row 0 of .*broken.parquet"):
+        build(configure(*options))
+    resolved = build(configure(*options, "data.on_error=skip")).config
+    assert resolved.modalities["image"].settings()["size"] == [16, 16]

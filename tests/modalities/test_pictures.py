@@ -1,0 +1,213 @@
+"""Whatever Pillow opens becomes what the config asks for, by every way in."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PILImage
+from PIL import ImageOps
+
+from mmdiff.errors import InputError
+from mmdiff.modalities import Image, ImageSet, MaskedImage, Shape
+
+SIDE = 8
+BACKGROUND = (10, 200, 30)
+MODES = (
+    "1",
+    "L",
+    "LA",
+    "La",
+    "P",
+    "PA",
+    "RGB",
+    "RGBA",
+    "RGBX",
+    "RGBa",
+    "CMYK",
+    "YCbCr",
+    "HSV",
+    "LAB",
+    "I;16",
+    "I",
+    "F",
+)
+
+
+def modality(channels: int, **settings: Any) -> Image:
+    return Image(Shape((channels, SIDE, SIDE), 4, 4), channels=channels, size=SIDE, **settings)
+
+
+def picture(mode: str) -> PILImage.Image:
+    """Random numbers over the mode's whole range."""
+    random = np.random.default_rng(0)
+    if mode in ("I;16", "I"):
+        numbers = random.integers(0, 65536, (SIDE, SIDE))
+        return PILImage.fromarray(numbers.astype(np.uint16 if mode == "I;16" else np.int32))
+    if mode == "F":
+        return PILImage.fromarray(random.random((SIDE, SIDE), dtype=np.float32))
+    if mode == "LAB":
+        return PILImage.merge("LAB", [PILImage.fromarray(random.integers(0, 256, (SIDE, SIDE), np.uint8))] * 3)
+    rgba = PILImage.fromarray(random.integers(0, 256, (SIDE, SIDE, 4), np.uint8))
+    if mode == "PA":
+        return rgba.convert("RGB").convert("P").convert("PA")
+    if mode in ("LA", "La"):
+        grey = rgba.convert("LA")
+        return grey if mode == "LA" else grey.convert("La")
+    return rgba.convert(mode) if mode in ("RGBA", "RGBa") else rgba.convert("RGB").convert(mode)
+
+
+def reference(image: PILImage.Image, channels: int) -> np.ndarray:
+    """The value by numpy alone: (channels, h, w) in [−1, 1], composited over `BACKGROUND`."""
+    if image.mode in ("I;16", "I"):
+        return np.stack([np.asarray(image, np.float64) / 65535] * channels) * 2 - 1
+    if image.mode == "F":
+        return np.stack([np.asarray(image, np.float64)] * channels) * 2 - 1
+    if image.mode == "LAB":
+        pytest.skip("its colours are a colour profile's: see the law of greys")
+    plain = image.convert("LA") if image.mode == "La" else image
+    rgba = np.asarray(plain.convert("RGBA"), np.float64)
+    alpha = rgba[..., 3:] / 255
+    rgb = rgba[..., :3] * alpha + np.array(BACKGROUND) * (1 - alpha)
+    if channels == 1:
+        rgb = rgb @ np.array([0.299, 0.587, 0.114])[:, None]
+    return rgb.transpose(2, 0, 1) / 127.5 - 1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_is_converted_and_composited(mode: str, channels: int) -> None:
+    raw = picture(mode)
+    value = modality(channels, background=BACKGROUND).preprocess(raw)
+    two_levels = 2.01 * 2 / 255  # compositing and the grey of a colour round to 8 bits
+    np.testing.assert_allclose(value.numpy(), reference(raw, channels), rtol=0, atol=two_levels)
+    assert (value.abs() <= 1).all()
+
+
+def test_a_grey_of_lab_is_grey() -> None:
+    raw = PILImage.merge("LAB", [PILImage.new("L", (SIDE, SIDE), level) for level in (128, 128, 128)])
+    red, green, blue = modality(3).preprocess(raw)[:, 0, 0].tolist()
+    assert max(red, green, blue) - min(red, green, blue) < 0.05 and -0.5 < red < 0.5
+
+
+@pytest.mark.parametrize("hidden", [(0, 0, 0), (255, 0, 0)])
+def test_what_lies_under_transparent_pixels_is_never_seen(hidden: tuple[int, int, int]) -> None:
+    pixels = np.zeros((SIDE, SIDE, 4), np.uint8)
+    pixels[..., :3] = hidden
+    raw = PILImage.fromarray(pixels)
+    assert torch.equal(modality(3).preprocess(raw), torch.ones(3, SIDE, SIDE))  # the default background is white
+    grown = PILImage.fromarray(np.kron(pixels, np.ones((2, 2, 1), np.uint8)))
+    assert torch.equal(modality(3, resize=True).preprocess(grown), torch.ones(3, SIDE, SIDE))
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "RGB"])
+def test_a_transparent_colour_of_a_png_counts(mode: str) -> None:
+    file = io.BytesIO()
+    transparency = {"P": 0, "L": 0, "RGB": (0, 0, 0)}[mode]
+    PILImage.new(mode, (SIDE, SIDE), 0).save(file, "PNG", transparency=transparency)
+    raw = {"bytes": file.getvalue(), "path": None}
+    assert torch.equal(modality(3).preprocess(raw), torch.ones(3, SIDE, SIDE))
+
+
+@pytest.mark.parametrize("mode", ["I;16", "F"])
+def test_sixteen_bits_survive_files_and_resizing(mode: str, tmp_path: Path) -> None:
+    raw = picture(mode)
+    path = tmp_path / f"deep.{'png' if mode == 'I;16' else 'tiff'}"
+    raw.save(path)
+    own = modality(1)
+    value = own.preprocess(raw)
+    assert len(value.unique()) > SIDE * SIDE - 3  # 8 bits would merge some
+    assert torch.equal(own.preprocess(own.parse(str(path))), value)
+    grown = PILImage.fromarray(np.kron(np.asarray(raw), np.ones((2, 2), np.asarray(raw).dtype)))
+    grown.save(path)
+    resizing = modality(1, resize=True)
+    assert torch.equal(resizing.preprocess(grown), resizing.preprocess(resizing.parse(str(path))))
+
+
+# --------------------------------------------------------------------------------------------------------------- EXIF
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_is_obeyed_by_every_way_in(orientation: int, kind: str, tmp_path: Path) -> None:
+    stored = PILImage.fromarray(np.kron([[0, 80, 160], [200, 40, 255]], np.ones((16, 16))).astype(np.uint8))
+    exif = PILImage.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"photo.{kind.lower()}"
+    stored.save(path, kind, exif=exif, **({} if kind == "TIFF" else {"quality": 100}))
+    opened = PILImage.open(path)
+    opened.load()  # Pillow turns a TIFF here, and would turn it twice
+    upright = ImageOps.exif_transpose(opened)
+    own = Image(Shape((1, upright.height, upright.width), 4, 4), 1, [upright.height, upright.width])
+    expected = own.preprocess(PILImage.fromarray(np.asarray(upright.convert("L"))))
+    stored_file = {"bytes": path.read_bytes(), "path": None}
+    ways = [PILImage.open(path), stored_file, {"bytes": None, "path": str(path)}, own.parse(str(path))]
+    assert all(torch.equal(own.preprocess(raw), expected) for raw in ways)
+    size = Image.settings_from_data(None, [stored_file])["size"]
+    assert size == [upright.height, upright.width]
+    assert torch.equal(own.preprocess(np.asarray(upright.convert("L"))), expected)
+
+
+# ----------------------------------------------------------------------------------------------- settings of a column
+
+
+@pytest.mark.parametrize(
+    ("modes", "channels"), [(("L", "1", "LA", "I;16"), 1), (("L", "RGB"), 3), (("L", "L", "P"), 3), (("CMYK",), 3)]
+)
+def test_channels_are_read_from_the_whole_column(modes: tuple[str, ...], channels: int) -> None:
+    raws = [None, *map(picture, modes)]
+    assert Image.settings_from_data(None, raws) == {"channels": channels, "size": [SIDE, SIDE]}
+    sets = ImageSet.settings_from_data(None, [raws[1:], None])
+    assert sets == {"channels": channels, "size": [SIDE, SIDE], "max_images": len(modes)}
+
+
+def test_several_sizes_are_refused_with_two_of_them() -> None:
+    raws = [PILImage.new("L", size) for size in ((8, 8), (9, 7), (8, 8))]
+    with pytest.raises(InputError, match="9x7.*8x8.*resize: true"):
+        Image.settings_from_data(None, raws)
+    assert Image.settings_from_data(None, raws, size=8) == {"channels": 1}
+
+
+@pytest.mark.parametrize("background", [-1, 256, [0, 0], [0, 0, 300], 0.5])
+def test_a_background_is_a_colour(background: Any) -> None:
+    with pytest.raises(InputError, match="^background = "):
+        modality(3, background=background)
+
+
+# --------------------------------------------------------------------------------------------------------- unreadable
+
+
+def jpeg() -> bytes:
+    file = io.BytesIO()
+    PILImage.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def enormous() -> bytes:
+    file = io.BytesIO()
+    PILImage.new("1", (20000, 10000)).save(file, "PNG")
+    return file.getvalue()
+
+
+BROKEN = {
+    "truncated": jpeg()[:700],
+    "empty": b"",
+    "text": b"hello",
+    "half a PNG": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
+    "above Pillow's limit": enormous(),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_cannot_be_read_is_one_line_with_the_file(name: str) -> None:
+    masked = MaskedImage(Shape((3, SIDE, SIDE), 4, 4), 3, SIDE, resize=True)
+    for own in (modality(3, resize=True), masked):
+        with pytest.raises(InputError, match="photo.jpg.*cannot be read") as caught:
+            own.preprocess({"bytes": BROKEN[name], "path": "photo.jpg"})
+        assert "\n" not in str(caught.value) and "0x" not in str(caught.value)
+    with pytest.raises(InputError, match="nowhere.png"):
+        modality(3).preprocess({"bytes": None, "path": "nowhere.png"})
