@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image as PILImage
-from PIL import ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from mmdiff.errors import InputError
 
@@ -29,13 +30,14 @@ def opened(key: str, raw: Any) -> PILImage.Image:
         InputError: naming the file, where there is one.
     """
     if isinstance(raw, PILImage.Image):
-        return raw
+        return _unmapped(raw)
     if isinstance(raw, np.ndarray) and raw.dtype == np.uint8 and raw.ndim in (2, 3):
         return _read(key, f"array {raw.shape}", lambda: PILImage.fromarray(raw))
     if not (isinstance(raw, Mapping) and set(raw) == {"bytes", "path"}):
         raise InputError(key, type(raw).__name__, "is no image; check data.columns")
     name = raw["path"] or f"{len(raw['bytes'] or b'')} bytes"
-    return _read(key, name, lambda: PILImage.open(raw["path"] if raw["bytes"] is None else io.BytesIO(raw["bytes"])))
+    file = raw["path"] if raw["bytes"] is None else io.BytesIO(raw["bytes"])
+    return _read(key, name, lambda: _unmapped(PILImage.open(file)))
 
 
 def loaded(key: str, raw: Any) -> PILImage.Image:
@@ -48,7 +50,7 @@ def loaded(key: str, raw: Any) -> PILImage.Image:
 def size_of(image: PILImage.Image) -> tuple[int, int]:
     """(height, width) of the upright image, from its header."""
     if image.format == "TIFF":
-        image.load()  # Pillow turns these itself, at a moment that depends on its version
+        image.load()  # Pillow turns these itself, in some versions when they are opened
     inside = image.format == "PNG" and "exif" not in image.info  # PIL would read all pixels to look behind them
     turned = not inside and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
     return (image.width, image.height) if turned else (image.height, image.width)
@@ -135,6 +137,12 @@ def _read(key: str, name: str, read: Callable[[], PILImage.Image]) -> PILImage.I
         raise InputError(key, name, "cannot be read as an image: no format that Pillow knows") from None
     except _UNREADABLE as error:
         raise InputError(key, name, f"cannot be read as an image: {error}") from None
+
+
+def _unmapped(image: PILImage.Image) -> PILImage.Image:
+    """The image from memory, where Pillow 13 would map a turned TIFF with its sides exchanged and scramble it."""
+    turned = isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(_ORIENTATION, 1) > 4
+    return PILImage.open(io.BytesIO(Path(image.filename).read_bytes())) if turned and image.filename else image
 
 
 def _name(raw: Any) -> str:
