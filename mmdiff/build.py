@@ -10,7 +10,8 @@ import torch
 from mmdiff.config import Config
 from mmdiff.data import Holes, Rows, StandIn, Table, open_splits
 from mmdiff.data.embeddings import add_embeddings
-from mmdiff.data.files import undecoded
+from mmdiff.data.files import undecoded, with_images
+from mmdiff.data.sources import folder_of
 from mmdiff.errors import InputError
 from mmdiff.modalities import find_modality
 from mmdiff.model import MTDiffusionModel
@@ -66,7 +67,7 @@ def open_rows(config: Config) -> tuple[Rows, Rows]:
     """(training rows, held-out rows), with the embeddings that are to be computed."""
     data = config.data
     splits = open_splits(data.source, data.split, data.validation_split, data.holdout, data.options)
-    splits = tuple(undecoded(rows) for rows in splits)
+    splits = tuple(undecoded(_with_images(config, rows)) for rows in splits)
     for name, encoder in data.embeddings.items():
         column = config.column(name)
         splits = tuple(
@@ -76,6 +77,15 @@ def open_rows(config: Config) -> tuple[Rows, Rows]:
             for rows in splits
         )
     return splits
+
+
+def _with_images(config: Config, rows: Rows) -> Rows:
+    """Columns of paths as images, where a modality reads images."""
+    folder = folder_of(config.data.source)
+    for name in sorted(set(config.modalities) - set(config.data.masking)):
+        if find_modality(config.modalities[name].kind, f"modalities.{name}.kind").reads_images:
+            rows = with_images(rows, f"data.columns.{name}", config.column(name), folder)
+    return rows
 
 
 def build_model(config: Config) -> MTDiffusionModel:

@@ -59,7 +59,7 @@ class EmbeddingConfig(Strict):
 class DataConfig(Strict):
     """Where rows come from."""
 
-    source: str  # an embedded set (digits, shapes), a hub name, a folder, or a parquet file or glob
+    source: str  # an embedded set (digits, shapes, folders …), a file or glob, a folder, or a hub name
     options: dict[str, Any] = {}  # arguments of the source: of an embedded set, or of `datasets.load_dataset`
     columns: dict[str, str] = {}  # {modality: column}; default: the column of the modality's own name
     masking: dict[str, MaskingConfig] = {}  # {modality: holes}: made from the anchor, not read from a column

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+from mmdiff.errors import InputError
+
+IMAGE_SUFFIXES = frozenset(ImageFolder.EXTENSIONS)
+STORED = datasets.Image(decode=False)
 
 
 def undecoded(rows: Any) -> Any:
@@ -24,3 +31,46 @@ def _switch_off(feature: Any) -> None:
         feature.decode = False
     elif isinstance(feature, datasets.List | datasets.LargeList):
         _switch_off(feature.feature)
+
+
+def with_images(rows: Any, key: str, column: str, folder: Path) -> Any:
+    """The same rows, a column of paths, or of lists of paths, as one of images.
+
+    Args:
+        rows: of a source; other rows, and other types of column, are returned as they are.
+        key: of the config, for errors.
+        column: its name.
+        folder: where relative paths start.
+
+    Raises:
+        InputError: for a URL, naming the row.
+    """
+    feature = rows.features.get(column) if isinstance(rows, datasets.Dataset) else None
+    many = isinstance(feature, datasets.List)
+    if not _is_text(feature.feature if many else feature):
+        return rows
+
+    def convert(values: list[Any], indices: list[int]) -> dict[str, list[Any]]:
+        found = []
+        for value, index in zip(values, indices):
+            where = f"{key}={column}, row {index}"
+            found.append([_file(where, v, folder) for v in value or ()] if many else _file(where, value, folder))
+        return {column: found}
+
+    features = rows.features.copy()
+    features[column] = datasets.List(STORED) if many else STORED
+    return rows.map(
+        convert, batched=True, with_indices=True, input_columns=[column], features=features, keep_in_memory=True
+    )
+
+
+def _is_text(feature: Any) -> bool:
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+
+
+def _file(where: str, text: str | None, folder: Path) -> dict[str, Any] | None:
+    if not text:
+        return None
+    if "://" in text:
+        raise InputError(where, text, "is a URL; download the images and name files")
+    return {"bytes": None, "path": str(folder / Path(text).expanduser())}

@@ -1,29 +1,55 @@
-"""Where rows come from: the embedded data sets, and any Hugging Face data set by hub name, folder or parquet files."""
+"""Where rows come from: embedded data sets, local files and folders, and data sets of the Hugging Face hub."""
 
 from __future__ import annotations
 
+import glob
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
 
-from mmdiff.data import abo, bags, digits, shape_bags
+from mmdiff.data import abo, bags, digits, folders, shape_bags
+from mmdiff.data.files import IMAGE_SUFFIXES
 from mmdiff.data.table import ROW, Rows
 from mmdiff.errors import InputError
+
+#: {suffix: (builder of `datasets`, its arguments)}: nothing else is opened, as others may run code or unpickle
+BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".parquet": ("parquet", {}),
+    ".arrow": ("arrow", {}),
+    ".tar": ("webdataset", {}),
+}
+_HUB_BUILDERS = {*(builder for builder, _ in BUILDERS.values()), "imagefolder"}
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_REFUSED = {  # options of `datasets.load_dataset` that change the kind of thing it gives
+    "split": "set data.split instead",
+    "streaming": "is not supported yet; leave it out",
+    "trust_remote_code": "code of a data set is never run; leave it out",
+    "num_proc": "is not needed; leave it out",
+}
 
 
 def _bags(source: str, **options: Any) -> Mapping[str, Rows]:
     """Any other source as bags of its views, see `mmdiff.data.bags.load`."""
-    return bags.load(_load(source, {}), **options)
+    return bags.load(load(source, {}), **options)
 
 
 EMBEDDED: dict[str, Callable[..., Mapping[str, Rows]]] = {
     "abo": abo.load,
     "bags": _bags,
     "digits": digits.load,
+    "folders": folders.load,
     "shapes": shape_bags.load,
 }
+
+
+_KNOWN = f"embedded sets: {', '.join(EMBEDDED)}; or a folder, a file of {', '.join(BUILDERS)}, a hub name"
 
 
 def open_splits(
@@ -32,52 +58,141 @@ def open_splits(
     validation_split: str = "validation",
     holdout: int | None = None,
     options: Mapping[str, Any] | None = None,
+    hub: bool = True,
 ) -> tuple[Rows, Rows]:
     """The training rows and the held-out rows of a source.
 
     Args:
-        source: a key of `EMBEDDED`, a hub name, a local folder, or a parquet file or glob.
+        source: a key of `EMBEDDED`; a local file or glob with a suffix of `BUILDERS`; a folder (of such files, of
+            images, or saved by `datasets`); or a hub name.
         split, validation_split: names of the two splits.
         holdout: k; instead of a validation split hold out the training rows with index % k == k − 1.
         options: arguments of the embedded set, or of `datasets.load_dataset`.
+        hub: whether a name that is no local path may be asked for on the hub.
 
     Raises:
-        InputError: naming data.source, data.options, data.split or data.validation_split.
+        InputError: naming data.source, data.options, data.split, data.validation_split or data.holdout.
     """
-    splits = _load(source, dict(options or {}))
+    splits = load(source, dict(options or {}), hub)
     if split not in splits:
         raise InputError("data.split", split, f"the source has the splits {', '.join(splits)}")
+    if isinstance(splits[split], datasets.Dataset) and ROW in splits[split].column_names:
+        raise InputError("data.source", source, f"has a column {ROW}, a name that mmdiff uses itself; rename it")
     if holdout is not None:
-        rows = splits[split]
-        if isinstance(rows, datasets.Dataset):
-            if ROW in rows.column_names:
-                raise InputError("data.source", source, f"has a column {ROW}, which mmdiff uses itself; rename it")
-            rows = rows.add_column(ROW, list(range(len(rows))))  # errors name a row by its number in the source
-        held_out = [i for i in range(len(rows)) if i % holdout == holdout - 1]
-        kept = [i for i in range(len(rows)) if i % holdout != holdout - 1]
-        return rows.select(kept), rows.select(held_out)
+        return _held_out(splits[split], holdout)
     if validation_split not in splits:
         raise InputError(
             "data.validation_split",
             validation_split,
             f"the source has the splits {', '.join(splits)}; name one, or hold out every 10th row with data.holdout=10",
         )
+    for key, name in (("split", split), ("validation_split", validation_split)):
+        if not len(splits[name]):
+            sizes = ", ".join(f"{name} {len(rows)}" for name, rows in splits.items())
+            raise InputError(f"data.{key}", name, f"has no rows; rows by split: {sizes}")
     return splits[split], splits[validation_split]
 
 
-def _load(source: str, options: dict[str, Any]) -> Mapping[str, Rows]:
+def _held_out(rows: Rows, holdout: int) -> tuple[Rows, Rows]:
+    held_out = [i for i in range(len(rows)) if i % holdout == holdout - 1]
+    kept = [i for i in range(len(rows)) if i % holdout != holdout - 1]
+    if not held_out or not kept:
+        remedy = f"leaves {len(held_out)} held-out rows of {len(rows)}; take a number from 2 to {len(rows)}"
+        raise InputError("data.holdout", holdout, remedy)
+    if isinstance(rows, datasets.Dataset):
+        rows = rows.add_column(ROW, list(range(len(rows))))  # errors name a row by its number in the source
+    return rows.select(kept), rows.select(held_out)
+
+
+def load(source: str, options: dict[str, Any], hub: bool = True) -> Mapping[str, Rows]:
+    """{split: rows} of a source; arguments and errors as of `open_splits`."""
     if source in EMBEDDED:
         try:
             return EMBEDDED[source](**options)
         except TypeError as error:
             raise InputError("data.options", options, f"do not fit {source}: {error}") from None
+    for name, reason in _REFUSED.items():
+        if name in options:
+            raise InputError(f"data.options.{name}", options[name], reason)
+    _refuse_urls("data.options", options)
+    _refuse_urls("data.source", source)
+    opened = _open_path(source, options) if is_path(source) else _open_hub(source, options, hub)
+    return opened if isinstance(opened, Mapping) else {str(opened.split or "train"): opened}
+
+
+def is_path(source: str) -> bool:
+    """Whether a source is a path, by its look or because it is there."""
+    looks = source.startswith((".", "/", "~")) or Path(source).suffix in BUILDERS or glob.has_magic(source)
+    return looks or Path(source).expanduser().exists()
+
+
+def folder_of(source: str) -> Path:
+    """The folder that relative paths in the rows of a source start from."""
+    path = Path(source).expanduser()
+    return path if path.is_dir() else path.parent
+
+
+def _refuse_urls(key: str, value: Any) -> None:
+    """Only files of this machine and names of the hub are opened."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            _refuse_urls(f"{key}.{name}", inner)
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and ("://" in text or "::" in text):
+            raise InputError(key, text, "is a URL; download it and name the file")
+
+
+def _open_path(source: str, options: dict[str, Any]) -> Any:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _open_folder(source, path, options)
+    found = glob.glob(str(path), recursive=True) if glob.has_magic(source) else [str(path)]  # noqa: PTH207 any root
+    files = sorted(file for file in found if Path(file).is_file())
+    if not files:
+        raise InputError("data.source", source, f"cannot be opened: no such file or folder; {_KNOWN}")
+    suffixes = {Path(file).suffix.lower() for file in files}
+    if len(suffixes) > 1 or not suffixes <= set(BUILDERS):
+        found = ", ".join(sorted(suffixes))
+        raise InputError("data.source", source, f"holds files of {found}; one kind of {', '.join(BUILDERS)} is read")
+    builder, arguments = BUILDERS[suffixes.pop()]
+    return _datasets(source, builder, data_files=files, **{**arguments, **options})
+
+
+def _open_folder(source: str, path: Path, options: dict[str, Any]) -> Any:
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return _call(source, lambda: datasets.load_from_disk(str(path), **options))
+    suffixes = {file.suffix.lower() for file in path.rglob("*") if file.is_file()}
+    if suffixes & IMAGE_SUFFIXES:
+        return _datasets(source, "imagefolder", data_dir=str(path), **options)
+    tables = suffixes & set(BUILDERS)
+    if len(tables) != 1:
+        found = ", ".join(sorted(suffixes - {""})) or "no files"
+        raise InputError("data.source", source, f"a folder of images or of one kind of {', '.join(BUILDERS)}; {found}")
+    suffix = tables.pop()
+    builder, arguments = BUILDERS[suffix]
+    return _datasets(source, builder, data_dir=str(path), **{**arguments, **options})
+
+
+def _open_hub(source: str, options: dict[str, Any], hub: bool) -> Any:
+    if not _HUB_NAME.fullmatch(source):
+        raise InputError("data.source", source, f"cannot be opened: neither a path nor a hub name; {_KNOWN}")
+    if not hub:
+        raise InputError("data.source", source, "is a hub name in a folder of someone else's; pass the trust flag")
+    builder = _call(source, lambda: datasets.load_dataset_builder(source, **options), f"; {_KNOWN}")
+    kind = type(builder).__module__.removeprefix("datasets.packaged_modules.").split(".")[0]
+    if kind not in _HUB_BUILDERS:
+        raise InputError("data.source", source, f"is read by the builder {kind}, which is not among those allowed")
+    return _datasets(source, source, **options)
+
+
+def _datasets(source: str, path: str, **arguments: Any) -> Any:
+    return _call(source, lambda: datasets.load_dataset(path, **arguments))
+
+
+def _call(source: str, call: Callable[[], Any], known: str = "") -> Any:
     try:
-        if source.endswith(".parquet"):
-            return datasets.load_dataset("parquet", data_files=source, **options)
-        return datasets.load_dataset(source, **options)
+        return call()
     except Exception as error:  # the hub client and the builders raise many kinds; the person needs one line
-        local = Path(source).expanduser()
-        known = (
-            "" if local.exists() else f"; embedded sets: {', '.join(EMBEDDED)}; or a folder, a parquet file, a hub name"
-        )
-        raise InputError("data.source", source, f"cannot be opened ({type(error).__name__}: {error}){known}") from error
+        cause = error.__cause__ or error
+        reason = f"{type(cause).__name__}: {cause}".partition("\n")[0]
+        raise InputError("data.source", source, f"cannot be opened ({reason}){known}") from error

@@ -49,6 +49,8 @@ class Modality(nn.Module, ABC):
     predicts_anchor: ClassVar[bool] = False
     #: Whether the model can give the modality. One that it cannot only conditions: no head, no L2 term (`Condition`).
     generated: ClassVar[bool] = True
+    #: Whether raw values are images, so that a text column of their paths is read as the images.
+    reads_images: ClassVar[bool] = False
     #: Whether an observed value fixes parts of the anchor, see `known_part`.
     fixes_anchor: ClassVar[bool] = False
 

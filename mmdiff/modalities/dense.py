@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -47,6 +47,8 @@ class Dense(Modality):
         channels, size: taken from the data where the config leaves them out.
         mean, std: of the data, over all channels and pixels; read from the first rows where the config leaves them out.
     """
+
+    reads_images: ClassVar[bool] = True
 
     def __init__(self, shape: Shape, channels: int, size: Size, mean: float = 0.0, std: float = 1.0) -> None:
         super().__init__(shape)

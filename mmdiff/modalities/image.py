@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL
@@ -48,6 +48,8 @@ class Image(Modality):
         latent_channels, latent_factor: of the autoencoder; read from it where the config leaves them out.
         head: whether a Gaussian head is built; the anchor needs none, the backbone's prediction is its own.
     """
+
+    reads_images: ClassVar[bool] = True
 
     def __init__(
         self,

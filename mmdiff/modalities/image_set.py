@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image as PILImage
@@ -41,6 +41,8 @@ class ImageSet(Condition):
         observe_as: how a set reaches the backbone: "context" (the embedding) or "channels" (E, a map).
         map_size: side of E's own grid, repeated to the size of the diffusion space. Default: the full size.
     """
+
+    reads_images: ClassVar[bool] = True
 
     def __init__(
         self,

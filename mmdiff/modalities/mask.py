@@ -5,7 +5,7 @@ from __future__ import annotations
 import colorsys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -47,6 +47,8 @@ class Mask(Modality):
         palette_size: side of each class's own pattern, repeated over the diffusion space. 1 (one vector per class)
             needs a diffusion space of two channels or more.
     """
+
+    reads_images: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -49,6 +49,7 @@ class MaskedImage(Modality):
     aggregable: ClassVar[bool] = False
     predicts_anchor: ClassVar[bool] = True
     fixes_anchor: ClassVar[bool] = True
+    reads_images: ClassVar[bool] = True
 
     def __init__(self, shape: Shape, channels: int, size: Size, resize: bool = False, fill: str = "zero") -> None:
         super().__init__(shape)

@@ -1,0 +1,69 @@
+"""Paired folders: files of one stem in several folders are one row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import datasets
+
+from mmdiff.data.files import IMAGE_SUFFIXES
+from mmdiff.errors import InputError
+
+SPLITS = ("train", "validation", "test")
+
+
+def load(**options: str) -> Mapping[str, datasets.Dataset]:
+    """{split: rows} with a column of images for each folder.
+
+    Args:
+        options: {column: folder}. Rows are the files' paths below the folders, without their endings. Sub-folders
+            train, validation and test are splits where every folder has them.
+
+    Raises:
+        InputError: for a folder that is not there, two files of one stem, or a stem that a folder lacks.
+    """
+    roots = {column: _folder(column, folder) for column, folder in options.items()}
+    if len(roots) < 1:
+        raise InputError("data.options", options, "name the folders: {image: photos, mask: masks}")
+    splits = [name for name in SPLITS if all((root / name).is_dir() for root in roots.values())]
+    if splits:
+        return {name: _rows({c: root / name for c, root in roots.items()}, name) for name in splits}
+    return {"train": _rows(roots, "train")}
+
+
+def _folder(column: str, folder: str) -> Path:
+    root = Path(folder).expanduser() if isinstance(folder, str) else None
+    if root is None or not root.is_dir():
+        raise InputError(f"data.options.{column}", folder, "no such folder")
+    return root
+
+
+def _rows(roots: Mapping[str, Path], split: str) -> datasets.Dataset:
+    files = {column: _files(column, root) for column, root in roots.items()}
+    every = sorted(set().union(*files.values()))
+    for column, found in files.items():
+        lost = [stem for stem in every if stem not in found]
+        if lost:
+            shown = ", ".join(lost[:3]) + (", …" if len(lost) > 3 else "")
+            count = f"{len(lost)} of {len(every)} stems"
+            raise InputError(
+                f"data.options.{column}", str(roots[column]), f"lacks {count}: {shown}; files pair by stem"
+            )
+    columns = {c: [{"bytes": None, "path": str(found[stem])} for stem in every] for c, found in files.items()}
+    features = datasets.Features({column: datasets.Image() for column in columns})
+    return datasets.Dataset.from_dict(columns, features=features, split=datasets.NamedSplit(split))
+
+
+def _files(column: str, root: Path) -> dict[str, Path]:
+    """{path without its ending: file} of all images below a folder."""
+    found: dict[str, Path] = {}
+    for file in sorted(root.rglob("*")):
+        if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file():
+            stem = file.relative_to(root).with_suffix("").as_posix()
+            if stem in found:
+                raise InputError(f"data.options.{column}", str(file), f"has the stem of {found[stem].name}; keep one")
+            found[stem] = file
+    if not found:
+        raise InputError(f"data.options.{column}", str(root), "holds no images")
+    return found

@@ -1,0 +1,277 @@
+"""Every kind of source gives the same rows; what is no source is refused in one line that says why."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import pickle
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmdiff.build import build
+from mmdiff.config import Config
+from mmdiff.data import open_splits
+from mmdiff.data.files import undecoded
+from mmdiff.errors import InputError
+
+Configure = Callable[..., Config]
+COUNT = 12
+NAMES = ("cat", "dog", "owl")
+
+
+def photos(folder: Path, count: int = COUNT, ending: str = "png") -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 8, 8), dtype=np.uint8)
+    paths = [folder / f"p{index:02d}.{ending}" for index in range(count)]
+    for path, image in zip(paths, pixels):
+        Image.fromarray(image).save(path)
+    return paths
+
+
+def rows(root: Path) -> list[dict[str, Any]]:
+    """Paths relative to ``root``, and labels."""
+    return [
+        {"image": str(path.relative_to(root)), "label": index % 3} for index, path in enumerate(photos(root / "photos"))
+    ]
+
+
+def _delimited(root: Path, name: str, delimiter: str) -> str:
+    with (root / name).open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["image", "label"], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows(root))
+    return str(root / name)
+
+
+def _json_lines(root: Path) -> str:
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(root)))
+    return str(root / "rows.jsonl")
+
+
+def _json(root: Path) -> str:
+    (root / "rows.json").write_text(json.dumps(rows(root)))
+    return str(root / "rows.json")
+
+
+def _table(root: Path) -> datasets.Dataset:
+    columns = {"image": [Image.open(root / r["image"]) for r in rows(root)], "label": [i % 3 for i in range(COUNT)]}
+    types = {"image": datasets.Image(), "label": datasets.Value("int64")}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(types))
+
+
+def _parquet(root: Path) -> str:
+    _table(root).to_parquet(root / "rows.parquet")
+    return str(root / "rows.parquet")
+
+
+def _glob(root: Path) -> str:
+    table = _table(root)
+    for part in range(2):
+        table.select(range(part * 6, part * 6 + 6)).to_parquet(root / f"part-{part}.parquet")
+    return str(root / "part-*.parquet")
+
+
+def _saved(root: Path) -> str:
+    _table(root).save_to_disk(root / "saved")
+    return str(root / "saved")
+
+
+def _saved_splits(root: Path) -> str:
+    datasets.DatasetDict({"train": _table(root)}).save_to_disk(root / "saved")
+    return str(root / "saved")
+
+
+def _arrow(root: Path) -> str:
+    return str(next(Path(_saved(root)).glob("*.arrow")))
+
+
+def _metadata(root: Path) -> str:
+    lines = [json.dumps({"file_name": Path(r["image"]).name, "label": r["label"]}) for r in rows(root)]
+    (root / "photos" / "metadata.jsonl").write_text("\n".join(lines))
+    return str(root / "photos")
+
+
+SOURCES: dict[str, Callable[[Path], str]] = {
+    "csv": lambda root: _delimited(root, "rows.csv", ","),
+    "tsv": lambda root: _delimited(root, "rows.tsv", "\t"),
+    "json": _json,
+    "jsonl": _json_lines,
+    "parquet": _parquet,
+    "glob": _glob,
+    "arrow": _arrow,
+    "saved": _saved,
+    "saved splits": _saved_splits,
+    "metadata": _metadata,
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_every_kind_of_source_gives_the_same_values(kind: str, tmp_path: Path, configure: Configure) -> None:
+    source = SOURCES[kind](tmp_path)
+    values = build(configure(f"data.source={source}", "data.holdout=12")).train.all().values
+    images = np.stack([np.asarray(Image.open(path)) for path in photos(tmp_path / "photos")[:11]])
+    assert np.array_equal(((values["image"][:, 0] + 1) * 127.5).round().numpy(), images)
+    assert values["label"].tolist() == [index % 3 for index in range(11)]
+
+
+def test_class_folders_are_labels(tmp_path: Path, configure: Configure) -> None:
+    for name in NAMES:
+        photos(tmp_path / "data" / name, 4)
+    built = build(configure(f"data.source={tmp_path / 'data'}", "data.holdout=4"))
+    assert built.config.modalities["label"].settings()["names"] == list(NAMES)
+    assert built.train.all().values["label"].bincount().tolist() == [3, 3, 3]
+
+
+def test_webdataset_shards(tmp_path: Path, configure: Configure) -> None:
+    with tarfile.open(tmp_path / "shard-0.tar", "w") as tar:
+        for index, path in enumerate(photos(tmp_path / "photos")):
+            tar.add(path, f"{index:03d}.png")
+            label = tarfile.TarInfo(f"{index:03d}.cls")
+            label.size = 1
+            tar.addfile(label, io.BytesIO(str(index % 3).encode()))
+    columns = ["data.columns.image=png", "data.columns.label=cls", "data.holdout=4"]
+    values = build(configure(f"data.source={tmp_path / 'shard-*.tar'}", *columns)).train.all().values
+    assert sorted(values["label"].tolist()) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
+    source = _json_lines(tmp_path)
+    assert len(open_splits(source, holdout=4)[0]) == 9
+    with Path(source).open("a") as file:
+        file.write(json.dumps({"image": "photos/p00.png", "label": 1}) + "\n")
+    assert len(open_splits(source, holdout=4)[0]) == 10
+
+
+# ------------------------------------------------------------------------------------------------------ paired folders
+
+
+def pair(root: Path, *parts: str) -> dict[str, str]:
+    for part in parts or ("",):
+        photos(root / "photos" / part, 4, "jpg")
+        photos(root / "masks" / part, 4)
+    return {"image": str(root / "photos"), "mask": str(root / "masks")}
+
+
+def test_folders_pair_by_stem(tmp_path: Path) -> None:
+    train, held_out = open_splits("folders", holdout=2, options=pair(tmp_path))
+    assert len(train) == len(held_out) == 2 and {"image", "mask"} <= set(train.column_names)
+    for row in undecoded(train):
+        assert Path(row["image"]["path"]).stem == Path(row["mask"]["path"]).stem
+
+
+def test_sub_folders_are_splits(tmp_path: Path) -> None:
+    assert [len(part) for part in open_splits("folders", options=pair(tmp_path, "train", "validation"))] == [4, 4]
+
+
+def test_files_that_do_not_pair_are_named(tmp_path: Path) -> None:
+    options = pair(tmp_path)
+    Image.new("L", (8, 8)).save(tmp_path / "photos" / "lonely.png")
+    with pytest.raises(InputError, match="mask = .*lacks 1 of 5 stems: lonely"):
+        open_splits("folders", holdout=2, options=options)
+    Image.new("L", (8, 8)).save(tmp_path / "photos" / "p00.bmp")
+    with pytest.raises(InputError, match="p00"):
+        open_splits("folders", holdout=2, options=options)
+    for bad in ({"image": "nowhere"}, {"image": 3}, {}):
+        with pytest.raises(InputError, match=r"^data\.options"):
+            open_splits("folders", holdout=2, options=bad)
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+def refusal(source: str, **arguments: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        open_splits(source, **{"holdout": 2, **arguments})
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://x.org/a.parquet", "https://x.org/a.csv", "ftp://x/a.tar", "hf://datasets/a/b", "zip://a::b", "s3://b/a"],
+)
+def test_urls_are_refused(url: str, tmp_path: Path) -> None:
+    assert refusal(url).startswith(f"data.source = '{url}': is a URL")
+    assert "is a URL" in refusal(_parquet(tmp_path), options={"data_files": {"train": [url]}})
+
+
+@pytest.mark.parametrize("name", ["split", "streaming", "trust_remote_code", "num_proc"])
+def test_options_that_change_the_kind_of_thing_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    assert refusal(_parquet(tmp_path), options={name: "train"}).startswith(f"data.options.{name} = ")
+
+
+def test_an_unknown_option_is_one_line(tmp_path: Path) -> None:
+    assert "surprise" in refusal(_parquet(tmp_path), options={"surprise": 1})
+
+
+@pytest.mark.parametrize("source", ["nowhere.csv", "./nowhere", "~/nowhere/at/all", "nowhere/*.parquet", "/nowhere"])
+def test_a_path_that_is_not_there_is_never_asked_for_on_the_hub(source: str) -> None:
+    assert "no such file or folder" in refusal(source)
+
+
+@pytest.mark.parametrize(("holdout", "rows_"), [(100, 12), (13, 12)])
+def test_an_empty_split_is_refused_with_both_numbers(holdout: int, rows_: int, tmp_path: Path) -> None:
+    message = refusal(_parquet(tmp_path), holdout=holdout)
+    assert f"data.holdout = {holdout}" in message and f"of {rows_}" in message
+    table = _table(tmp_path)
+    datasets.DatasetDict({"train": table, "validation": table.select([])}).save_to_disk(tmp_path / "saved")
+    assert "train 12, validation 0" in refusal(str(tmp_path / "saved"), holdout=None)
+
+
+def test_a_column_of_our_own_name_is_refused(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"__row__": [1] * 8}).to_parquet(tmp_path / "rows.parquet")
+    assert "__row__" in refusal(str(tmp_path / "rows.parquet"))
+
+
+def test_an_image_url_in_a_row_is_named(tmp_path: Path, configure: Configure) -> None:
+    lines = rows(tmp_path)
+    lines[5]["image"] = "https://x.org/a.png"
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(InputError, match="row .*https://x.org/a.png.*is a URL"):
+        build(configure(f"data.source={tmp_path / 'rows.jsonl'}", "data.holdout=4"))
+
+
+class Payload:
+    """Makes a marker when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("ending", ["pkl", "pickle", "pt", "py"])
+def test_what_would_run_code_is_never_opened(ending: str, tmp_path: Path) -> None:
+    marker, folder = tmp_path / "marker", tmp_path / "data"
+    folder.mkdir()
+    body = f"open({str(marker)!r}, 'w')".encode() if ending == "py" else pickle.dumps(Payload(marker))
+    (folder / f"data.{ending}").write_bytes(body)
+    assert "data.source" in refusal(str(folder)) and "data.source" in refusal(str(folder / f"data.{ending}"))
+    assert not marker.exists()
+
+
+def test_a_member_of_a_shard_is_never_unpickled(tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for index, ending in enumerate(["pyd", "pickle", "pth", "npy"] * 2):
+            body = pickle.dumps(Payload(marker))
+            member = tarfile.TarInfo(f"{index:03d}.{ending}")
+            member.size = len(body)
+            tar.addfile(member, io.BytesIO(body))
+    with contextlib.suppress(InputError):
+        open_splits(str(tmp_path / "s.tar"), holdout=2)
+    assert not marker.exists()
+
+
+def test_names_of_the_hub_may_be_forbidden() -> None:
+    assert "hub name" in refusal("someone/something", hub=False)
