@@ -16,8 +16,8 @@ def in_batches(
     observed: dict[str, Tensor],
     generator: torch.Generator | list[torch.Generator] | None,
     **arguments: Any,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(samples, last draws) of ``count`` samples, at most ``size`` at once.
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """(samples, last draws, weights) of ``count`` samples, at most ``size`` at once.
 
     Args:
         pipeline: what is called; its progress bar counts samples, and its own are silent meanwhile.
@@ -40,10 +40,10 @@ def in_batches(
                 bar.update(rows.stop - start)
         finally:
             pipeline.set_progress_bar_config(**shown)
-    samples, draws = (
+    samples, draws, weights = (
         {name: _joined([part[name] for part in side]) for name in side[0]} for side in zip(*parts, strict=True)
     )
-    return samples, draws
+    return samples, draws, weights
 
 
 def _joined(parts: list[Any]) -> Any:

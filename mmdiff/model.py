@@ -18,6 +18,7 @@ from mmdiff.backbones import BACKBONES, Backbone, Observation
 from mmdiff.errors import InputError
 from mmdiff.modalities import Modality, Shape, custom_kinds, find_modality
 
+TRUST = "to import it pass trust_custom_modalities=True, on the command line --trust-custom-modalities"
 _HUB_ARGUMENTS = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
@@ -95,11 +96,12 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
         if not trust_custom_modalities:
             hub = {key: value for key, value in kwargs.items() if key in _HUB_ARGUMENTS}
             _refuse_custom(cls.load_config(pretrained_model_name_or_path, **hub))  # before weights are looked for
-        dtype = kwargs.pop("torch_dtype", None)  # diffusers would build in it, and not every start can be drawn in it
+        # diffusers would build in it, and leave it as the process's default where a start cannot be drawn in it
+        chosen = dtypes(kwargs.pop("torch_dtype", None), kwargs.pop("dtype", None))["model"]
         # low_cpu_mem_usage builds on the meta device, where the fixed starts of palettes and maps have no values
-        kwargs = {"low_cpu_mem_usage": False, "trust_custom_modalities": trust_custom_modalities, **kwargs}
-        model = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        return model if dtype is None else nn.Module.to(model, dtype)
+        kwargs |= {"low_cpu_mem_usage": False, "use_safetensors": True}
+        kwargs |= {"trust_custom_modalities": trust_custom_modalities}
+        return in_dtype(super().from_pretrained(pretrained_model_name_or_path, **kwargs), chosen)
 
     @classmethod
     def from_config(
@@ -169,9 +171,51 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
         )
 
 
+DTYPES = {
+    **dict.fromkeys(("float32", "fp32", "float"), torch.float32),
+    **dict.fromkeys(("float16", "fp16", "half"), torch.float16),
+    **dict.fromkeys(("bfloat16", "bf16"), torch.bfloat16),
+    **dict.fromkeys(("float64", "double"), torch.float64),
+}
+
+
+def dtypes(torch_dtype: Any, dtype: Any = None) -> dict[str, torch.dtype | None]:
+    """{component: dtype}, as diffusers' arguments of these names say; None: as the weights are built.
+
+    Args:
+        torch_dtype, dtype: either of them: a dtype, its name, "auto" (None), or {component: one of these}, in which
+            "default" stands for the others.
+
+    Raises:
+        InputError: for anything else, and where the two disagree.
+    """
+    if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
+        raise InputError("dtype", dtype, f"contradicts torch_dtype = {torch_dtype}; pass one of them")
+    given = dtype if torch_dtype is None else torch_dtype
+    named = given if isinstance(given, Mapping) else {"default": given}
+    for name in set(named) - {"default", "model", "autoencoder"}:
+        raise InputError(f"torch_dtype.{name}", named[name], "names no network; choose default, model or autoencoder")
+    return {name: _dtype(named.get(name, named.get("default"))) for name in ("model", "autoencoder")}
+
+
+def _dtype(given: Any) -> torch.dtype | None:
+    found = DTYPES.get(given.removeprefix("torch.")) if isinstance(given, str) and given != "auto" else given
+    if found is None or found == "auto":
+        if given in (None, "auto"):
+            return None
+    elif isinstance(found, torch.dtype) and found.is_floating_point:
+        return found
+    raise InputError("torch_dtype", given, f"choose a floating torch dtype, auto or one of {', '.join(DTYPES)}")
+
+
+def in_dtype(network: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """The network in a precision, or as it is."""
+    return network if dtype is None else nn.Module.to(network, dtype)
+
+
 def _refuse_custom(config: Mapping[str, Any]) -> None:
     for key, path in custom_kinds(config.get("modality_config", {}), "modalities"):
-        raise InputError(key, path, "is code of its author's; pass trust_custom_modalities=True to import it")
+        raise InputError(key, path, f"is code of its author's; {TRUST}")
 
 
 def _backbone(config: Mapping[str, Any]) -> tuple[type[Backbone], dict[str, Any]]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mmdiff.errors import InputError
 from mmdiff.modalities import Modality
 from mmdiff.model import MTDiffusionModel
+from mmdiff.requests import plain
 
 
 def observed_values(model: MTDiffusionModel, observed: Mapping[str, Any], batch_size: int | None) -> dict[str, Tensor]:
@@ -40,17 +42,51 @@ def observed_values(model: MTDiffusionModel, observed: Mapping[str, Any], batch_
 def _values(model: MTDiffusionModel, name: str, raw: Any) -> Tensor:
     modality: Modality = model.modalities[name]
     try:
-        if not isinstance(raw, Tensor):
-            many = raw if isinstance(raw, list | tuple) else [raw]
+        raw = _stacked(raw)
+        if isinstance(raw, Tensor):
+            value = _as_batch(raw, modality)
+            modality.check(value)
+            modality.check_observed(value)
+        else:
+            many = _separate(raw, len(modality.value_shape))
             if not many:
                 raise InputError(name, raw, "is empty; leave the modality out to draw it")
-            value = torch.stack([modality.preprocess(item) for item in many])
-        else:
-            value = raw if raw.ndim > len(modality.value_shape) else raw[None]
-            modality.check(value)
+            value = torch.stack([modality.preprocess(plain(name, item)) for item in many])
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise InputError(name, "NaN or infinity", "every number must be finite")
     except InputError as error:
         raise InputError(f"observed.{name}", error.value, error.remedy) from None
     return value.to(model.device, model.value_dtype if value.is_floating_point() else None)
+
+
+def _stacked(raw: Any) -> Any:
+    """A list of tensors of one shape as one tensor."""
+    many = isinstance(raw, list | tuple) and raw and all(isinstance(item, Tensor) for item in raw)
+    return torch.stack(list(raw)) if many and len({item.shape for item in raw}) == 1 else raw
+
+
+def _as_batch(raw: Tensor, modality: Modality) -> Tensor:
+    """(B, …), whole numbers of any width as int64."""
+    value = raw if raw.ndim > len(modality.value_shape) else raw[None]
+    whole = not (raw.is_floating_point() or raw.is_complex() or raw.dtype == torch.bool)
+    return value.to(modality.placeholder().dtype) if whole and not modality.placeholder().is_floating_point() else value
+
+
+def _separate(raw: Any, dimensions: int) -> list[Any]:
+    """The raw values of a batch: of a list of things, of an array (B, …), or of one thing alone."""
+    if isinstance(raw, np.ndarray):
+        return list(raw) if raw.ndim > max(dimensions, 0) else [raw]
+    if isinstance(raw, list | tuple):
+        return [raw] if 0 < _depth(raw) <= dimensions else list(raw)
+    return [raw]
+
+
+def _depth(raw: Any) -> int:
+    """How deep numbers lie in nested lists; 0 where something else does."""
+    if isinstance(raw, list | tuple):
+        inner = _depth(raw[0]) if raw else 0
+        return inner + 1 if inner or (raw and isinstance(raw[0], int | float | np.number)) else 0
+    return 0
 
 
 def weights_of(model: MTDiffusionModel, values: Mapping[str, Tensor], size: int | None = None) -> dict[str, Tensor]:

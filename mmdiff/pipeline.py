@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.utils import BaseOutput
@@ -17,13 +19,15 @@ from mmdiff.batches import in_batches
 from mmdiff.conditioning import Conditioning, Ways, aggregated_names, conditioning_of, feed_for
 from mmdiff.errors import InputError
 from mmdiff.modalities import Modality
-from mmdiff.model import MTDiffusionModel
+from mmdiff.model import MTDiffusionModel, dtypes, in_dtype
 from mmdiff.observed import observed_values, weights_of
 from mmdiff.reading import heads, heads_of_noised_anchor, read_levels
 from mmdiff.replacement import renoised, replaced, visits
-from mmdiff.schedulers import SCHEDULERS, MTScheduler
+from mmdiff.requests import check_finite, generators, plain, scales, whole
+from mmdiff.schedulers import SCHEDULERS, MTScheduler, as_ours
 from mmdiff.steering import branches, fed_encoding, steered
 
+_COMPONENTS = ("model", "scheduler", "autoencoder")
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -65,42 +69,53 @@ class MTDiffusionPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, trust_custom_modalities: bool = False, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        trust_custom_modalities: bool = False,
+        model: MTDiffusionModel | None = None,
+        scheduler: MTScheduler | None = None,
+        autoencoder: AutoencoderKL | None = None,
+        torch_dtype: Any = None,
+        dtype: Any = None,
+        **kwargs: Any,
     ) -> MTDiffusionPipeline:
         """Load a folder or a hub repository that `save_pretrained` or `push_to_hub` wrote.
 
         Args:
             pretrained_model_name_or_path: the folder or the repository.
             trust_custom_modalities: import the modalities that the model's config names by import path.
-            kwargs: for the components' own `from_pretrained`: torch_dtype, revision, token, cache_dir …
+            model, scheduler, autoencoder: used in place of the folder's own.
+            torch_dtype, dtype: of the networks, either of them: a torch dtype, its name, "auto" (float32), or
+                {component: dtype}, "default" standing for the others.
+            kwargs: of the hub: revision, token, cache_dir, local_files_only, force_download.
 
         Raises:
             InputError: when the folder holds another pipeline, or names custom modalities that are not trusted; nothing
                 of it is imported or run.
         """
-        hub = {key: value for key, value in kwargs.items() if key in _HUB_ARGUMENTS}
-        index = cls.load_config(pretrained_model_name_or_path, **hub)
-        for name, known in (("model", (MTDiffusionModel,)), ("scheduler", tuple(SCHEDULERS.values()))):
-            homes = [[component.__module__, component.__name__] for component in known]
-            if index.get(name) not in homes:
-                expected = " or ".join(map(str, homes))
+        for key, value in kwargs.items():
+            if key not in _HUB_ARGUMENTS:
+                near = difflib.get_close_matches(key, (*_COMPONENTS, *_HUB_ARGUMENTS, "torch_dtype"), n=1)
                 raise InputError(
-                    f"model_index.json: {name}", index.get(name), f"is no mmdiff pipeline; expected {expected}"
+                    key, type(value).__name__, f"unknown argument; did you mean {near[0] if near else 'none'}?"
                 )
-        kind = next(kind for kind in SCHEDULERS.values() if kind.__name__ == index["scheduler"][1])
-        model = MTDiffusionModel.from_pretrained(
-            pretrained_model_name_or_path,
-            subfolder="model",
-            trust_custom_modalities=trust_custom_modalities,
-            **kwargs,
-        )
-        scheduler = kind.from_pretrained(pretrained_model_name_or_path, subfolder="scheduler", **hub)
-        autoencoder = None
-        if index.get("autoencoder", [None])[0] is not None:
-            autoencoder = AutoencoderKL.from_pretrained(
-                pretrained_model_name_or_path, subfolder="autoencoder", **kwargs
-            )
+        path, chosen = pretrained_model_name_or_path, dtypes(torch_dtype, dtype)
+        index = cls.load_config(path, **kwargs)
+        _check_index(index)
+        if model is None:
+            trust = {"trust_custom_modalities": trust_custom_modalities}
+            model = MTDiffusionModel.from_pretrained(path, subfolder="model", dtype=chosen["model"], **trust, **kwargs)
+        if scheduler is None:
+            kind = next(kind for kind in SCHEDULERS.values() if kind.__name__ == index["scheduler"][1])
+            scheduler = kind.from_pretrained(path, subfolder="scheduler", **kwargs)
+        if autoencoder is None and index.get("autoencoder", [None])[0] is not None:
+            autoencoder = AutoencoderKL.from_pretrained(path, subfolder="autoencoder", use_safetensors=True, **kwargs)
+            autoencoder = in_dtype(autoencoder, chosen["autoencoder"])
         return cls(model=model.eval(), scheduler=scheduler, autoencoder=autoencoder)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A scheduler of diffusers becomes ours with that solver."""
+        super().__setattr__(name, as_ours(value, self.__dict__.get(name)) if name == "scheduler" else value)
 
     @torch.no_grad()
     def __call__(
@@ -122,7 +137,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
         return_last_draws: bool = False,
         max_batch_size: int | None = None,
         return_dict: bool = True,
-    ) -> MTDiffusionPipelineOutput | tuple[dict[str, Any], dict[str, Any]]:
+    ) -> MTDiffusionPipelineOutput | tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
         """Draw every modality that is not observed.
 
         Args:
@@ -153,21 +168,22 @@ class MTDiffusionPipeline(DiffusionPipeline):
                 draws of the last denoising step.
             return_last_draws: report those draws beside the final read.
             max_batch_size: how many samples are computed at once; guidance evaluates them once more for each modality.
-            return_dict: False returns the tuple (samples, last_draws).
+            return_dict: False returns the tuple (samples, last_draws, weights).
 
         Raises:
             InputError: naming the argument, the value and the remedy.
         """
         if output_type not in ("pil", "pt"):
             raise InputError("output_type", output_type, "choose pil or pt")
-        if batch_size is not None and batch_size < 1:
-            raise InputError("batch_size", batch_size, "draw at least one sample")
+        batch_size = None if batch_size is None else whole("batch_size", batch_size, 1)
+        max_batch_size = None if max_batch_size is None else whole("max_batch_size", max_batch_size, 1)
+        num_inference_steps = whole("num_inference_steps", num_inference_steps, 0)
+        guidance_scale = scales("guidance_scale", guidance_scale)
+        self_guidance_scale = plain("self_guidance_scale", self_guidance_scale)
+        resampling, read_timesteps = plain("resampling", resampling), plain("read_timesteps", read_timesteps)
         values = observed_values(self.model, observed or {}, batch_size)
         count = len(next(iter(values.values()))) if values else batch_size or 1
-        if isinstance(generator, list) and len(generator) != count:
-            raise InputError("generator", f"{len(generator)} generators", f"needs one, or one per sample: {count}")
-        if max_batch_size is not None and max_batch_size < 1:
-            raise InputError("max_batch_size", max_batch_size, "needs one sample or more; leave it out for one batch")
+        generator = generators(generator, count)
         names = aggregated_names(aggregate, self.peak_weights())
         denoising = num_inference_steps != 0
         plan = conditioning_of(
@@ -175,8 +191,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
         )
         levels = read_levels(read_timesteps, self.model, len(self.scheduler))
         if max_batch_size is not None and count > max_batch_size:
-            weights = weights_of(self.model, values, max_batch_size) if return_dict else {}
-            samples, draws = in_batches(
+            samples, draws, weights = in_batches(
                 self,
                 max_batch_size,
                 count,
@@ -195,7 +210,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
                 final_read=final_read,
                 return_last_draws=return_last_draws,
             )
-            return MTDiffusionPipelineOutput(samples, draws, weights) if return_dict else (samples, draws)
+            return MTDiffusionPipelineOutput(samples, draws, weights) if return_dict else (samples, draws, weights)
         draws: dict[str, Tensor] = {}
         samples = dict(values)
         if self.model.anchor not in values:
@@ -210,10 +225,11 @@ class MTDiffusionPipeline(DiffusionPipeline):
             read = final_read or self.model.anchor in values
             samples |= self._read(samples, plan.channels, levels, generator) if read else draws
         draws = draws if return_last_draws else {}
+        check_finite({**samples, **draws})
         samples = {name: self._finish(name, samples[name], output_type) for name in self.model.names if name in samples}
         draws = {name: self._finish(name, value, output_type) for name, value in draws.items()}
-        weights = weights_of(self.model, values) if return_dict else {}
-        return MTDiffusionPipelineOutput(samples, draws, weights) if return_dict else (samples, draws)
+        weights = weights_of(self.model, values)
+        return MTDiffusionPipelineOutput(samples, draws, weights) if return_dict else (samples, draws, weights)
 
     def _denoise(
         self,
@@ -298,3 +314,16 @@ class MTDiffusionPipeline(DiffusionPipeline):
 
     def _finish(self, name: str, value: Tensor, output_type: str) -> Any:
         return value if output_type == "pt" else self.model.modalities[name].postprocess(value)
+
+
+def _check_index(index: Mapping[str, Any]) -> None:
+    """Refuse what is no pipeline of ours, before anything of it is imported."""
+    for name, known in (("model", (MTDiffusionModel,)), ("scheduler", tuple(SCHEDULERS.values()))):
+        homes = [[component.__module__, component.__name__] for component in known]
+        if index.get(name) not in homes:
+            expected = " or ".join(map(str, homes))
+            remedy = f"is no mmdiff pipeline; expected {expected}"
+            raise InputError(f"model_index.json: {name}", index.get(name), remedy)
+
+
+diffusers.MTDiffusionPipeline = MTDiffusionPipeline  # `DiffusionPipeline.from_pretrained` looks classes up there

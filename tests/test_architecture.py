@@ -21,6 +21,7 @@ LAYERS = {
     **dict.fromkeys(
         ("objective", "batches", "conditioning", "steering", "reading", "replacement", "observed", "pipeline"), 3
     ),
+    "requests": 2,
     **dict.fromkeys(("resolve", "build", "evaluation"), 4),
     **dict.fromkeys(("training", "plots", "report"), 5),
     "sampling": 6,

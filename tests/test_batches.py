@@ -90,7 +90,7 @@ def test_last_draws_are_joined_and_names_may_come_from_an_iterator(load: Load) -
     assert_close(whole.samples, parts.samples)
     assert_close(whole.last_draws, parts.last_draws)
     assert parts.last_draws.keys() == {"depth", "embedding", "label", "mask", "masked_image"}
-    samples, draws = load()(4, generator=one_each(4), max_batch_size=3, return_dict=False, **settings)
+    samples, draws, _ = load()(4, generator=one_each(4), max_batch_size=3, return_dict=False, **settings)
     assert samples.keys() == parts.samples.keys() and draws.keys() == parts.last_draws.keys()
 
 

@@ -264,7 +264,8 @@ def test_outputs_are_ordinary_tensors() -> None:
 def test_last_draws_are_reported_when_asked_for() -> None:
     pipe = build()
     settings = {"batch_size": 2, "num_inference_steps": STEPS, "output_type": "pt"}
-    samples, draws = pipe(**settings, generator=seeded(), return_last_draws=True, return_dict=False)
+    samples, draws, weights = pipe(**settings, generator=seeded(), return_last_draws=True, return_dict=False)
+    assert weights == {}
     assert draws.keys() == {"label"} and draws["label"].shape == (2,)
     assert torch.equal(sample(pipe, batch_size=2, final_read=False)["label"], draws["label"])
     assert_same(samples, sample(pipe, batch_size=2))
@@ -298,9 +299,9 @@ TWO = [seeded(0), seeded(1)]
         ({"batch_size": 3, "generator": TWO}, "generator = '2 generators': needs one, or one per sample: 3"),
         ({"batch_size": 0}, "batch_size = 0: "),
         ({"batch_size": -1}, "batch_size = -1: "),
-        ({"batch_size": 3, "max_batch_size": 0}, "max_batch_size = 0: needs one sample or more"),
+        ({"batch_size": 3, "max_batch_size": 0}, "max_batch_size = 0: needs a whole number, 1 at least"),
         ({"aggregate": ["image"]}, "aggregate = 'image': has no weight; weighted: label"),
-        ({"num_inference_steps": -1}, "num_inference_steps = -1: needs 1 … num_train_timesteps = 20"),
+        ({"num_inference_steps": -1}, "num_inference_steps = -1: needs a whole number, 0 at least"),
         ({"num_inference_steps": 0}, "num_inference_steps = 0: needs an observed modality whose head predicts the anc"),
         ({"num_inference_steps": 0, "observed": {"label": 1}}, "num_inference_steps = 0: needs an observed modality"),
         ({"num_inference_steps": T + 1}, "num_inference_steps = 21: needs 1 … num_train_timesteps = 20"),

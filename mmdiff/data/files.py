@@ -11,6 +11,7 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from mmdiff.errors import InputError
 
+ROW = "__row__"  # the column of a row's number in the source
 IMAGE_SUFFIXES = frozenset(ImageFolder.EXTENSIONS)
 STORED = datasets.Image(decode=False)
 
@@ -50,18 +51,18 @@ def with_images(rows: Any, key: str, column: str, folder: Path) -> Any:
     if not _is_text(feature.feature if many else feature):
         return rows
 
-    def convert(values: list[Any], indices: list[int]) -> dict[str, list[Any]]:
+    def convert(values: list[Any], numbers: list[int]) -> dict[str, list[Any]]:
         found = []
-        for value, index in zip(values, indices):
-            where = f"{key}={column}, row {index}"
+        for value, number in zip(values, numbers):
+            where = f"{key}={column}, row {number}"
             found.append([_file(where, v, folder) for v in value or ()] if many else _file(where, value, folder))
         return {column: found}
 
     features = rows.features.copy()
     features[column] = datasets.List(STORED) if many else STORED
-    return rows.map(
-        convert, batched=True, with_indices=True, input_columns=[column], features=features, keep_in_memory=True
-    )
+    counted = ROW in rows.column_names
+    inputs = {"input_columns": [column, ROW]} if counted else {"input_columns": [column], "with_indices": True}
+    return rows.map(convert, batched=True, features=features, keep_in_memory=True, desc=f"Files of {column}", **inputs)
 
 
 def _is_text(feature: Any) -> bool:

@@ -11,12 +11,12 @@ import datasets
 import torch
 from torch import Tensor
 
+from mmdiff.data.files import ROW
 from mmdiff.data.masking import known_masks
 from mmdiff.data.sampler import Visit
 from mmdiff.errors import InputError, at
 from mmdiff.randomness import uniform
 
-ROW = "__row__"
 logger = logging.getLogger(__name__)
 
 

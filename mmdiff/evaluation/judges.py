@@ -64,7 +64,8 @@ def _run(name: str, folder: Path, trust: bool) -> Judge:
 
     def read(images: Tensor) -> Tensor:
         parts = [
-            pipeline(observed={model.anchor: part}, output_type="pt").samples[name] for part in images.split(_BATCH)
+            pipeline(observed={model.anchor: part.clamp(-1, 1)}, output_type="pt").samples[name]
+            for part in images.split(_BATCH)
         ]
         return torch.cat(parts)
 

@@ -170,6 +170,9 @@ class Modality(nn.Module, ABC):
                 "value", shown, f"expected {wanted.dtype} of shape (B, {', '.join(map(str, self.value_shape))})"
             )
 
+    def check_observed(self, value: Tensor) -> None:
+        """Refuse observed values whose numbers lie where no data do; samples of the heads may lie there."""
+
     # -------------------------------------------------------------------------------------------- value -> diffusion
 
     @property

@@ -30,6 +30,18 @@ def height_width(size: Size) -> tuple[int, int]:
     return size[0], size[1]
 
 
+def check_range(key: str, value: Tensor) -> None:
+    """Refuse pixels outside [−1, 1].
+
+    Raises:
+        InputError: naming the range that was found.
+    """
+    low, high = value.aminmax()
+    if float(low) < -1 - 1e-4 or float(high) > 1 + 1e-4:
+        found = f"{float(low):.3g} … {float(high):.3g}"
+        raise InputError(key, found, "pixels of a tensor lie in [−1, 1]; for 0 … 255 pass a PIL image or a uint8 array")
+
+
 def file_at(key: str, text: str) -> Path:
     """A path that a person typed, of a file that is there."""
     path = Path(text)

@@ -17,6 +17,7 @@ from mmdiff.modalities.heads import (
     GaussianHead,
     Size,
     cells,
+    check_range,
     gaussian_nll,
     gaussian_sample,
     grown,
@@ -150,6 +151,9 @@ class Image(Modality):
             found = f"{picture.width}x{picture.height}"
             raise InputError("image", found, f"expected {self.width}x{self.height}; or set resize: true")
         return self.value(picture)
+
+    def check_observed(self, value: Tensor) -> None:
+        check_range("image", value)
 
     def parse(self, text: str) -> PILImage.Image:
         return self.fitted(open_image("image", text))

@@ -18,6 +18,7 @@ from mmdiff.modalities.base import KnownPart, Modality, Shape
 from mmdiff.modalities.heads import (
     GaussianHead,
     Size,
+    check_range,
     gaussian_nll,
     gaussian_sample,
     grid_channels,
@@ -132,6 +133,9 @@ class MaskedImage(Modality):
         known = value[:, -1]
         if not ((known == 0) | (known == 1)).all():
             raise InputError("masked_image", "its last channel", "must be 1 where a pixel is known and 0 in the hole")
+
+    def check_observed(self, value: Tensor) -> None:
+        check_range("masked_image", value[:, :-1])
 
     def postprocess(self, value: Tensor) -> list[PILImage.Image]:
         """Images with an alpha channel, transparent in the hole."""

@@ -133,7 +133,7 @@ def test_it_is_trained_saved_and_loaded_when_trusted(user: User) -> None:
     ):
         with pytest.raises(InputError) as caught:
             load(source)
-        remedy = "is code of its author's; pass trust_custom_modalities=True to import it"
+        remedy = "is code of its author's; to import it pass trust_custom_modalities=True, on the command line --trust-custom-modalities"
         assert str(caught.value) == f"modalities.depth.kind = '{KIND}': {remedy}"
         assert not user.loaded  # refused before it was imported
     assert MTDiffusionModel.from_pretrained(model, trust_custom_modalities=True)

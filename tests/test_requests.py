@@ -1,0 +1,205 @@
+"""What people pass to the pipeline: taken in every usual form, refused in one line where it makes no sense."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from networks import random_model
+from torch import Generator, Tensor
+
+from mmdiff.errors import InputError
+from mmdiff.pipeline import MTDiffusionPipeline
+from mmdiff.schedulers import MTDiffusionScheduler, MTFlowMatchScheduler
+
+T, CLASSES, DIM = 20, 3, 4
+VECTOR = [0.1, 0.2, -0.3, 0.4]
+
+
+def build(scheduler: type = MTDiffusionScheduler, **settings: Any) -> MTDiffusionPipeline:
+    kinds = {
+        "image": {"kind": "image", "channels": 1, "size": 8},
+        "label": {"kind": "label", "num_classes": CLASSES},
+        "embedding": {"kind": "embedding", "dim": DIM},
+    }
+    weights = {"label": {"schedule": "bump", "scale": 0.5}}
+    pipe = MTDiffusionPipeline(model=random_model(kinds), scheduler=scheduler(T, weights=weights, **settings))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def pipe() -> MTDiffusionPipeline:
+    return build()
+
+
+def sample(pipe: MTDiffusionPipeline, **arguments: Any) -> dict[str, Tensor]:
+    settings = {"num_inference_steps": 2, "generator": Generator().manual_seed(0), "output_type": "pt"}
+    return pipe(**{**settings, **arguments}).samples
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("plain", "other"),
+    [
+        ({"observed": {"label": 1}}, {"observed": {"label": np.int64(1)}}),
+        ({"observed": {"label": 1}}, {"observed": {"label": torch.tensor(1)}}),
+        ({"observed": {"label": [1, 2]}}, {"observed": {"label": np.array([1, 2])}}),
+        ({"observed": {"label": [1, 2]}}, {"observed": {"label": torch.tensor([1, 2], dtype=torch.int32)}}),
+        ({"observed": {"label": [1, 2]}}, {"observed": {"label": [torch.tensor(1), torch.tensor(2)]}}),
+        ({"observed": {"embedding": np.array(VECTOR)}}, {"observed": {"embedding": VECTOR}}),
+        ({"observed": {"embedding": np.array(VECTOR)}}, {"observed": {"embedding": np.array([VECTOR])}}),
+        ({"observed": {"embedding": [VECTOR, VECTOR]}}, {"observed": {"embedding": np.array([VECTOR, VECTOR])}}),
+        (
+            {"observed": {"label": 1}, "guidance_scale": 2.0},
+            {"observed": {"label": 1}, "guidance_scale": np.float32(2)},
+        ),
+        ({"num_inference_steps": 3}, {"num_inference_steps": np.int64(3)}),
+        ({"batch_size": 2}, {"batch_size": np.int32(2)}),
+    ],
+)
+def test_numbers_of_numpy_and_torch_are_numbers(pipe: MTDiffusionPipeline, plain: Any, other: Any) -> None:
+    assert same(sample(pipe, **plain), sample(pipe, **other))
+
+
+def test_generators_may_be_a_tuple(pipe: MTDiffusionPipeline) -> None:
+    found = [
+        sample(pipe, batch_size=2, generator=kind(Generator().manual_seed(k) for k in (0, 1))) for kind in (list, tuple)
+    ]
+    assert same(*found)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        ({"guidance_scale": NAN}, "guidance_scale"),
+        ({"guidance_scale": {"label": INF}, "observed": {"label": 1}}, "guidance_scale.label"),
+        ({"guidance_scale": -1.0}, "guidance_scale"),
+        ({"guidance_scale": "2"}, "guidance_scale"),
+        ({"self_guidance_scale": NAN}, "self_guidance_scale"),
+        ({"num_inference_steps": True}, "num_inference_steps"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps"),
+        ({"num_inference_steps": None}, "num_inference_steps"),
+        ({"batch_size": 2.0}, "batch_size"),
+        ({"batch_size": True}, "batch_size"),
+        ({"max_batch_size": "all"}, "max_batch_size"),
+        ({"read_timesteps": [NAN]}, "read_timesteps"),
+        ({"resampling": (INF, 1)}, "resampling"),
+        ({"generator": 3}, "generator"),
+        ({"generator": [1, 2], "batch_size": 2}, "generator"),
+        ({"observed": {"image": torch.full((1, 1, 8, 8), NAN)}}, "observed.image"),
+        ({"observed": {"image": torch.full((1, 1, 8, 8), 255.0)}}, "observed.image"),
+        ({"observed": {"image": torch.full((1, 1, 8, 8), -1.5)}}, "observed.image"),
+        ({"observed": {"embedding": [NAN, 0.0, 1.0, 2.0]}}, "observed.embedding"),
+        ({"observed": {"embedding": torch.full((1, DIM), INF)}}, "observed.embedding"),
+        ({"observed": {"embedding": [VECTOR, VECTOR[:2]]}}, "observed.embedding"),
+        ({"observed": {"embedding": np.zeros((2, 0))}}, "observed.embedding"),
+        ({"observed": {"label": torch.tensor([True])}}, "observed.label"),
+        ({"observed": {"label": np.array([])}}, "observed.label"),
+        ({"observed": {"label": None}}, "observed.label"),
+        ({"observed": {"label": {"id": 1}}}, "observed.label"),
+    ],
+)
+def test_nonsense_is_refused_by_name(pipe: MTDiffusionPipeline, arguments: Any, key: str) -> None:
+    with pytest.raises(InputError) as refusal:
+        sample(pipe, **arguments)
+    assert refusal.value.key.startswith(key) and "\n" not in str(refusal.value)
+
+
+def test_the_range_of_a_tensor_is_named(pipe: MTDiffusionPipeline) -> None:
+    with pytest.raises(InputError, match=r"0 … 255.*\[−1, 1\]"):
+        sample(pipe, observed={"image": torch.arange(64.0).reshape(1, 1, 8, 8) / 63 * 255})
+
+
+def test_samples_that_are_not_finite_are_never_returned() -> None:
+    pipe = build()
+    next(iter(pipe.model.backbone.parameters())).data.fill_(NAN)
+    with pytest.raises(InputError, match="^samples.image = 'NaN or infinity': sampling diverged"):
+        sample(pipe)
+
+
+# ------------------------------------------------------------------------------------------------ idioms of diffusers
+
+
+def test_a_scheduler_of_diffusers_becomes_ours_with_that_solver() -> None:
+    pipe = build()
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    scheduler = build(solver="DDIMScheduler").scheduler
+    expected = MTDiffusionPipeline(model=pipe.model, scheduler=scheduler)
+    assert same(sample(pipe), sample(expected)) and pipe.scheduler.config.weights == expected.scheduler.config.weights
+    arguments = {"algorithm_type": "sde-dpmsolver++"}
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **arguments)
+    assert pipe.scheduler.is_stochastic and pipe.scheduler.config.solver == "DPMSolverMultistepScheduler"
+
+
+@pytest.mark.parametrize("kind", [MTDiffusionScheduler, MTFlowMatchScheduler])
+def test_a_solver_that_does_not_fit_is_one_line_and_changes_nothing(kind: type) -> None:
+    pipe = build(kind)
+    before = pipe.scheduler
+    for other in (diffusers.EulerDiscreteScheduler(), diffusers.PNDMScheduler(), object()):
+        with pytest.raises(InputError, match=f"solver = '{type(other).__name__}'"):
+            pipe.scheduler = other
+    assert pipe.scheduler is before
+    with pytest.raises(InputError, match="^scheduler = 'DDIMScheduler'"):
+        MTDiffusionPipeline(model=pipe.model, scheduler=diffusers.DDIMScheduler())
+
+
+def test_components_are_used_and_unknown_arguments_refused(tmp_path: Path, pipe: MTDiffusionPipeline) -> None:
+    pipe.save_pretrained(tmp_path)
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, solver="DDIMScheduler")
+    loaded = MTDiffusionPipeline.from_pretrained(tmp_path, scheduler=scheduler, model=pipe.model)
+    assert loaded.scheduler is scheduler and loaded.model is pipe.model
+    for name in ("schedular", "safety_checker", "trust_remote_code"):
+        with pytest.raises(InputError, match=f"^{name} = "):
+            MTDiffusionPipeline.from_pretrained(tmp_path, **{name: True})
+    generic = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    generic.set_progress_bar_config(disable=True)
+    assert type(generic) is MTDiffusionPipeline and same(sample(generic), sample(pipe))
+
+
+@pytest.mark.parametrize("name", ["torch_dtype", "dtype"])
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (torch.float16, torch.float16), ("float16", torch.float16), ("bf16", torch.bfloat16), ("auto", torch.float32),
+        ({"default": "float16"}, torch.float16), ({"model": torch.bfloat16}, torch.bfloat16), (None, torch.float32),
+        ({"autoencoder": "fp16"}, torch.float32),
+    ],
+)  # fmt: skip
+def test_every_way_to_name_a_dtype(name: str, given: Any, expected: Any, tmp_path: Path, pipe: Any) -> None:
+    pipe.save_pretrained(tmp_path)
+    loaded = MTDiffusionPipeline.from_pretrained(tmp_path, **{name: given})
+    assert next(loaded.model.backbone.parameters()).dtype == expected
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("given", ["int8", torch.int32, 16, {"unet": "float16"}, "fast"])
+def test_what_is_no_dtype_is_one_line_and_the_default_stays(given: Any, tmp_path: Path, pipe: Any) -> None:
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="^torch_dtype"):
+        MTDiffusionPipeline.from_pretrained(tmp_path, torch_dtype=given)
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("copied", [lambda p: pickle.loads(pickle.dumps(p)), copy.deepcopy])
+def test_a_pipeline_pickles_and_copies(copied: Any, pipe: MTDiffusionPipeline) -> None:
+    assert same(sample(copied(pipe)), sample(pipe))
+
+
+def test_a_tuple_loses_nothing(pipe: MTDiffusionPipeline) -> None:
+    settings = {"batch_size": 2, "num_inference_steps": 2, "output_type": "pt", "return_last_draws": True}
+    output = pipe(**settings, generator=Generator().manual_seed(0))
+    as_tuple = pipe(**settings, generator=Generator().manual_seed(0), return_dict=False)
+    assert len(as_tuple) == len(output) and same(as_tuple[0], output.samples) and same(as_tuple[1], output.last_draws)
