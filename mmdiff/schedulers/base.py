@@ -55,7 +55,8 @@ class MTScheduler(GaussianPath):
     def _prepare(self, **copied: Any) -> dict[str, dict[str, Any]]:
         """Check the choices of the config; ``copied`` are the arguments that can be changed from outside, which
         diffusers keeps as the caller's own objects. Returns the checked weights."""
-        self.register_to_config(**copy.deepcopy(copied))
+        # diffusers takes arguments given by position for defaults, which `from_config` leaves out
+        self.register_to_config(**copy.deepcopy(copied), _use_default_values=[])
         config = self.config
         self._check_choice("prediction_type", self.prediction_types)
         self._check_choice("timestep_sampling", tuple(TIMESTEP_SAMPLING))

@@ -133,8 +133,9 @@ def test_it_is_trained_saved_and_loaded_when_trusted(user: User) -> None:
     ):
         with pytest.raises(InputError) as caught:
             load(source)
-        remedy = "is code of its author's; to import it pass trust_custom_modalities=True, on the command line --trust-custom-modalities"
-        assert str(caught.value) == f"modalities.depth.kind = '{KIND}': {remedy}"
+        assert str(caught.value).startswith(f"modalities.depth.kind = '{KIND}': is code of its author's")
+        assert "trust_custom_modalities=True" in str(caught.value)  # in Python
+        assert "--trust-custom-modalities" in str(caught.value)  # on the command line
         assert not user.loaded  # refused before it was imported
     assert MTDiffusionModel.from_pretrained(model, trust_custom_modalities=True)
     assert MTDiffusionModel.from_config(described, trust_custom_modalities=True).names == ("depth", "image")
