@@ -16,10 +16,27 @@ if TYPE_CHECKING:
     from mmdiff.config import Config, SampleConfig
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Multimodal, multitask diffusion: one model for several kinds of data at once.",
 )  # fmt: skip
 app.add_typer(benchmark, name="benchmark")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from mmdiff import __version__
+
+        typer.echo(f"mmdiff {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _everything(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and stop")
+    ] = False,
+) -> None:
+    """Multimodal, multitask diffusion: one model for several kinds of data at once."""
 
 
 @app.command()
@@ -242,6 +259,7 @@ def _evaluate(
     from mmdiff.plots import side_by_side
     from mmdiff.sampling import load
 
+    records.read(run / "evaluation.json")  # a broken one is named before the work
     pipeline = load(run, solver, trust)
     train, validation = (build_table(config, pipeline.model, rows) for rows in open_rows(config))
     result = evaluators.evaluate(pipeline, config, train, validation, steps, feed, trust, conditioning, subsets)

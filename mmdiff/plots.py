@@ -65,7 +65,9 @@ def tile(images: list[Image.Image], columns: int, gap: int = 2, zoom: int = 1) -
     return canvas
 
 
-def save_grid(pipeline: MTDiffusionPipeline, path: Path, sample: SampleConfig, seed: int = 0) -> Path:
+def save_grid(
+    pipeline: MTDiffusionPipeline, path: Path, sample: SampleConfig, seed: int = 0, columns: int = COLUMNS
+) -> Path:
     """A grid of anchors: one row per value of the first modality that has a gallery, else joint samples."""
     model = pipeline.model
     generator = torch.Generator().manual_seed(seed)
@@ -73,14 +75,14 @@ def save_grid(pipeline: MTDiffusionPipeline, path: Path, sample: SampleConfig, s
     name = next((name for name, gallery in galleries.items() if gallery is not None), None)
     arguments = {"num_inference_steps": sample.steps, "feed": sample.feed, "generator": generator}
     if name is None:
-        output = pipeline(batch_size=COLUMNS**2, **arguments)
+        output = pipeline(batch_size=columns**2, **arguments)
     else:
-        rows = galleries[name].repeat_interleave(COLUMNS, dim=0)
+        rows = galleries[name].repeat_interleave(columns, dim=0)
         scales = sample.scales({name} & set(model.observable))
         output = pipeline(observed={name: rows}, guidance_scale=scales, **arguments)
     images = output.samples[model.anchor]
     path.parent.mkdir(parents=True, exist_ok=True)
-    tile(images, COLUMNS, zoom=max(1, 48 // images[0].height)).save(path)
+    tile(images, columns, zoom=max(1, 48 // images[0].height)).save(path)
     return path
 
 

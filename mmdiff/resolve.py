@@ -44,6 +44,8 @@ def resolve(config: Config, rows: Rows | None) -> Config:
         raise InputError("data", name, f"names no modality; choose from {', '.join(sorted(config.modalities))}")
     for name, law in config.data.masking.items():
         _check_holes(f"data.masking.{name}", law)
+    for name, law in config.evaluate.masks.items():
+        _check_holes(f"evaluate.masks.{name}", law)
     modalities, settings_of = {}, _all_settings(config, rows)
     for name, entry in config.modalities.items():
         kind, settings = settings_of[name]

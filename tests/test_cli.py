@@ -54,8 +54,25 @@ def test_a_second_evaluation_keeps_the_first(cli: Cli, run_copy: Path) -> None:
     drawn = [row for row in rows if row["direction"] != "image → label"]  # that is read in one evaluation
     assert {row["setting"]["steps"] for row in drawn} == {3, 5}
     assert cli("evaluate", run_copy, "evaluate.num_samples=20", "--solver", "DDIMScheduler", "--feed", "mean").code == 0
-    assert (run_copy / "evaluation-1.json").read_bytes() == first
-    assert json.loads((run_copy / "evaluation.json").read_text())["manifest"]["solver"] == "DDIMScheduler"
+    now = json.loads((run_copy / "evaluation.json").read_text())
+    assert now["manifest"]["solver"] == "DDIMScheduler"
+    (earlier,) = now["earlier"].values()
+    assert earlier == {key: json.loads(first)[key] for key in ("manifest", "rows")}
+    assert earlier["manifest"]["real rows used"] == {"training": 1498, "held out": 299}
+
+
+def test_a_broken_evaluation_is_named_and_left(cli: Cli, run_copy: Path) -> None:
+    path = run_copy / "evaluation.json"
+    path.write_text('{"manifest": {')
+    assert cli("evaluate", run_copy).complaint.startswith(f"evaluation.json = {str(path)!r}: is no whole evaluation")
+    assert path.read_text() == '{"manifest": {'
+
+
+def test_the_version_and_completion(cli: Cli) -> None:
+    import mmdiff
+
+    assert cli("--version").out == f"mmdiff {mmdiff.__version__}\n"
+    assert "--install-completion" in cli("--help").out
 
 
 def test_sample_writes_a_grid_and_prints_the_labels(cli: Cli, finished_run: Path, tmp_path: Path) -> None:

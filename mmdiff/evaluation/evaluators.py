@@ -19,7 +19,7 @@ from mmdiff.errors import InputError
 from mmdiff.evaluation import metrics
 from mmdiff.evaluation.features import distances, extractor
 from mmdiff.evaluation.judges import complete, find_judge
-from mmdiff.evaluation.records import Evaluation, Row, manifest
+from mmdiff.evaluation.records import Evaluation, Row, manifest, settings_hash
 from mmdiff.evaluation.restored import FLOORS, HoleScores
 from mmdiff.evaluation.scores import scorer
 from mmdiff.evaluation.zero_shot import ZeroShot
@@ -63,7 +63,9 @@ def evaluate(
             for row in draws(count, seed, feed or config.sample.feed):
                 row.setting |= {"steps": count, "seed": seed}
                 rows.append(row)
-    facts = scene.facts | {"feed": feed_for(feed or config.sample.feed, pipeline.scheduler.is_stochastic)}
+    known = config, steps, feed, scene.conditioning, subsets, dict(pipeline.scheduler.config)
+    feed = feed_for(feed or config.sample.feed, pipeline.scheduler.is_stochastic)
+    facts = scene.facts | {"feed": feed, "settings": settings_hash(*known)}
     return Evaluation(manifest(pipeline, config, train, validation) | facts, rows, scene.pictures)
 
 
@@ -85,22 +87,19 @@ class Scene:
     ) -> None:
         self.pipeline, self.config, self.model = pipeline, config, pipeline.model
         self.anchor = self.model.anchor
-        limit = config.evaluate.max_rows
-        real, self.held_out = train.all(limit), validation.all(limit)
+        real, self.held_out = (table.all(config.evaluate.max_rows) for table in (train, validation))
         (images,) = complete(real, self.anchor)
         self.extractor = extractor(config.evaluate.features, images)
         self.features = self.extractor(images)
         self.memory = metrics.Memory(images.numpy(), complete(self.held_out, self.anchor)[0].numpy())
         modalities = self.model.modalities
         self.read_out = [n for n in self.model.auxiliary if scorer(modalities[n]) and not modalities[n].predicts_anchor]
-        self.judges = {
-            name: judge
-            for name in self.read_out
-            if (judge := find_judge(config, self.model, name, real, trust)) is not None
-        }
+        found = {name: find_judge(config, self.model, name, real, trust) for name in self.read_out}
+        self.judges = {name: judge for name, judge in found.items() if judge is not None}
         self.restoring = [n for n in self.model.auxiliary if modalities[n].predicts_anchor]
         self.conditions = [n for n in self.model.auxiliary if not modalities[n].generated]
-        self.facts: dict[str, Any] = {"FID and KID features": self.extractor.name}
+        used = {"training": len(images), "held out": int(self.held_out.present[self.anchor].sum())}
+        self.facts: dict[str, Any] = {"real rows used": used, "FID and KID features": self.extractor.name}
         self.pictures: dict[str, list[list[PILImage.Image]]] = {}
         self._columns: dict[str, dict[str, list[PILImage.Image]]] = {}
         self.conditioning = self._usable(conditioning)

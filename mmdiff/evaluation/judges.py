@@ -18,6 +18,7 @@ from mmdiff.model import MTDiffusionModel
 from mmdiff.pipeline import MTDiffusionPipeline
 
 _BATCH = 256
+NEIGHBOURS = 3
 
 
 class Judge(NamedTuple):
@@ -46,7 +47,10 @@ def find_judge(config: Config, model: MTDiffusionModel, name: str, train: Batch,
         return Judge(f"the rule of {config.data.source}", rule)
     if isinstance(model.modalities[name], Label):
         images, labels = complete(train, model.anchor, name)
-        neighbours = NearestNeighbours(images.numpy(), labels.numpy())
+        if len(images) < NEIGHBOURS:
+            remedy = f"training rows with {name}; its judge needs {NEIGHBOURS} neighbours; add rows or leave it out"
+            raise InputError("data", len(images), remedy)
+        neighbours = NearestNeighbours(images.numpy(), labels.numpy(), NEIGHBOURS)
         return Judge("3-NN on training pixels", lambda images: torch.from_numpy(neighbours(images.float().numpy())))
     return None
 

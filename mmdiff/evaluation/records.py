@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import platform
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -17,7 +19,10 @@ from PIL import Image as PILImage
 
 from mmdiff.config import Config
 from mmdiff.data import Table
+from mmdiff.errors import InputError
 from mmdiff.pipeline import MTDiffusionPipeline
+
+_BROKEN = "is no whole evaluation and stays as it is; move it away"
 
 
 @dataclass
@@ -50,7 +55,6 @@ def manifest(pipeline: MTDiffusionPipeline, config: Config, train: Table, valida
         "data": config.data.source,
         "training rows": len(train),
         "held-out rows": len(validation),
-        "real rows used": config.evaluate.max_rows,
         "samples": config.evaluate.num_samples,
         "seeds": config.evaluate.seeds,
         "solver": pipeline.scheduler.config.solver,
@@ -86,9 +90,53 @@ def table(evaluation: Evaluation) -> str:
 
 
 def save(evaluation: Evaluation, path: Path) -> None:
-    """Write evaluation.json; an earlier one is kept under a number."""
-    make_room(path)
-    path.write_text(json.dumps(evaluation.to_json(), indent=1, ensure_ascii=False) + "\n")
+    """Write evaluation.json; results of other settings that stand there are kept in it under "earlier".
+
+    Raises:
+        InputError: what stands there cannot be read; it is left as it is.
+    """
+    kept = read(path)
+    earlier = kept.pop("earlier", {}) | ({_key(kept): kept} if kept else {})
+    now = evaluation.to_json()
+    earlier.pop(_key(now), None)
+    text = json.dumps(now | {"earlier": earlier}, indent=1, ensure_ascii=False) + "\n"
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+        written = Path(folder) / path.name
+        written.write_text(text, encoding="utf-8")
+        written.replace(path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """An evaluation.json; {} where there is none.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise InputError("evaluation.json", str(path), f"{_BROKEN} ({error})") from None
+    whole = isinstance(found, dict) and isinstance(found.get("manifest"), dict) and isinstance(found.get("rows"), list)
+    if not whole or not isinstance(found.get("earlier", {}), dict):
+        raise InputError("evaluation.json", str(path), f"{_BROKEN} (no manifest and rows)")
+    return found
+
+
+def settings_hash(config: Config, *asked: Any) -> str:
+    """Twelve digits that stand for a config and for what an evaluation was asked: for equal ones the same."""
+    kept = config.model_dump(mode="json", exclude={"output": True, "track": True, "train": {"resume", "threads"}})
+    return _digits(kept, asked)
+
+
+def _digits(*things: Any) -> str:
+    return hashlib.sha256(json.dumps(things, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _key(result: dict[str, Any]) -> str:
+    """The hash of a result's settings; of the result itself where it is older than these hashes."""
+    return result["manifest"].get("settings") or _digits(result["manifest"], result["rows"])
 
 
 def make_room(path: Path) -> None:

@@ -38,10 +38,7 @@ class ZeroShot:
     ) -> None:
         import open_clip
 
-        if "{}" not in template:
-            raise InputError(f"{KEY}.template", template, "must contain {} for the name of the class")
-        if not names:
-            raise InputError(f"{KEY}.names", names, "name the classes; the data does not")
+        check_captions(model, names, template)
         clip, preprocess = load_clip(KEY, model, pretrained, device)
         self._embed = image_tower(clip, preprocess)
         captions = open_clip.get_tokenizer(model)([template.replace("{}", name) for name in names])
@@ -59,3 +56,19 @@ class ZeroShot:
             features = torch.nn.functional.normalize(self._embed([to_pil_image(image) for image in part]), dim=1)
             found.append((features @ self._text.T).argmax(dim=1).cpu())  # (n, K) cosines -> (n,)
         return torch.cat(found)
+
+
+def check_captions(model: str, names: Sequence[str] | None, template: str) -> None:
+    """What can be known without weights.
+
+    Raises:
+        InputError: naming evaluate.zero_shot.model, .names or .template.
+    """
+    import open_clip
+
+    if "{}" not in template:
+        raise InputError(f"{KEY}.template", template, "must contain {} for the name of the class")
+    if not names:
+        raise InputError(f"{KEY}.names", names, "name the classes; the data does not")
+    if ":" not in model and model not in open_clip.list_models():
+        raise InputError(f"{KEY}.model", model, "is no model of open_clip; see open_clip.list_models()")

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmdiff.build import build_stand_in
 from mmdiff.config import Config
-from mmdiff.training.process import make_accelerator, set_threads
+from mmdiff.training.process import make_accelerator, obey_launcher, set_threads
 from mmdiff.training.tracking import Window
 from mmdiff.training.trainer import Trainer, check_finite
 
@@ -29,6 +29,7 @@ def dry_run(config: Config, steps: int = 2) -> str:
         InputError: when a setting is missing that only the data would determine.
         TrainingError: on a non-finite term.
     """
+    config = obey_launcher(config)
     set_threads(config.train.threads)
     accelerator = make_accelerator(config.train)
     config = config.model_copy(

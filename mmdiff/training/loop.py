@@ -14,7 +14,8 @@ from mmdiff import plots
 from mmdiff.build import build
 from mmdiff.config import Config
 from mmdiff.training.learning_rate import learning_rate
-from mmdiff.training.process import StopSignal, make_accelerator, set_threads
+from mmdiff.training.preflight import preflight
+from mmdiff.training.process import StopSignal, make_accelerator, obey_launcher, set_threads
 from mmdiff.training.run_folder import claim_folder
 from mmdiff.training.tracking import Tracker, Window
 from mmdiff.training.trainer import Trainer, check_finite
@@ -31,11 +32,13 @@ def train(config: Config, progress: bool = True) -> Path:
         InputError: before anything is written, when the config, the data or the run folder do not fit.
         TrainingError: on a non-finite term, naming the step, the term and the learning rate.
     """
+    config = obey_launcher(config)
     set_threads(config.train.threads)
     accelerator = make_accelerator(config.train)
     experiment = build(config)
     config, folder = experiment.config, experiment.config.folder()
     trainer = Trainer(experiment, accelerator)
+    preflight(experiment, trainer)
     done, window = claim_folder(folder, config, trainer, accelerator)
     log = Log(folder, config, done, accelerator, progress)
     stopping = False

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import signal
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
+from pydantic import ValidationError
 
-from mmdiff.config import TrainConfig
+from mmdiff.config import Config, TrainConfig
 from mmdiff.errors import InputError
 
 
@@ -60,6 +63,62 @@ class StopSignal:
         return bool(accelerator.reduce(flag, reduction="sum").item() > 0)
 
 
+_REFUSED = {  # {environment of `accelerate launch`: (flag, what means that nobody asked)}
+    "ACCELERATE_DYNAMO_BACKEND": ("--dynamo_backend", "no"),
+    "ACCELERATE_USE_DEEPSPEED": ("--use_deepspeed", "false"),
+    "ACCELERATE_USE_FSDP": ("--use_fsdp", "false"),
+    "ACCELERATE_USE_MEGATRON_LM": ("--use_megatron_lm", "false"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("--use_parallelism_config", "false"),
+    "ACCELERATE_GRADIENT_CLIPPING": ("--gradient_clipping", "none"),
+}
+
+
+def obey_launcher(config: Config) -> Config:
+    """The config with what `accelerate launch` was asked for where the config leaves the key out.
+
+    Raises:
+        InputError: the two contradict each other, or the launcher was asked for what mmdiff does not do.
+    """
+    for name, (flag, unasked) in _REFUSED.items():
+        if (value := os.environ.get(name, unasked)).lower() not in (unasked, ""):
+            raise InputError(f"accelerate launch {flag}", value, "is not supported; leave it out")
+    asked = _asked()
+    for key in asked.keys() & config.train.model_fields_set:
+        if (own := getattr(config.train, key)) != asked[key]:
+            remedy = f"but `accelerate launch` was asked for {asked[key]!r}; leave one of them out"
+            raise InputError(f"train.{key}", own, remedy)
+    tree = config.train.model_dump() | asked
+    try:
+        return config.model_copy(update={"train": TrainConfig.model_validate(tree)}) if asked else config
+    except ValidationError as error:
+        key = str(error.errors()[0]["loc"][0])
+        raise InputError(f"accelerate launch: {key}", asked[key], error.errors()[0]["msg"]) from None
+
+
+def _asked() -> dict[str, str | int]:
+    """{key of `train`: what `accelerate launch` was asked for}; "no" and 1 stand there unasked."""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and steps == "1":
+        steps = _parent_flag("gradient_accumulation_steps") or steps  # not in the environment without DeepSpeed
+    try:
+        asked = {"mixed_precision": precision, "accumulate": int(steps)}
+    except ValueError:
+        raise InputError("accelerate launch --gradient_accumulation_steps", steps, "must be a whole number") from None
+    return {key: value for key, value in asked.items() if value not in ("no", 1)}
+
+
+def _parent_flag(name: str) -> str | None:
+    """What the command line of the launcher, which is this process's parent, says."""
+    try:
+        arguments = psutil.Process().parent().cmdline()
+    except (psutil.Error, AttributeError):
+        return None
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
+    return vars(parser.parse_known_args(arguments)[0])[name]
+
+
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """The accelerator, once it is certain that it sees every process.
 
@@ -69,7 +128,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if "WORLD_SIZE" not in os.environ:  # a notebook may train twice, with another precision
         AcceleratorState._reset_state(reset_partial_state=True)
     options = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[options])
+    parts = GradientAccumulationPlugin(num_steps=1)  # the trainer averages the parts itself
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision, kwargs_handlers=[options], gradient_accumulation_plugin=parts
+    )
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world != accelerator.num_processes:
         raise InputError(

@@ -343,15 +343,23 @@ def test_the_manifest_and_the_table_say_how(five: Setup) -> None:
     json.dumps(five.found.to_json(), allow_nan=False)
 
 
-def test_saving_never_overwrites(digits: Setup, tmp_path: Path) -> None:
+def test_saving_keeps_what_was_measured_by_other_settings(digits: Setup, tmp_path: Path) -> None:
     path = tmp_path / "evaluation.json"
-    for solver in ("first", "second", "third"):
-        manifest = digits.found.manifest | {"solver": solver}
-        records.save(Evaluation(manifest, digits.found.rows), path)
-    names = ("evaluation-1.json", "evaluation-2.json", path.name)
-    saved = [json.loads((tmp_path / name).read_text()) for name in names]
-    assert [entry["manifest"]["solver"] for entry in saved] == ["first", "second", "third"]
-    assert saved[0]["rows"] == digits.found.to_json()["rows"]
+    for settings in ("first", "second", "third", "second"):
+        records.save(Evaluation(digits.found.manifest | {"settings": settings}, digits.found.rows), path)
+    saved = records.read(path)
+    assert saved["manifest"]["settings"] == "second" and set(saved["earlier"]) == {"first", "third"}
+    assert saved["earlier"]["first"]["rows"] == digits.found.to_json()["rows"]
+    assert [file.name for file in tmp_path.iterdir()] == ["evaluation.json"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"rows": []}', '{"manifest": {}, "rows": [], "earlier": 3}'])
+def test_a_broken_file_is_named_and_left(digits: Setup, tmp_path: Path, text: str) -> None:
+    path = tmp_path / "evaluation.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match="evaluation.json"):
+        records.save(digits.found, path)
+    assert path.read_text() == text
 
 
 # ------------------------------------------------------------------------- modalities of one's own, by the command line
