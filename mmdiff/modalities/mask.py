@@ -18,7 +18,6 @@ from mmdiff.modalities.base import Modality, Shape
 from mmdiff.modalities.heads import (
     Size,
     SpatialHead,
-    as_array,
     cells,
     grid_channels,
     grown,
@@ -29,23 +28,44 @@ from mmdiff.modalities.heads import (
     to_space,
     widened,
 )
-from mmdiff.modalities.pictures import loaded, resized
+from mmdiff.modalities.pictures import loaded, one_size, resized
+from mmdiff.modalities.raw_masks import (
+    check_known,
+    check_lists,
+    classes,
+    counted,
+    free_id,
+    number_of_classes,
+    own_palette,
+    packed,
+    raw_ids,
+    raw_ignore_of,
+    remedy_of,
+    shares,
+    tally,
+    unpacked,
+)
 
 
 class Mask(Modality):
-    """A map of class ids; its value is (height, width) int64, 0 … K − 1 or `ignore`.
+    """A map of classes; its value is (height, width) int64, 0 … K − 1 or the attribute `ignore`.
 
-    Ignored pixels are zero in the encoding, count nothing in the likelihood and are never predicted.
+    Ignored pixels are zero in the encoding, count nothing in the likelihood and are never predicted. A raw value is an
+    image of ids (any integer mode, also grey stored in colour), an image of colours, an array or a nested list.
 
     Args:
         shape: the surroundings, see `Modality`.
-        num_classes: K. Taken from the data where the config leaves it out.
+        num_classes: K. Taken from `values`, `colors` or the data where the config leaves it out.
         size: (height, width) in pixels, or one number for both. Taken from the data where the config leaves it out.
-        ignore: the id of pixels without a class.
+        ignore: the raw id (of coloured masks the RGB colour) of pixels without a class; null: every pixel has one.
         resize: bring masks of another size to `size` (centre crop to its shape, then nearest) instead of refusing.
-        palette: "learned", or "fixed" at its random start.
-        palette_size: side of each class's own pattern, repeated over the diffusion space. 1 (one vector per class)
+        patterns: of the encoding: "learned", or "fixed" at its random start.
+        pattern_size: side of each class's own pattern, repeated over the diffusion space. 1 (one vector per class)
             needs a diffusion space of two channels or more.
+        values: raw ids in the order of the classes, such as [0, 255]; default 0 … K − 1.
+        colors: RGB colours in the order of the classes, for masks that are stored in colour.
+        names: of the classes, for reports.
+        palette: RGB colours of the classes in pictures; default `colors`, an indexed image's own, or separate hues.
     """
 
     reads_images: ClassVar[bool] = True
@@ -55,64 +75,87 @@ class Mask(Modality):
         shape: Shape,
         num_classes: int,
         size: Size,
-        ignore: int = 255,
+        ignore: int | list[int] | None = 255,
         resize: bool = False,
-        palette: str = "learned",
-        palette_size: int = 1,
+        patterns: str = "learned",
+        pattern_size: int = 1,
+        values: list[int] | None = None,
+        colors: list[list[int]] | None = None,
+        names: list[str] | None = None,
+        palette: list[list[int]] | None = None,
     ) -> None:
         super().__init__(shape)
         channels, rows, columns = shape.space
-        if num_classes < 2:
-            raise InputError("num_classes", num_classes, "a mask needs at least two classes")
-        if not 0 <= ignore <= 255 or ignore < num_classes:
-            raise InputError("ignore", ignore, f"must be an id from {num_classes} to 255, no class's own")
-        if palette not in ("learned", "fixed"):
-            raise InputError("palette", palette, "choose learned or fixed")
-        self.num_classes, self.ignore, self.resize = num_classes, ignore, resize
+        if not 2 <= num_classes <= 255:
+            raise InputError("num_classes", num_classes, "a mask needs two classes at least, 255 at most")
+        if patterns not in ("learned", "fixed"):
+            raise InputError("patterns", patterns, "choose learned or fixed")
+        check_lists(num_classes, values=values, colors=colors, names=names, palette=palette)
+        self.num_classes, self.resize, self.names, self.coloured = num_classes, resize, names, colors is not None
+        raws = list(map(packed, colors)) if colors else list(values or range(num_classes))
+        self.raw_ignore = raw_ignore_of(ignore, raws, self.coloured)
+        plain = not (values or colors) and ignore is not None and ignore <= 255
+        self.ignore = self.raw_ignore if plain else 255  # in values, whatever stands in the files
+        self.known = {raw: index for index, raw in enumerate(raws)}
+        if self.raw_ignore is not None:
+            self.known[self.raw_ignore] = self.ignore
+        self.shown_ids = list(range(num_classes)) if self.coloured else raws
+        self.shown_ignore = free_id(self.shown_ids, self.raw_ignore)
+        self.colours = palette or colors or _hues(num_classes)
         self.height, self.width = height_width(size)
-        if palette_size < 1 or rows % palette_size or columns % palette_size:
-            raise InputError("palette_size", palette_size, f"must divide the diffusion space's {rows}x{columns}")
-        if channels * palette_size**2 == 1:
-            raise InputError("palette_size", palette_size, "one channel holds only ±1; take 2 or more")
+        if pattern_size < 1 or rows % pattern_size or columns % pattern_size:
+            raise InputError("pattern_size", pattern_size, f"must divide the diffusion space's {rows}x{columns}")
+        if channels * pattern_size**2 == 1:
+            raise InputError("pattern_size", pattern_size, "one channel holds only ±1; take 2 or more")
         self.palette = nn.Parameter(
-            _spread(num_classes, channels * palette_size**2).reshape(num_classes, channels, palette_size, palette_size),
-            requires_grad=palette == "learned",
+            _spread(num_classes, channels * pattern_size**2).reshape(num_classes, channels, pattern_size, pattern_size),
+            requires_grad=patterns == "learned",
         )
         self.head = SpatialHead(shape, num_classes, (self.height, self.width))
 
     @classmethod
     def settings_from_data(
-        cls, feature: Any, values: Iterable[Any], num_classes: int | None = None, ignore: int = 255, **_: Any
+        cls,
+        feature: Any,
+        raws: Iterable[Any],
+        /,
+        num_classes: int | None = None,
+        size: Any = None,
+        values: list[int] | None = None,
+        colors: list[list[int]] | None = None,
+        palette: Any = None,
+        **settings: Any,
     ) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        largest = -1
-        for value in values:
-            if value is None:
-                continue
-            ids = _ids(value)
-            found.setdefault("size", list(ids.shape))
-            if num_classes is not None:
-                return found
-            largest = max(largest, int(ids[ids != ignore].max(initial=-1)))
-        if largest < 0:
-            raise InputError("mask", None, "the column holds no class ids; check data.columns")
-        return {**found, "num_classes": largest + 1}
+        """The whole column is read: a raw value that stands for no class is refused with the values found."""
+        found, sizes, first = counted(raws, colors is not None)
+        ignore = raw_ignore_of(settings.get("ignore", 255), values or [], colors is not None)
+        count = len(values or colors or []) or num_classes or number_of_classes(found, ignore, "ignore" in settings)
+        known = list(map(packed, colors)) if colors else list(values or range(count))
+        check_known(found, [*known, *([] if ignore is None else [ignore])], colors is not None, remedy_of(found, count))
+        if "ignore" not in settings and ignore in found and sum(raw in found for raw in known) < 2 and not colors:
+            raise InputError(
+                "mask", ignore, f"would be ignored; found {shares(found, False)}; {remedy_of(found, count)}"
+            )
+        result: dict[str, Any] = {} if size is not None else {"size": one_size("mask", sizes)}
+        own = None if palette or colors else own_palette(first, known)
+        return {**result, "num_classes": count, **({"palette": own} if own else {})}
 
     @classmethod
     def check_readable(cls, raw: Any) -> None:
-        _ids(raw)
+        if isinstance(raw, PILImage.Image | Mapping):
+            loaded("mask", raw)
 
     def preprocess(self, raw: Any) -> Tensor:
-        ids = _ids(raw)
+        ids = raw_ids(raw, self.coloured)
         if ids.shape != (self.height, self.width):
             if not self.resize:
                 shown = f"{ids.shape[1]}x{ids.shape[0]}"
                 raise InputError("mask", shown, f"expected {self.width}x{self.height}; or set resize: true")
             picture = PILImage.fromarray(ids.astype(np.int32))
             ids = np.asarray(resized(picture, self.width, self.height, PILImage.Resampling.NEAREST))
-        value = torch.from_numpy(ids.astype(np.int64))
-        self._check_ids(value)
-        return value
+        known = self.known if self.coloured else {self.shown_ignore: self.ignore, **self.known}
+        check_known(tally(ids), list(known), self.coloured, "check num_classes, values and ignore")
+        return torch.from_numpy(classes(ids, known))
 
     def parse(self, text: str) -> PILImage.Image:
         raw = open_image("mask", text)
@@ -137,11 +180,25 @@ class Mask(Modality):
             )
 
     def postprocess(self, value: Tensor) -> list[PILImage.Image]:
-        """Coloured images of mode P, whose pixels are the ids."""
-        pictures = [PILImage.fromarray(ids) for ids in value.detach().to(torch.uint8).cpu().numpy()]
+        """Images whose pixels are the raw ids (of coloured masks the classes): of mode P in the classes' colours, of
+        mode I;16 where ids are above 255."""
+        table = np.zeros(256, dtype=np.int32)
+        table[: self.num_classes], table[self.ignore] = self.shown_ids, self.shown_ignore
+        ids = [table[one] for one in value.detach().cpu().numpy()]
+        if max(self.shown_ids) > 255:
+            return [PILImage.fromarray(one.astype(np.uint16)) for one in ids]
+        pictures = [PILImage.fromarray(one.astype(np.uint8)) for one in ids]
         for picture in pictures:
-            picture.putpalette(colours(self.num_classes, self.ignore))  # turns mode L into P
+            picture.putpalette(self._colour_table())  # turns mode L into P
         return pictures
+
+    def _colour_table(self) -> list[int]:
+        """256 RGB colours; black where no class is."""
+        colours = np.zeros((256, 3), dtype=int)
+        colours[self.shown_ids] = self.colours
+        if self.coloured and self.raw_ignore is not None:
+            colours[self.shown_ignore] = unpacked(self.raw_ignore)
+        return colours.flatten().tolist()
 
     @property
     def value_shape(self) -> tuple[int, ...]:
@@ -209,27 +266,10 @@ class Mask(Modality):
         return self._encode_shares(params.softmax(dim=1))
 
 
-def colours(num_classes: int, ignore: int = 255) -> list[int]:
-    """A palette of 256 RGB colours for PIL: well separated hues for classes, black for `ignore`."""
-    table = [0] * 768
-    for k in range(num_classes):
-        hue, lightness = k * 0.61803399 % 1.0, (0.5, 0.7, 0.35)[k % 3]  # the golden ratio spreads any number of hues
-        table[3 * k : 3 * k + 3] = [round(255 * c) for c in colorsys.hls_to_rgb(hue, lightness, 0.75)]
-    table[3 * ignore : 3 * ignore + 3] = [0, 0, 0]
-    return table
-
-
-def _ids(raw: Any) -> np.ndarray:
-    """A PIL image of ids, or a nested list -> (height, width)."""
-    if isinstance(raw, PILImage.Image | Mapping):
-        raw = loaded("mask", raw)
-        if raw.mode not in ("1", "L", "P", "I", "I;16"):
-            raise InputError("mask", raw.mode, "is no image of class ids; store ids as a PNG of mode L or P")
-        return np.asarray(raw).astype(np.int64)
-    ids = as_array(raw)
-    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
-        raise InputError("mask", type(raw).__name__, "is no map of class ids; check data.columns")
-    return ids.astype(np.int64)
+def _hues(num_classes: int) -> list[list[int]]:
+    """RGB colours of well separated hues; the golden ratio spreads any number of them."""
+    hls = ((k * 0.61803399 % 1.0, (0.5, 0.7, 0.35)[k % 3], 0.75) for k in range(num_classes))
+    return [[round(255 * c) for c in colorsys.hls_to_rgb(*colour)] for colour in hls]
 
 
 def _spread(count: int, dimension: int, tries: int = 512) -> Tensor:

@@ -342,8 +342,8 @@ CASES = [
     Case("mask", (2, 8, 8), _mask(8), masks(8), ALL_IDS, PNG, mask_law, saved, same_pixels),
     Case("fine-mask", (2, 8, 8), _mask(16), masks(8, 2), FINE_IDS, PNG, mask_law, saved, same_pixels, stride=2),
     Case("coarse-mask", (2, 8, 8), _mask(4), masks(4), FEW_IDS, PNG, mask_law, saved, same_pixels),
-    Case("patterns", (2, 8, 8), _mask(8, palette_size=2), masks(8), ALL_IDS, PNG, mask_law, saved, same_pixels),
-    Case("fixed", (3, 8, 8), _mask(8, palette="fixed"), masks(8), ALL_IDS, PNG, mask_law, saved, same_pixels),
+    Case("patterns", (2, 8, 8), _mask(8, pattern_size=2), masks(8), ALL_IDS, PNG, mask_law, saved, same_pixels),
+    Case("fixed", (3, 8, 8), _mask(8, patterns="fixed"), masks(8), ALL_IDS, PNG, mask_law, saved, same_pixels),
     Case(
         "masked-image", (3, 8, 8), _masked_image(8), masked(8), masked_pictures(8), PNG, hole_law, saved, same_pixels,
         asked=hidden_everywhere,

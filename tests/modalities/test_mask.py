@@ -32,6 +32,13 @@ def picture(ids: np.ndarray, mode: str = "L") -> PILImage.Image:
     return image
 
 
+def coloured() -> PILImage.Image:
+    """Half of it of one colour, half of another."""
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[:4, :, 0], pixels[4:, :, 1] = 9, 9
+    return PILImage.fromarray(pixels)
+
+
 def half_ignored(ignore: int = 255) -> Tensor:
     value = torch.from_numpy(IDS).clone()
     value[:, 4:] = ignore
@@ -123,9 +130,11 @@ def test_resizing_takes_the_centre_and_makes_no_new_ids() -> None:
     ("settings", "values", "found"),
     [
         ({}, [None, picture(IDS)], {"num_classes": 5, "size": [8, 8]}),
-        ({}, [picture(half_ignored()[0].numpy()), np.full((8, 8), 6)], {"num_classes": 7, "size": [8, 8]}),
+        ({}, [picture(half_ignored()[0].numpy()), IDS], {"num_classes": 5, "size": [8, 8]}),
         ({"ignore": 6}, [IDS, np.full((8, 8), 6)], {"num_classes": 5, "size": [8, 8]}),
-        ({"num_classes": 9}, iter([IDS, "never looked at"]), {"size": [8, 8]}),
+        ({"num_classes": 9}, iter([IDS]), {"num_classes": 9, "size": [8, 8]}),
+        ({"values": [0, 255], "size": 8}, [np.where(IDS > 2, 255, 0)], {"num_classes": 2}),
+        ({"colors": [[9, 0, 0], [0, 9, 0]]}, [coloured()], {"num_classes": 2, "size": [8, 8]}),
         ({}, [IDS[:4]], {"num_classes": 5, "size": [4, 8]}),
     ],
 )
@@ -140,7 +149,7 @@ def test_a_class_is_one_vector_or_one_repeated_pattern() -> None:
     constant = torch.arange(5)[:, None, None].expand(5, 8, 8)
     vectors = mask().encode(constant)
     assert torch.equal(vectors, vectors[:, :, :1, :1].expand_as(vectors))
-    patterns = mask(palette_size=2).encode(constant)
+    patterns = mask(pattern_size=2).encode(constant)
     assert torch.equal(patterns, patterns[:, :, :2, :2].repeat(1, 1, 4, 4))
     assert not torch.equal(patterns, patterns[:, :, :1, :1].expand_as(patterns))
     for encoding in (vectors.detach(), patterns.detach()):
@@ -169,13 +178,13 @@ def test_a_pixel_that_covers_several_classes_is_their_mean() -> None:
 
 @pytest.mark.parametrize("palette", ["learned", "fixed"])
 def test_a_fixed_palette_is_saved_and_not_trained(palette: str) -> None:
-    modality = mask(palette=palette)
+    modality = mask(patterns=palette)
     assert modality.palette.requires_grad is (palette == "learned")
     assert "palette" in modality.state_dict()
 
 
 def test_a_space_of_one_channel_takes_patterns() -> None:
-    findings = check_modality(lambda shape: Mask(shape, 5, 8, palette_size=2), Shape((1, 8, 8), 6, 10, 2))
+    findings = check_modality(lambda shape: Mask(shape, 5, 8, pattern_size=2), Shape((1, 8, 8), 6, 10, 2))
     assert [finding for finding in findings if finding.fault] == []
 
 
@@ -185,10 +194,10 @@ def test_a_space_of_one_channel_takes_patterns() -> None:
 @pytest.mark.parametrize(
     ("raw", "text"),
     [
-        (picture(IDS + 1), "mask = 5: is no class 0 … 4 and not ignore = 255; check num_classes and ignore"),
-        (IDS - 1, "mask = -1: is no class 0 … 4"),
+        (picture(IDS + 1), "mask = 5: is no class and not ignore; found "),
+        (IDS - 1, "mask = -1: is no class and not ignore; found "),
         (picture(IDS[:, :7]), "mask = '7x8': expected 8x8; or set resize: true"),
-        (picture(IDS).convert("RGB"), "mask = 'RGB': is no image of class ids; store ids as a PNG of mode L or P"),
+        (coloured(), "mask = 'RGB': is coloured: [0, 9, 0]: 50.0%, [9, 0, 0]: 50.0%; set colors, one RGB triple per "),
         (IDS.astype(float), "mask = 'ndarray': is no map of class ids; check data.columns"),
         (3, "mask = 'int': is no map of class ids; check data.columns"),
         (None, "mask = 'NoneType': is no map of class ids"),
@@ -214,13 +223,18 @@ def test_batches_with_other_ids_are_refused() -> None:
 @pytest.mark.parametrize(
     ("shape", "settings", "text"),
     [
-        (SHAPE, {"num_classes": 1}, "num_classes = 1: a mask needs at least two classes"),
-        (SHAPE, {"ignore": 4}, "ignore = 4: must be an id from 5 to 255, no class's own"),
-        (SHAPE, {"ignore": 256}, "ignore = 256: must be an id from 5 to 255"),
-        (SHAPE, {"palette": "random"}, "palette = 'random': choose learned or fixed"),
-        (SHAPE, {"palette_size": 3}, "palette_size = 3: must divide the diffusion space's 8x8"),
-        (SHAPE, {"palette_size": 0}, "palette_size = 0: must divide"),
-        (Shape((1, 8, 8), 4, 4), {}, "palette_size = 1: one channel holds only ±1; take 2 or more"),
+        (SHAPE, {"num_classes": 1}, "num_classes = 1: a mask needs two classes at least"),
+        (SHAPE, {"ignore": 4}, "ignore = 4: must be an integer that is no class's own, or null"),
+        (SHAPE, {"ignore": 2.5}, "ignore = 2.5: must be an integer"),
+        (SHAPE, {"values": [0, 1, 2]}, "values = [0, 1, 2]: needs 5 entries"),
+        (SHAPE, {"values": [0, 1, 2, 2, 3]}, "values = [0, 1, 2, 2, 3]: names something twice"),
+        (SHAPE, {"names": ["a"]}, "names = ['a']: needs 5 entries"),
+        (SHAPE, {"palette": [[0, 0, 300]] * 5}, "palette = "),
+        (SHAPE, {"values": [0, 1, 2, 3, 4], "colors": [[0, 0, k] for k in range(5)]}, "values = "),
+        (SHAPE, {"patterns": "random"}, "patterns = 'random': choose learned or fixed"),
+        (SHAPE, {"pattern_size": 3}, "pattern_size = 3: must divide the diffusion space's 8x8"),
+        (SHAPE, {"pattern_size": 0}, "pattern_size = 0: must divide"),
+        (Shape((1, 8, 8), 4, 4), {}, "pattern_size = 1: one channel holds only ±1; take 2 or more"),
         (SHAPE, {"size": 12}, "size = (12, 12): must be a whole multiple or a divisor of the grid (8, 8)"),
         (SHAPE, {"size": [8, 8, 8]}, "size = [8, 8, 8]: needs one number, or height and width"),
     ],
@@ -235,3 +249,70 @@ def test_impossible_settings_are_refused(shape: Shape, settings: dict[str, Any],
 def test_a_column_without_ids_is_refused(values: list[Any]) -> None:
     with pytest.raises(InputError, match="mask = None: the column holds no class ids; check data.columns"):
         Mask.settings_from_data(None, values)
+
+
+# ---------------------------------------------------------------------------------------- ids and colours of one's own
+
+RAW = {
+    "binary": ({"values": [0, 255]}, [0, 255]),
+    "gaps": ({"values": [0, 1, 2, 4]}, [0, 1, 2, 4]),
+    "descending": ({"values": [9, 3, 1]}, [9, 3, 1]),
+    "large": ({"values": [0, 1000, 40000]}, [0, 1000, 40000]),
+    "ignored": ({"values": [1, 2], "ignore": 0}, [1, 2, 0]),
+    "negative ignore": ({"num_classes": 3, "ignore": -1}, [0, 1, 2, -1]),
+    "far ignore": ({"num_classes": 3, "ignore": 1000}, [0, 1, 2, 1000]),
+    "no ignore": ({"num_classes": 3, "ignore": None}, [0, 1, 2]),
+}
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_raw_values_become_classes_and_come_back(name: str, tmp_path: Path) -> None:
+    settings, raws = RAW[name]
+    chosen = np.random.default_rng(0).integers(len(raws), size=(8, 8))
+    raw = np.array(raws)[chosen]
+    settings = {**settings, **Mask.settings_from_data(None, [raw], **settings)}
+    torch.manual_seed(0)
+    modality = Mask(SHAPE, **settings)
+    classes = torch.from_numpy(chosen)
+    expected = torch.where(classes < modality.num_classes, classes, modality.ignore)
+    assert torch.equal(modality.preprocess(raw), expected)
+    (shown,) = modality.postprocess(expected[None])
+    path = modality.save(shown, tmp_path / "shown")
+    assert torch.equal(modality.preprocess(modality.parse(str(path))), expected)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_coloured_masks_are_read_by_their_colours(mode: str, tmp_path: Path) -> None:
+    settings = {"colors": [[9, 0, 0], [0, 9, 0]], "ignore": [0, 0, 7]}
+    pixels = np.asarray(coloured()).copy()
+    pixels[0, 0] = [0, 0, 7]
+    raw = PILImage.fromarray(pixels)
+    raw = raw.quantize(3) if mode == "P" else raw.convert(mode)
+    modality = Mask(SHAPE, **settings, **Mask.settings_from_data(None, [raw], **settings))
+    value = modality.preprocess(raw)
+    assert value[1:, 0].tolist() == [0] * 3 + [1] * 4 and value[0, 0] == modality.ignore
+    (shown,) = modality.postprocess(value[None])
+    assert np.array_equal(np.asarray(shown.convert("RGB")), pixels)
+    assert torch.equal(modality.preprocess(modality.parse(str(modality.save(shown, tmp_path / "m")))), value)
+
+
+def test_the_palette_of_an_indexed_image_is_kept() -> None:
+    raw = picture(IDS, "P")
+    settings = Mask.settings_from_data(None, [raw])
+    (shown,) = Mask(SHAPE, **settings).postprocess(torch.from_numpy(IDS)[None])
+    assert np.array_equal(np.asarray(shown.convert("RGB")), np.asarray(raw.convert("RGB")))
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_classes": 2}])
+def test_a_foreground_is_never_ignored_in_silence(settings: dict[str, Any]) -> None:
+    """Masks of 0 and 255, the default `ignore`."""
+    binary = np.where(IDS > 2, 255, 0)
+    with pytest.raises(InputError, match=r"found .*255: .*values: \[0, 255\]"):
+        Mask.settings_from_data(None, [binary], **settings)
+    assert Mask.settings_from_data(None, [binary], num_classes=2, ignore=255)["num_classes"] == 2  # asked for
+
+
+@pytest.mark.parametrize("ids", [[0, 1, 2, 4], [1, 2], [-1, 0, 1], [0, 128, 255]])
+def test_values_that_fit_nothing_are_named_with_their_shares(ids: list[int]) -> None:
+    with pytest.raises(InputError, match="found .*%.*set values"):
+        Mask.settings_from_data(None, [np.resize(ids, (8, 8))])

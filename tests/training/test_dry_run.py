@@ -124,7 +124,7 @@ def test_parts_halve_what_is_kept_and_cost_the_same(configure: Callable[..., Con
 
 def test_every_kind_runs_on_stand_ins(configure: Callable[..., Config]) -> None:
     kinds = [
-        "modalities.mask={kind: mask, num_classes: 3, size: 16, palette_size: 2}",
+        "modalities.mask={kind: mask, num_classes: 3, size: 16, pattern_size: 2}",
         "modalities.masked={kind: masked_image, channels: 1, size: 16}",
         "modalities.clip={kind: embedding, dim: 12}",
         "modalities.depth={kind: dense, channels: 1, size: 16}",

@@ -65,7 +65,7 @@ def configure(tiny: dict[str, Any], tmp_path: Path) -> Configure:
     tiny["modalities"] = {
         "image": {"kind": "image"},
         "label": {"kind": "label"},
-        "mask": {"kind": "mask", "palette_size": 2},
+        "mask": {"kind": "mask", "pattern_size": 2},
         "masked": {"kind": "masked_image"},
         "embedding": {"kind": "embedding"},
         "depth": {"kind": "dense"},
