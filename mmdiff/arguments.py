@@ -7,14 +7,23 @@ from typing import Annotated
 
 import typer
 
-from mmdiff.errors import InputError
+from mmdiff.errors import InputError, printable
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example train.steps=600")]
 ConfigPath = Annotated[Path, typer.Argument(help="an experiment's YAML file")]
 RunPath = Annotated[Path, typer.Argument(help="a run folder")]
 Trust = Annotated[
-    bool, typer.Option("--trust-custom-modalities", help="import the modalities that the run names by import path")
+    bool,
+    typer.Option(
+        "--trust-custom-modalities",
+        help="import what a config, a run or its judges name by import path, and contact the hub",
+    ),
 ]
+
+
+def echo(text: str) -> None:
+    """Print; control characters other than line breaks are written out, as names in it may be a stranger's."""
+    typer.echo(printable(text, keep="\n\t"))
 
 
 def integers(key: str, text: str | None) -> tuple[int, ...]:

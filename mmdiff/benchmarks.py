@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from mmdiff.arguments import ConfigPath, Overrides, Trust, integers, numbers
+from mmdiff.arguments import ConfigPath, Overrides, Trust, echo, integers, numbers
 from mmdiff.errors import InputError
+from mmdiff.strangers import refuse_custom, stay_offline
 
 benchmark = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure against peers.")
 
@@ -29,7 +30,7 @@ def speed(
     loaded = load_config(config, overrides)
     from mmdiff.evaluation.speed import compare
 
-    typer.echo(compare(loaded, rounds, steps, against))
+    echo(compare(loaded, rounds, steps, against))
 
 
 @benchmark.command()
@@ -80,6 +81,8 @@ def restoration(
     for jump in jumps:
         if len(jump) != 3 or min(jump) < 1:
             raise InputError("--repaint", jump, "write jump_length,jump_n_sample,steps, each >= 1: 10,10,250")
+    if not experiments and not trust:
+        stay_offline()
     factors, shares = numbers("--sweep", sweep), numbers("--ratios", ratios)
     counts, scales, evaluations = (
         integers("--steps", steps),
@@ -101,7 +104,10 @@ def restoration(
         pipeline.set_progress_bar_config(disable=True)
         if not (folder / "config.yaml").is_file():
             raise InputError("RUN", str(folder), "is no run folder: it has no config.yaml")
-        trained.append(Trained(folder.name, load_config(folder / "config.yaml", overrides), pipeline, folder))
+        own = load_config(folder / "config.yaml", overrides)
+        if not trust:
+            refuse_custom(own.model_dump()["modalities"])
+        trained.append(Trained(folder.name, own, pipeline, folder))
     options = Options(counts, scales, tuple(jumps), evaluations)
     chosen = methods.split(",") if methods else None
     scene = Benchmark(trained, out, masks.split(","), shares, images, seeds, chosen, options)
@@ -114,7 +120,7 @@ def restoration(
     files[0].write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     files[1].write_text(table + "\n")
     titled(*columns, files[2])
-    typer.echo(standings.text(found, each_law=False) + "\n" + "\n".join(f"wrote {file}" for file in files))
+    echo(standings.text(found, each_law=False) + "\n" + "\n".join(f"wrote {file}" for file in files))
 
 
 @benchmark.command("fusion-speed")
@@ -129,7 +135,7 @@ def fusion_speed(
     """The fusions of image sets on a ragged batch, against a loop over its sets."""
     from mmdiff.evaluation.fusion_speed import compare_fusions
 
-    typer.echo(compare_fusions(sets, largest, dim, rounds, threads, device))
+    echo(compare_fusions(sets, largest, dim, rounds, threads, device))
 
 
 @benchmark.command()
@@ -169,4 +175,4 @@ def fusion(
         files[0].write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
         files[1].write_text(fusion_accuracy.text(found) + "\n")
         accuracy_by_photos(found["rows"], files[2])
-        typer.echo(fusion_accuracy.text(found) + "\n" + "\n".join(f"wrote {file}" for file in files))
+        echo(fusion_accuracy.text(found) + "\n" + "\n".join(f"wrote {file}" for file in files))

@@ -88,8 +88,13 @@ def _with_images(config: Config, rows: Rows) -> Rows:
     return rows
 
 
-def build_model(config: Config) -> MTDiffusionModel:
-    """The model with weights drawn from train.seed, or read from the files that its settings name."""
+def build_model(config: Config, initial_weights: bool = True) -> MTDiffusionModel:
+    """The model with weights drawn from train.seed.
+
+    Args:
+        config: resolved.
+        initial_weights: whether to read, or download, the pretrained weights that its settings name.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold(config.train.seed, 0, "weights"))
         model = MTDiffusionModel(
@@ -98,7 +103,8 @@ def build_model(config: Config) -> MTDiffusionModel:
             anchor=config.anchor,
             observable=[name for name in sorted(config.modalities) if state_law(config, name).observed > 0],
         )
-    model.load_initial_weights()
+    if initial_weights:
+        model.load_initial_weights()
     return model
 
 

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmdiff.arguments import ConfigPath, Overrides, RunPath, Trust, integers
+from mmdiff.arguments import ConfigPath, Overrides, RunPath, Trust, echo, integers
 from mmdiff.benchmarks import benchmark
+from mmdiff.errors import printable
+from mmdiff.strangers import check_links, refuse_custom, stay_offline
 
 if TYPE_CHECKING:
     from mmdiff.config import Config, SampleConfig
@@ -44,6 +46,7 @@ def train(
     config: ConfigPath,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="two steps on stand-in data, and their cost")] = False,
+    trust: Trust = False,
 ) -> None:
     """Train an experiment; also under `accelerate launch -m mmdiff train …` and torchrun."""
     from mmdiff.config import load_config
@@ -54,15 +57,15 @@ def train(
 
         report = run_dry(loaded)
         if _is_main():
-            typer.echo(report)
+            echo(report)
         return
     from mmdiff.training import train as run_training
 
     folder = run_training(loaded)
     if _is_main() and (folder / "pipeline").is_dir():
-        typer.echo(f"pipeline: {folder / 'pipeline'}\nsamples: {folder / 'samples' / f'step-{loaded.train.steps}.png'}")
+        echo(f"pipeline: {folder / 'pipeline'}\nsamples: {folder / 'samples' / f'step-{loaded.train.steps}.png'}")
         if loaded.evaluate.at_end:
-            _evaluate(folder, [], (), None, None, trust=True)
+            _evaluate(folder, [], (), None, None, trust=True, trust_judges=trust)  # the run is one's own, judges not
 
 
 @app.command("sample")
@@ -101,6 +104,7 @@ def sample_(
     trust: Trust = False,
 ) -> None:
     """Sample from a run and write a grid."""
+    _read_only(trust)
     own = _sample_config(run)
     from mmdiff.sampling import load, prepare, sample
 
@@ -116,7 +120,7 @@ def sample_(
     if aggregate is not None:
         settings["aggregate"] = {"all": True, "none": False}.get(aggregate, aggregate.split(","))
     for line in sample(pipeline, observe or [], num, seed, out, save_each, guidance or own.scales, settings):
-        typer.echo(line)
+        echo(line)
 
 
 @app.command("check-modality")
@@ -126,12 +130,11 @@ def check_modality(
     space: Annotated[str, typer.Option(help="the diffusion space, channels,height,width")] = "3,16,16",
 ) -> None:
     """Run the contract of a modality and say in words what fails; exit code 1 where something does."""
-    from omegaconf import OmegaConf
-
     from mmdiff.config import parse_overrides
+    from mmdiff.config.tree import plain
     from mmdiff.errors import InputError
 
-    chosen, numbers = OmegaConf.to_container(parse_overrides(settings or [])), integers("--space", space)
+    chosen, numbers = plain("settings", parse_overrides(settings or [])), integers("--space", space)
     if len(numbers) != 3 or min(numbers) < 1 or numbers[1] % 2 or numbers[2] % 2:
         raise InputError("--space", space, "write channels,height,width, the sides even: 3,16,16")
     from mmdiff.modalities import Shape, contract, find_modality
@@ -142,7 +145,7 @@ def check_modality(
     shape = Shape(numbers, features=8, pooled=12, stride=2)
     findings = contract.check_modality(lambda shape: modality(shape, **chosen), shape)
     for law, fault in findings:
-        typer.echo(f"{'ok  ' if fault is None else 'FAIL'}  {law}" + (f": {fault}" if fault else ""))
+        echo(f"{'ok  ' if fault is None else 'FAIL'}  {law}" + (f": {fault}" if fault else ""))
     if any(fault for _, fault in findings):
         raise typer.Exit(1)
 
@@ -163,8 +166,9 @@ def evaluate(
     trust: Trust = False,
 ) -> None:
     """Score every modality and direction of a run; writes evaluation.json and prints the table."""
+    _read_only(trust)
     ways = tuple(conditioning.split(",")) if conditioning else ()
-    _evaluate(run, overrides or [], integers("--steps", steps), solver, feed, trust, ways, subsets)
+    _evaluate(run, overrides or [], integers("--steps", steps), solver, feed, trust, trust, ways, subsets)
 
 
 @app.command()
@@ -172,11 +176,15 @@ def show(
     config: ConfigPath,
     overrides: Overrides = None,
     plot: Annotated[Path | None, typer.Option(help="write the weight schedules as a PNG")] = None,
+    trust: Trust = False,
 ) -> None:
     """The resolved config, parameter counts and weight schedules of an experiment."""
     from mmdiff.config import load_config
 
+    _read_only(trust)
     loaded = load_config(config, overrides)
+    if not trust:
+        refuse_custom(loaded.model_dump()["modalities"])
     from mmdiff.build import build_model, build_scheduler, open_rows
     from mmdiff.report import describe
     from mmdiff.resolve import needs_data, resolve
@@ -184,17 +192,16 @@ def show(
     splits = open_rows(loaded) if needs_data(loaded) else None
     resolved = resolve(loaded, splits[0] if splits else None)
     scheduler = build_scheduler(resolved)
-    typer.echo(describe(resolved, build_model(resolved), scheduler, splits))
+    echo(describe(resolved, build_model(resolved, initial_weights=False), scheduler, splits))
     if plot is not None:
         from mmdiff.plots import weight_schedules
 
-        typer.echo(f"wrote {weight_schedules(scheduler, plot)}")
+        echo(f"wrote {weight_schedules(scheduler, plot)}")
 
 
 def main() -> None:
     """The entry point: one line and exit code 2 for bad input, 1 for training that cannot go on."""
     _set_wait_policy()
-    sys.path.insert(0, "")  # modalities of one's own are found in the working directory, as `python -m` does
     from mmdiff.errors import InputError, TrainingError
 
     # typer brings a click of its own in some versions: take the class from typer, whichever it is
@@ -233,8 +240,14 @@ def _fail(message: str, code: int, everywhere: bool = True) -> None:
     """One line, from one process where all of them say the same."""
     if _is_main() or not everywhere:
         sys.stdout.flush()
-        print(f"mmdiff: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        print(f"mmdiff: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def _read_only(trust: bool) -> None:
+    """What is read may be a stranger's: nobody is contacted for it."""
+    if not trust:
+        stay_offline()
 
 
 def _is_main() -> bool:
@@ -248,12 +261,16 @@ def _evaluate(
     solver: str | None,
     feed: str | None,
     trust: bool,
+    trust_judges: bool,
     conditioning: tuple[str, ...] = (),
     subsets: bool = False,
 ) -> None:
     from mmdiff.config import load_config
 
+    check_links("run", run)
     config: Config = load_config(run / "config.yaml", overrides)
+    if not trust:
+        refuse_custom(config.model_dump()["modalities"])
     from mmdiff.build import build_table, open_rows
     from mmdiff.evaluation import evaluators, records
     from mmdiff.plots import side_by_side
@@ -262,11 +279,11 @@ def _evaluate(
     records.read(run / "evaluation.json")  # a broken one is named before the work
     pipeline = load(run, solver, trust)
     train, validation = (build_table(config, pipeline.model, rows) for rows in open_rows(config))
-    result = evaluators.evaluate(pipeline, config, train, validation, steps, feed, trust, conditioning, subsets)
+    result = evaluators.evaluate(pipeline, config, train, validation, steps, feed, trust_judges, conditioning, subsets)
     records.save(result, run / "evaluation.json")
-    typer.echo(records.table(result))
+    echo(records.table(result))
     for name, rows in result.pictures.items():
-        typer.echo(f"wrote {side_by_side(rows, run / 'samples' / f'evaluation-{name}.png')}")
+        echo(f"wrote {side_by_side(rows, run / 'samples' / f'evaluation-{name}.png')}")
 
 
 def _sample_config(run: Path) -> SampleConfig:

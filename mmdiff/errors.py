@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import unicodedata
 from collections.abc import Iterator
 
 
@@ -19,10 +20,26 @@ class InputError(ValueError):
     def __init__(self, key: str, value: object, remedy: str, everywhere: bool = True) -> None:
         self.key, self.value, self.remedy, self.everywhere = key, value, remedy, everywhere
         shown = repr(value) if len(repr(value)) <= 120 else repr(value)[:117] + "..."
-        super().__init__(f"{key} = {shown}: {remedy}".replace("\n", " "))
+        super().__init__(printable(f"{key} = {shown}: {remedy}".replace("\n", " ")))
 
     def __reduce__(self) -> tuple:  # survives the trip out of a data worker
         return type(self), (self.key, self.value, self.remedy, self.everywhere)
+
+
+def printable(text: str, keep: str = "") -> str:
+    """A text with its control characters written out, as no terminal should obey the names in a file.
+
+    Args:
+        text: any.
+        keep: control characters that stay, for example line breaks.
+    """
+    return "".join(c if c in keep or not _controls(c) else repr(c)[1:-1] for c in text)
+
+
+def _controls(character: str) -> bool:
+    """Control, format and surrogate characters, and separators of lines."""
+    category = unicodedata.category(character)
+    return category[0] == "C" or category in ("Zl", "Zp")
 
 
 class TrainingError(RuntimeError):

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from mmdiff.backbones import BACKBONES, Backbone, Observation
 from mmdiff.errors import InputError
-from mmdiff.modalities import Modality, Shape, custom_kinds, find_modality
+from mmdiff.modalities import Modality, Shape, find_modality
+from mmdiff.strangers import refuse_custom, refuse_huge
 
-TRUST = "to import it pass trust_custom_modalities=True, on the command line --trust-custom-modalities"
 _HUB_ARGUMENTS = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
@@ -67,7 +67,6 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
         self.auxiliary = tuple(name for name in self.names if name != anchor)
         self.modalities = nn.ModuleDict()
         for name, (modality, settings) in kinds.items():
-            _check_name(name)
             with _prefixed(f"modalities.{name}"):
                 self.modalities[name] = modality(shape, **{**settings, "head": False} if name == anchor else settings)
         for name in self.auxiliary:
@@ -216,9 +215,17 @@ def in_dtype(network: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     return network if dtype is None else nn.Module.to(network, dtype)
 
 
+def complete(model: MTDiffusionModel, autoencoder: nn.Module | None) -> MTDiffusionModel:
+    """The model, unless its anchor is latent and its folder holds no autoencoder: none is looked for elsewhere."""
+    if autoencoder is None and getattr(model.modalities[model.anchor], "latent", False):
+        raise InputError("model_index.json: autoencoder", None, "is missing, and none is looked for elsewhere")
+    return model
+
+
 def _refuse_custom(config: Mapping[str, Any]) -> None:
-    for key, path in custom_kinds(config.get("modality_config", {}), "modalities"):
-        raise InputError(key, path, f"is code of its author's; {TRUST}")
+    refuse_custom(config.get("modality_config", {}))
+    refuse_custom(config.get("backbone_config", {}), "backbone")
+    refuse_huge(config.get("backbone_config", {}), "backbone")
 
 
 def _backbone(config: Mapping[str, Any]) -> tuple[type[Backbone], dict[str, Any]]:
@@ -229,6 +236,7 @@ def _backbone(config: Mapping[str, Any]) -> tuple[type[Backbone], dict[str, Any]
 
 
 def _modality(name: str, config: Mapping[str, Any]) -> tuple[type[Modality], dict[str, Any]]:
+    _check_name(name)
     return find_modality(config.get("kind"), f"modalities.{name}.kind"), _settings(config)
 
 
@@ -247,5 +255,5 @@ def _prefixed(key: str) -> Iterator[None]:
 
 def _check_name(name: str) -> None:
     """Modality names are attributes, file names and config keys."""
-    if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
+    if not name.isidentifier() or len(name) > 100 or hasattr(nn.ModuleDict(), name):
         raise InputError("modalities", name, "a modality's name must be an identifier that nn.ModuleDict can hold")

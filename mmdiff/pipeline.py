@@ -19,7 +19,7 @@ from mmdiff.batches import in_batches
 from mmdiff.conditioning import Conditioning, Ways, aggregated_names, conditioning_of, feed_for
 from mmdiff.errors import InputError
 from mmdiff.modalities import Modality
-from mmdiff.model import MTDiffusionModel, dtypes, in_dtype
+from mmdiff.model import MTDiffusionModel, complete, dtypes, in_dtype
 from mmdiff.observed import observed_values, weights_of
 from mmdiff.reading import heads, heads_of_noised_anchor, read_levels
 from mmdiff.replacement import renoised, replaced, visits
@@ -111,7 +111,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
         if autoencoder is None and index.get("autoencoder", [None])[0] is not None:
             autoencoder = AutoencoderKL.from_pretrained(path, subfolder="autoencoder", use_safetensors=True, **kwargs)
             autoencoder = in_dtype(autoencoder, chosen["autoencoder"])
-        return cls(model=model.eval(), scheduler=scheduler, autoencoder=autoencoder)
+        return cls(model=complete(model, autoencoder).eval(), scheduler=scheduler, autoencoder=autoencoder)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """A scheduler of diffusers becomes ours with that solver."""

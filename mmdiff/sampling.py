@@ -17,9 +17,11 @@ from mmdiff.model import MTDiffusionModel
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.plots import set_weights, tile
 from mmdiff.randomness import fold
+from mmdiff.strangers import check_links
 from mmdiff.training.process import set_threads
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DAMAGE = (OSError, ValueError, RuntimeError, SafetensorError, LookupError, TypeError, AttributeError, MemoryError)
 _LONGEST = 2000  # characters of what is printed per modality
 
 
@@ -29,7 +31,7 @@ def load(run: Path, solver: str | None = None, trust: bool = False) -> MTDiffusi
     Args:
         run: the folder.
         solver: another one than the run's.
-        trust: import the modalities that it names by import path.
+        trust: import the modalities and encoders that it names by import path.
 
     Raises:
         InputError: it holds no finished pipeline, or a damaged one.
@@ -37,13 +39,14 @@ def load(run: Path, solver: str | None = None, trust: bool = False) -> MTDiffusi
     folder = run / "pipeline" if (run / "pipeline").is_dir() else run
     if not (folder / "model_index.json").is_file():
         raise InputError("run", str(run), "holds no finished pipeline; train it to the end, or name another folder")
+    check_links("run", run)
     set_threads(0)
     logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said below, in one line
     try:
         pipeline = MTDiffusionPipeline.from_pretrained(folder, trust_custom_modalities=trust)
     except InputError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except _DAMAGE as error:
         raise InputError("run", str(run), f"its pipeline is damaged, {type(error).__name__}: {error}") from None
     if solver is not None:
         scheduler = pipeline.scheduler

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mmdiff"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
-    **dict.fromkeys(("errors", "randomness", "likelihoods", "config"), 0),
+    **dict.fromkeys(("errors", "randomness", "likelihoods", "config", "strangers"), 0),
     **dict.fromkeys(("data", "modalities", "schedulers", "backbones", "losses", "states"), 1),
     **dict.fromkeys(("model", "vlm"), 2),
     **dict.fromkeys(

@@ -6,6 +6,7 @@ from mmdiff.config.load import (
     parse_arguments,
     parse_config,
     parse_overrides,
+    read_plain,
     save_config,
 )
 from mmdiff.config.schema import (
@@ -49,5 +50,6 @@ __all__ = [
     "parse_arguments",
     "parse_config",
     "parse_overrides",
+    "read_plain",
     "save_config",
 ]

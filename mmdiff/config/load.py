@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mmdiff.config.schema import Config, Strict
+from mmdiff.config.tree import check_references, plain, read_tree
 from mmdiff.errors import InputError
 
 
@@ -22,19 +23,29 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises:
         InputError: one line with the key, the value and the remedy.
     """
+    return parse_config(read_plain("config", path, overrides))
+
+
+def read_plain(key: str, path: str | Path, overrides: list[str] | None = None) -> Any:
+    """A YAML file with `key=value` overrides as dicts and lists.
+
+    Args:
+        key: for errors.
+        path: of the file.
+        overrides: texts.
+
+    Raises:
+        InputError: one line with the key, the value and the remedy.
+    """
     path = Path(path)
     if not path.is_file():
-        raise InputError("config", str(path), "no such file")
+        raise InputError(key, str(path), "no such file")
+    tree, more = read_tree(key, path), parse_overrides(overrides or [])
     try:
-        tree = OmegaConf.merge(OmegaConf.load(path), parse_overrides(overrides or []))
-        plain = OmegaConf.to_container(tree, resolve=True)
-    except InputError:
-        raise
-    except (OmegaConfBaseException, ValueError, OSError) as error:
-        raise InputError("config", str(path), f"cannot be read: {error}") from error
-    except Exception as error:  # yaml raises its own family
-        raise InputError("config", str(path), f"is no valid YAML: {error}") from error
-    return parse_config(plain)
+        merged = OmegaConf.merge(tree, more)
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        raise InputError(key, str(path), f"the overrides do not fit it: {error}") from None
+    return plain(key, merged)
 
 
 def parse_overrides(items: list[str]) -> Any:
@@ -48,7 +59,11 @@ def parse_overrides(items: list[str]) -> Any:
         if "=" not in item:
             raise InputError("override", item, "write key=value, for example train.steps=600")
         try:
-            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([item]))
+            entry = OmegaConf.from_dotlist([item])
+            check_references("override", entry)
+            tree = OmegaConf.merge(tree, entry)
+        except InputError:
+            raise
         except Exception as error:  # yaml and omegaconf raise families of their own
             raise InputError("override", item, f"its value is no valid YAML: {error}") from None
     return tree

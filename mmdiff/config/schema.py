@@ -6,11 +6,23 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from mmdiff.errors import printable
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Scale = Annotated[float, Field(ge=0)]
 _NUMBERS = (int, float, int | None, float | None)
+
+
+def folder_name(name: str) -> str:
+    """A name that stays in its folder: no separator, no control character, not hidden."""
+    if not name or set(name) & set("/\\") or name.startswith(".") or len(name) > 200 or printable(name) != name:
+        raise ValueError("must be usable as a folder name: no slashes, no control characters, no dot in front")
+    return name
+
+
+FolderName = Annotated[str, AfterValidator(folder_name)]
 
 
 class _Base(BaseModel):
@@ -212,7 +224,7 @@ class EvaluateConfig(Strict):
     features: str = "auto"  # of FID and KID: pixels, inception, a SqueezeNet file; auto: inception if it is here
     lpips: LpipsConfig = LpipsConfig()
     zero_shot: ZeroShotConfig | None = None  # a CLIP baseline for labels
-    masks: dict[str, MaskingConfig] = {}  # {name: holes} to score masked images on; default: that of data.masking
+    masks: dict[FolderName, MaskingConfig] = {}  # {name: holes} of masked images; default: that of data.masking
 
 
 class Config(Strict):
@@ -235,9 +247,7 @@ class Config(Strict):
     @field_validator("name")
     @classmethod
     def _folder_name(cls, name: str) -> str:
-        if not name or "/" in name or name.startswith("."):
-            raise ValueError("must be usable as a folder name")
-        return name
+        return folder_name(name)
 
     def folder(self) -> Path:
         """The run folder."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -11,12 +12,16 @@ from typing import Any
 
 import datasets
 import torch
+from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
 from mmdiff.errors import InputError
+from mmdiff.strangers import offline
 
 CACHED = "__embedding__"  # the column's name in the cache, which serves any name
 LOCAL_FOLDER = "local-dir:"
+_CONFIG = "open_clip_config.json"
+_TOKENIZER = {"clean", "strip_sep_token"}  # arguments of a tokenizer that run nothing; trust_remote_code is none
 CARRY_WEIGHTS = ("hf-hub:", LOCAL_FOLDER)  # names of models that open_clip finds together with their weights
 
 
@@ -113,6 +118,7 @@ def _check_names(key: str, model: str, pretrained: str | None) -> None:
     if model.startswith(CARRY_WEIGHTS):
         if pretrained is not None:
             raise InputError(f"{key}.pretrained", pretrained, f"must be null, {model} carries its own weights")
+        _check_config(f"{key}.model", model)
         return
     known = model.replace("/", "-")  # as open_clip does
     if open_clip.get_model_config(known) is None:
@@ -123,6 +129,34 @@ def _check_names(key: str, model: str, pretrained: str | None) -> None:
         near = difflib.get_close_matches(pretrained or "", tags, n=5, cutoff=0) or ["it has none"]
         remedy = f"neither a checkpoint file nor a tag of {model} ({', '.join(near)})"
         raise InputError(f"{key}.pretrained", pretrained, remedy)
+    found = open_clip.get_pretrained_cfg(known, pretrained) or {}
+    if offline() and not Path(pretrained).is_file() and not found.get("hf_hub"):
+        raise InputError(f"{key}.pretrained", pretrained, "would be downloaded; name a local checkpoint file")
+
+
+def _check_config(key: str, model: str) -> None:
+    """The config of a model from elsewhere asks neither for remote code nor for a further place."""
+    try:
+        if model.startswith(LOCAL_FOLDER):
+            path = Path(model.removeprefix(LOCAL_FOLDER)) / _CONFIG
+            if any('"auto_map"' in file.read_text() for file in path.parent.glob("*.json")):
+                raise InputError(key, model, "a JSON file in it names remote code (auto_map), which is never run")
+        else:
+            path = Path(hf_hub_download(model.removeprefix(CARRY_WEIGHTS[0]), _CONFIG))
+        config = json.loads(path.read_text())
+        config = config.get("model_cfg", config)
+        text, vision = config.get("text_cfg", {}), config.get("vision_cfg", {})
+        asked = {**text.get("tokenizer_kwargs", {})}
+        places = [text.get("hf_tokenizer_name"), text.get("hf_model_name"), vision.get("timm_model_name")]
+    except InputError:
+        raise
+    except Exception as error:  # downloads and files fail in many ways; the person needs one line
+        raise InputError(key, model, f"its {_CONFIG} cannot be loaded ({type(error).__name__})") from error
+    for name in sorted(set(asked) - _TOKENIZER):
+        raise InputError(key, model, f"its {_CONFIG} passes {name!r} to the tokenizer; only {_TOKENIZER} may be set")
+    for place in filter(None, places):
+        if ":" in str(place):
+            raise InputError(key, model, f"its {_CONFIG} names a further place, {place!r}; that is not followed")
 
 
 def image_tower(clip: nn.Module, preprocess: Callable[[Any], Tensor]) -> Callable[[Sequence[Any]], Tensor]:

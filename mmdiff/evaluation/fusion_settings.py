@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field
 
-from mmdiff.config import parse_arguments, parse_overrides
+from mmdiff.config import parse_arguments, read_plain
+from mmdiff.config.schema import FolderName
 from mmdiff.errors import InputError
 
 Count = Annotated[int, Field(ge=1)]
@@ -71,7 +70,7 @@ class Small(_Strict):
 class Settings(_Strict):
     """One experiment of `mmdiff benchmark fusion`."""
 
-    name: str
+    name: FolderName
     # encoder → fusion → linear layer; the same, but the nearest front view answers; or a vision-language model
     way: Literal["classifier", "retrieval", "vlm"] = "classifier"
     seeds: Count = 5
@@ -94,16 +93,7 @@ def load_settings(path: str | Path, overrides: list[str] | None = None) -> Setti
     Raises:
         InputError: one line with the key, the value and the remedy.
     """
-    if not Path(path).is_file():
-        raise InputError("EXPERIMENT", str(path), "no such file")
-    try:
-        tree = OmegaConf.merge(OmegaConf.load(path), parse_overrides(overrides or []))
-        plain = OmegaConf.to_container(tree, resolve=True)
-    except InputError:
-        raise
-    except (OmegaConfBaseException, ValueError) as error:
-        raise InputError("EXPERIMENT", str(path), f"cannot be read: {error}") from error
-    return parse_settings(plain)
+    return parse_settings(read_plain("EXPERIMENT", path, overrides))
 
 
 def parse_settings(tree: Any) -> Settings:

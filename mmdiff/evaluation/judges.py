@@ -11,11 +11,12 @@ from torch import Tensor
 
 from mmdiff.config import Config
 from mmdiff.data import RULES, Batch
-from mmdiff.errors import InputError
+from mmdiff.errors import InputError, at
 from mmdiff.evaluation.metrics import Judge as NearestNeighbours
 from mmdiff.modalities import Label
 from mmdiff.model import MTDiffusionModel
 from mmdiff.pipeline import MTDiffusionPipeline
+from mmdiff.strangers import check_links
 
 _BATCH = 256
 NEIGHBOURS = 3
@@ -60,7 +61,9 @@ def _run(name: str, folder: Path, trust: bool) -> Judge:
     key = f"evaluate.judges.{name}"
     if not (folder / "pipeline" / "model_index.json").is_file():
         raise InputError(key, str(folder), "is no finished run folder")
-    pipeline = MTDiffusionPipeline.from_pretrained(folder / "pipeline", trust_custom_modalities=trust)
+    check_links(key, folder)
+    with at(key):
+        pipeline = MTDiffusionPipeline.from_pretrained(folder / "pipeline", trust_custom_modalities=trust)
     pipeline.set_progress_bar_config(disable=True)
     model = pipeline.model
     if name not in model.generated:

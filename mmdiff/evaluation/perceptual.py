@@ -9,13 +9,20 @@ from typing import Any, Literal
 
 import lpips
 import torch
+import torchvision
 from torch import Tensor
 
 from mmdiff.errors import InputError
 from mmdiff.evaluation.features import SMALLEST, at_least, coloured, load_trunk, read_state, read_trunk
+from mmdiff.strangers import offline
 
 VERSION = "0.1"
 _BATCH = 64
+_TRUNKS = {"alex": "AlexNet_Weights", "vgg": "VGG16_Weights", "squeeze": "SqueezeNet1_1_Weights"}
+_LOCAL = (
+    "name local files instead: evaluate.lpips.backbone=PATH (a state dict of that trunk) and, if need be, "
+    "evaluate.lpips.heads=PATH"
+)
 
 
 class Perceptual:
@@ -103,16 +110,18 @@ class Perceptual:
 
 
 def _network(net: str, official: bool) -> lpips.LPIPS:
-    """In evaluation mode; without the official trunk nothing is downloaded."""
+    """In evaluation mode; without the official trunk, and offline, nothing is downloaded."""
+    weights = getattr(torchvision.models, _TRUNKS[net]).IMAGENET1K_V1
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    if official and offline() and not file.is_file():
+        remedy = f"torchvision's weights cannot be had offline ({file.name}); {_LOCAL}"
+        raise InputError("evaluate.lpips.net", net, remedy)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # lpips calls torchvision in its old way
         try:
             return lpips.LPIPS(net=net, version=VERSION, pnet_rand=not official, verbose=False)
         except (OSError, RuntimeError) as error:
-            remedy = (
-                f"torchvision's weights cannot be had ({error}); name local files instead: "
-                "evaluate.lpips.backbone=PATH (a state dict of that trunk) and, if need be, evaluate.lpips.heads=PATH"
-            )
+            remedy = f"torchvision's weights cannot be had ({error}); {_LOCAL}"
             raise InputError("evaluate.lpips.net", net, remedy) from error
 
 

@@ -4,19 +4,17 @@ To add a modality: write its file, add a line here, add a parameter to the contr
 name it in the config by import path, `kind: my_pkg.depth:Depth`.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any
-
 from mmdiff.errors import InputError
 from mmdiff.modalities.base import Condition, KnownPart, Modality, Shape
 from mmdiff.modalities.dense import Dense
 from mmdiff.modalities.embedding import Embedding
 from mmdiff.modalities.image import Image
 from mmdiff.modalities.image_set import ImageSet
-from mmdiff.modalities.imports import imported, is_custom
+from mmdiff.modalities.imports import imported
 from mmdiff.modalities.label import Label
 from mmdiff.modalities.mask import Mask
 from mmdiff.modalities.masked_image import MaskedImage
+from mmdiff.strangers import is_custom
 
 MODALITIES: dict[str, type[Modality]] = {
     "dense": Dense,
@@ -41,9 +39,7 @@ __all__ = [
     "MaskedImage",
     "Modality",
     "Shape",
-    "custom_kinds",
     "find_modality",
-    "is_custom",
 ]
 
 
@@ -66,12 +62,3 @@ def find_modality(kind: str, key: str) -> type[Modality]:
     if not (isinstance(found, type) and issubclass(found, Modality)):
         raise InputError(key, kind, "is no subclass of mmdiff.modalities.Modality; nothing of it was called")
     return found
-
-
-def custom_kinds(config: Mapping[str, Any], key: str) -> Iterator[tuple[str, str]]:
-    """(key, import path) of all code of others that a config names, in it and in the mappings inside of it."""
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            yield from custom_kinds(value, f"{key}.{name}")
-        elif name == "kind" and is_custom(value):
-            yield f"{key}.{name}", value

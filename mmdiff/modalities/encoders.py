@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import FunctionType
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from mmdiff.errors import InputError
-from mmdiff.modalities.imports import imported, is_custom
+from mmdiff.modalities.imports import imported
+from mmdiff.strangers import is_custom
 
 POOLS = ("avg", "max", "catavgmax")
 
@@ -64,7 +66,7 @@ class ClipTower(nn.Module):
 
         if channels != 3:
             raise InputError("encoder.kind", "open_clip", f"reads 3 channels, the images have {channels}")
-        if open_clip.get_model_config(model) is None:
+        if model not in open_clip.list_models():  # no other place, whose config could ask for remote code
             raise InputError("encoder.model", model, "no model of open_clip; see open_clip.list_models()")
         self.model, self.pretrained, self.frozen = model, pretrained, frozen
         self.tower = open_clip.create_model(model).visual.requires_grad_(not frozen)
@@ -169,12 +171,31 @@ ENCODERS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+def _makes_module(key: str, path: str) -> Callable[..., nn.Module]:
+    """What an import path names, which must promise a module before it is called.
+
+    Raises:
+        InputError: it is neither a subclass of `nn.Module` nor a function that is annotated to return one.
+    """
+    found = imported(key, path)
+    gives = found
+    if isinstance(found, FunctionType):
+        try:
+            gives = get_type_hints(found).get("return")
+        except Exception:  # annotations are code of others
+            gives = None
+    if not (isinstance(gives, type) and issubclass(gives, nn.Module)):
+        remedy = "must be a subclass of torch.nn.Module, or a function annotated to return one: -> nn.Module"
+        raise InputError(key, path, f"{remedy}; nothing of it was called")
+    return found
+
+
 def build_encoder(config: Mapping[str, Any], channels: int, size: tuple[int, int]) -> ImageEncoder:
     """The network that a config names.
 
     Args:
-        config: ``kind``, a key of `ENCODERS` or the import path of a callable that gives an `nn.Module`, and further
-            arguments of it. Those of `ENCODERS` get ``channels`` too.
+        config: ``kind``, a key of `ENCODERS` or the import path of a subclass of `nn.Module`, or of a function that
+            is annotated to return one, and further arguments of it. Those of `ENCODERS` get ``channels`` too.
         channels, size: of the images.
 
     Raises:
@@ -185,12 +206,10 @@ def build_encoder(config: Mapping[str, Any], channels: int, size: tuple[int, int
     if kind in ENCODERS:
         make, settings = ENCODERS[kind], {"channels": channels, **settings}
     elif is_custom(kind):
-        make = imported("encoder.kind", kind)
+        make = _makes_module("encoder.kind", kind)
     else:
         known = ", ".join(ENCODERS)
         raise InputError("encoder.kind", kind, f"choose one of {known}, or write an import path: my_pkg.vision:Encoder")
-    if not callable(make):
-        raise InputError("encoder.kind", kind, "names nothing that can be called")
     try:
         network = make(**settings)
     except TypeError as error:

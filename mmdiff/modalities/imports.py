@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
 
 from mmdiff.errors import InputError
-
-
-def is_custom(kind: Any) -> bool:
-    """Whether a kind is an import path."""
-    return isinstance(kind, str) and ":" in kind
 
 
 def imported(key: str, path: str) -> Any:
@@ -22,7 +18,11 @@ def imported(key: str, path: str) -> Any:
     module, _, name = path.partition(":")
     if not all(part.isidentifier() for part in (*module.split("."), name)):
         raise InputError(key, path, "is no import path; write one as in my_pkg.depth:Depth")
+    if "" not in sys.path:
+        sys.path.append("")  # one's own files are found in the working directory, after what is installed
     try:
         return vars(importlib.import_module(module)).get(name)
     except ImportError as error:
         raise InputError(key, path, f"cannot be imported: {error}") from None
+    except Exception as error:  # whatever the code of others raises
+        raise InputError(key, path, f"cannot be imported: {type(error).__name__}: {error}") from None

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from mmdiff.config import Config, first_difference, load_config, save_config
 from mmdiff.errors import InputError
 from mmdiff.resolve import resolve_scheduler
+from mmdiff.strangers import check_links
 from mmdiff.training.checkpoint import checkpoints
 from mmdiff.training.tracking import Window
 from mmdiff.training.trainer import Trainer
@@ -43,6 +44,7 @@ def claim_folder(folder: Path, config: Config, trainer: Trainer, accelerator: Ac
         raise InputError(
             "output", str(folder), "exists; choose another output=…, or continue it with train.resume=auto"
         )
+    check_links("output", folder)
     check_started_alike(folder, config)
     newest = checkpoints(folder / "checkpoints")[-1:]
     return trainer.load(newest[0]) if newest else (0, Window())

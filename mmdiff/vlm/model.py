@@ -62,8 +62,10 @@ class VisionLanguageModel(nn.Module):
         """
         import transformers
 
+        loading = {"trust_remote_code": False, **loading}  # else transformers asks on the terminal
         try:
-            architecture = _architecture(transformers.AutoConfig.from_pretrained(name).model_type)
+            config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+            architecture = _architecture(config.model_type)
             model = getattr(transformers, architecture.model_class).from_pretrained(name, **loading)
         except (OSError, ValueError, RuntimeError) as error:
             if isinstance(error, InputError):

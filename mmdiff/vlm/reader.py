@@ -39,7 +39,7 @@ class Reader:
         if processor is None:
             from transformers import AutoProcessor
 
-            processor = AutoProcessor.from_pretrained(model.model.config.name_or_path)
+            processor = AutoProcessor.from_pretrained(model.model.config.name_or_path, trust_remote_code=False)
         self.processor, self.tokenizer, self.parts = processor, processor.tokenizer, model.parts
         end = self.parts.language.generation_config.eos_token_id
         if end is None or self.tokenizer.pad_token_id is None:

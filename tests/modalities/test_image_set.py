@@ -211,9 +211,9 @@ def test_convolutions_take_means_largest_values_or_both() -> None:
     ("encoder", "message"),
     [
         ({"kind": "alexnet"}, "encoder.kind = 'alexnet': choose one of resnet, convolutions, open_clip"),
-        ({"kind": "{module}:Absent"}, "encoder.kind = .*names nothing that can be called"),
-        ({"kind": "{module}:nothing"}, "encoder.kind = .*names nothing that can be called"),
-        ({"kind": "{module}:number"}, "encoder.kind = .*gives int, needs a torch.nn.Module"),
+        ({"kind": "{module}:Absent"}, "encoder.kind = .*must be a subclass of torch.nn.Module"),
+        ({"kind": "{module}:nothing"}, "encoder.kind = .*must be a subclass of torch.nn.Module"),
+        ({"kind": "{module}:number"}, "encoder.kind = .*must be a subclass of torch.nn.Module"),
         ({"kind": "{module}:Map"}, r"encoder = \(2, 3, 16, 16\): two images need features of shape \(2, d\)"),
         ({"kind": "{module}:Average", "power": 2}, "encoder = .*its settings do not fit"),
         ({"kind": "no_such_module_at_all:X"}, "encoder.kind = .*cannot be imported"),

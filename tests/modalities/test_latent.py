@@ -266,6 +266,6 @@ def test_a_pipeline_without_its_autoencoder_says_so(run: Run, tmp_path: Path) ->
     shutil.rmtree(folder / "autoencoder")
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "autoencoder": [None, None]}))
-    with pytest.raises(InputError, match=r"^autoencoder = '.*autoencoder': cannot be read: ") as caught:
+    with pytest.raises(InputError, match=r"^model_index.json: autoencoder = None: is missing") as caught:
         MTDiffusionPipeline.from_pretrained(folder)
     assert "\n" not in str(caught.value)

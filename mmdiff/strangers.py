@@ -1,0 +1,80 @@
+"""Folders and configs of strangers: what may be read of them, and from whom leave must be given to run their code."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mmdiff.errors import InputError
+
+TRUST = "to import it pass trust_custom_modalities=True, on the command line --trust-custom-modalities"
+LARGEST = 2**16  # of a network's settings
+_OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+
+
+def is_custom(kind: Any) -> bool:
+    """Whether a kind is an import path."""
+    return isinstance(kind, str) and ":" in kind
+
+
+def custom_kinds(config: Any, key: str) -> Iterator[tuple[str, str]]:
+    """(key, import path) of all code of others that a tree names, at any depth."""
+    if isinstance(config, Mapping):
+        for name, value in config.items():
+            if name == "kind" and is_custom(value):
+                yield f"{key}.{name}", value
+            yield from custom_kinds(value, f"{key}.{name}")
+    elif isinstance(config, list | tuple):
+        for place, value in enumerate(config):
+            yield from custom_kinds(value, f"{key}.{place}")
+
+
+def refuse_custom(config: Any, key: str = "modalities") -> None:
+    """Refuse what names code by import path; nothing is imported.
+
+    Raises:
+        InputError: naming the first key, and how to trust it.
+    """
+    for place, path in custom_kinds(config, key):
+        raise InputError(place, path, f"is code of its author's; {TRUST}")
+
+
+def refuse_huge(config: Any, key: str) -> None:
+    """Refuse numbers in a network's settings that would only fill the memory.
+
+    Raises:
+        InputError: naming the first one above `LARGEST`.
+    """
+    inner = config.items() if isinstance(config, Mapping) else enumerate(config) if isinstance(config, list) else ()
+    for name, value in inner:
+        refuse_huge(value, f"{key}.{name}")
+    if isinstance(config, int | float) and not abs(config) <= LARGEST:
+        raise InputError(key, config, f"is larger than {LARGEST}; no network is that wide or deep")
+
+
+def stay_offline() -> None:
+    """Contact nobody from here on; must be called before the libraries that would are imported."""
+    os.environ.update(dict.fromkeys(_OFFLINE, "1"))
+
+
+def offline() -> bool:
+    """Whether nobody may be contacted."""
+    return os.environ.get(_OFFLINE[0], "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def check_links(key: str, folder: Path) -> None:
+    """Every symbolic link in a folder must lead into the folder: none is read or written through else.
+
+    Args:
+        key: for the error.
+        folder: of a run or a pipeline; it may be a link itself.
+
+    Raises:
+        InputError: naming the link.
+    """
+    home = folder.resolve()
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(home):
+            raise InputError(key, str(path), "is a link that leads out of its folder; put the file itself there")

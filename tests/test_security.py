@@ -1,0 +1,333 @@
+"""Folders and configs of strangers: reading them runs no code of theirs, contacts nobody and stays inside of them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from mmdiff.config import load_config, parse_config, parse_overrides
+from mmdiff.data.embeddings import load_clip
+from mmdiff.errors import InputError, printable
+from mmdiff.evaluation.fusion_settings import load_settings
+from mmdiff.evaluation.judges import find_judge
+from mmdiff.modalities.encoders import ClipTower, build_encoder
+from mmdiff.model import MTDiffusionModel
+from mmdiff.pipeline import MTDiffusionPipeline
+
+Cli = Callable[..., Any]
+Tree = dict[str, Any]
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def payload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """In the working directory a module of a stranger, `payload_of_a_stranger`, that leaves this file when it runs."""
+    folder = tmp_path / "stranger"
+    folder.mkdir()
+    marker = tmp_path / "it-ran"
+    (folder / "payload_of_a_stranger.py").write_text(
+        f"""
+import pathlib
+import torch
+import mmdiff.modalities
+pathlib.Path({str(marker)!r}).touch()
+class Label(mmdiff.modalities.Label):
+    pass
+class Network(torch.nn.Flatten):
+    pass
+def promised() -> torch.nn.Module:
+    return torch.nn.Flatten()
+def silent():
+    pathlib.Path({str(marker)!r}).write_text("called")
+def number() -> int:
+    pathlib.Path({str(marker)!r}).write_text("called")
+"""
+    )
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [*sys.path, ""])
+    monkeypatch.delitem(sys.modules, "payload_of_a_stranger", raising=False)
+    return marker
+
+
+@pytest.fixture
+def contacts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Hosts that anything tried to reach; the libraries are told that they are online."""
+    found: list[Any] = []
+
+    def refuse(*address: Any, **_: Any) -> None:
+        found.append(address)
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    return found
+
+
+# ------------------------------------------------------------------------------------------- code that is named by path
+
+MODALITY = {"kind": "payload_of_a_stranger:Label", "num_classes": 10}
+ENCODER = {"kind": "image_set", "channels": 3, "size": 16, "max_images": 2, "encoder": {"kind": "os:system"}}
+
+
+@pytest.mark.parametrize("entry", [MODALITY, ENCODER], ids=["modality", "encoder"])
+def test_show_imports_nothing_unless_trusted(cli: Cli, tiny: Tree, payload: Path, entry: Tree) -> None:
+    tiny["modalities"] = {"image": {"kind": "image", "channels": 1, "size": 16}, "label": entry}
+    OmegaConf.save(OmegaConf.create(tiny), "config.yaml")
+    complaint = cli("show", "config.yaml").complaint
+    assert "--trust-custom-modalities" in complaint and "trust_custom_modalities=True" in complaint
+    assert not payload.exists()
+    if entry is MODALITY:
+        assert cli("show", "config.yaml", "--trust-custom-modalities").code == 0
+        assert payload.exists()
+
+
+def test_evaluate_imports_nothing_that_the_config_names(cli: Cli, run_copy: Path, payload: Path) -> None:
+    """The pipeline names none, config.yaml does."""
+    answer = cli("evaluate", run_copy, f"modalities.label.kind={MODALITY['kind']}")
+    assert "modalities.label.kind" in answer.complaint and "--trust-custom-modalities" in answer.complaint
+    assert not payload.exists()
+
+
+@pytest.mark.parametrize("section", ["modality_config", "backbone_config"])
+def test_a_pipeline_imports_nothing(cli: Cli, run_copy: Path, payload: Path, section: str) -> None:
+    file = run_copy / "pipeline" / "model" / "config.json"
+    config = json.loads(file.read_text())
+    config[section]["label"] = {"nested": [{"encoder": {"kind": "payload_of_a_stranger:Network"}}]}
+    file.write_text(json.dumps(config))
+    assert "trust_custom_modalities=True" in cli("sample", run_copy, "--out", "grid.png").complaint
+    assert not payload.exists()
+
+
+def test_training_does_not_trust_a_judge(cli: Cli, run_copy: Path, tiny_file: Path, payload: Path) -> None:
+    file = run_copy / "pipeline" / "model" / "config.json"
+    config = json.loads(file.read_text())
+    config["modality_config"]["label"]["kind"] = MODALITY["kind"]
+    file.write_text(json.dumps(config))
+    more = ["train.steps=2", "evaluate.at_end=true", "evaluate.num_samples=20", f"evaluate.judges.label={run_copy}"]
+    answer = cli("train", tiny_file, *more)
+    assert answer.code == 2 and "evaluate.judges.label" in answer.err and not payload.exists()
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["os:system", "subprocess:Popen", "builtins:exec", "payload_of_a_stranger:silent", "payload_of_a_stranger:number"],
+)
+def test_an_encoder_must_promise_a_module_before_it_is_called(payload: Path, path: str) -> None:
+    with pytest.raises(InputError, match="nothing of it was called"):
+        build_encoder({"kind": path}, 3, (4, 4))
+    assert not (payload.exists() and payload.read_text())
+
+
+@pytest.mark.parametrize("name", ["Network", "promised"])
+def test_an_encoder_of_ones_own_is_built(payload: Path, name: str) -> None:
+    assert build_encoder({"kind": f"payload_of_a_stranger:{name}"}, 3, (4, 4)).width == 48
+
+
+@pytest.mark.parametrize("command", [["--help"], ["show", "config.yaml"]])
+def test_the_working_directory_does_not_stand_in_for_installed_packages(
+    tiny_file: Path, tmp_path: Path, command: list[str]
+) -> None:
+    for name in ("torch", "numpy", "datasets", "typer", "yaml", "omegaconf", "diffusers", "pydantic"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'it-ran')!r}, 'w')")
+    shutil.move(tiny_file, tmp_path / "config.yaml")
+    answer = subprocess.run([sys.executable, "-m", "mmdiff", *command], cwd=tmp_path, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    assert not (tmp_path / "it-ran").exists()
+
+
+# --------------------------------------------------------------------------------------------------- open_clip, weights
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"text_cfg": {"tokenizer_kwargs": {"trust_remote_code": True}}}, "'trust_remote_code'"),
+        ({"text_cfg": {"tokenizer_kwargs": {"code_revision": "main"}}}, "'code_revision'"),
+        ({"vision_cfg": {"timm_model_name": "hf-hub:a/b"}}, "a further place"),
+        ({"text_cfg": {}, "auto_map": {"AutoTokenizer": "evil.Tokenizer"}}, "auto_map"),
+        ([], "cannot be loaded"),
+    ],
+    ids=["trust", "revision", "place", "auto_map", "list"],
+)
+def test_a_clip_folder_that_asks_for_code_is_refused(
+    tmp_path: Path, contacts: list[Any], config: Any, message: str
+) -> None:
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config if config == [] else {"model_cfg": config}))
+    with pytest.raises(InputError, match=f"^zero_shot.model = .*{message}"):
+        load_clip("zero_shot", f"local-dir:{tmp_path}", None)
+    assert contacts == []
+
+
+@pytest.mark.parametrize("model", ["local-dir:/tmp", "hf-hub:a/b", "../x", ""])
+def test_an_encoder_of_open_clip_has_a_plain_name(contacts: list[Any], model: str) -> None:
+    with pytest.raises(InputError, match="encoder.model"):
+        ClipTower(3, model)
+    assert contacts == []
+
+
+def test_a_local_pipeline_never_asks_the_hub_for_its_autoencoder(run_copy: Path, contacts: list[Any]) -> None:
+    folder = run_copy / "pipeline"
+    config = json.loads((folder / "model" / "config.json").read_text())
+    config["modality_config"]["image"] |= {
+        "space": "latent", "autoencoder": "stranger/vae", "latent_channels": 1, "latent_factor": 1
+    }  # fmt: skip
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="autoencoder"):
+        MTDiffusionPipeline.from_pretrained(folder)
+    assert contacts == []
+
+
+@pytest.mark.parametrize("missing", ["model", "scheduler", "model/diffusion_pytorch_model.safetensors"])
+def test_a_local_pipeline_never_asks_the_hub_for_what_it_lacks(
+    cli: Cli, run_copy: Path, contacts: list[Any], tmp_path: Path, missing: str
+) -> None:
+    path = run_copy / "pipeline" / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert cli("sample", run_copy, "--out", tmp_path / "grid.png").complaint
+    assert contacts == []
+
+
+def test_nothing_is_unpickled() -> None:
+    """torch.load and np.load stay strict, and no module reads pickles, evaluates texts or trusts remote code."""
+    source = "\n".join(file.read_text() for file in sorted((ROOT / "mmdiff").rglob("*.py")))
+    for call, strict in (("torch.load", "weights_only=True"), ("np.load", "allow_pickle=False")):
+        found = re.findall(rf"{re.escape(call)}\(([^\n]*)", source)
+        assert found and all(strict in arguments for arguments in found)
+    for word in (r"\bimport pickle", r"\bpickle\.load", r"[^.\w]eval\(", r"[^.\w]exec\(", r"trust_remote_code=True"):
+        assert not re.search(word, source), word
+    assert not re.search(r"weights_only=False|allow_pickle=True|yaml\.(unsafe_|full_)?load\(", source)
+
+
+# -------------------------------------------------------------------------------------------------------------- configs
+
+
+def bomb(levels: int = 10) -> str:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]" for k in range(1, levels)]
+    return "\n".join(lines)
+
+
+def references(levels: int = 30) -> str:
+    return "\n".join(["a0: text", *(f'a{k}: "${{a{k - 1}}}${{a{k - 1}}}"' for k in range(1, levels))])
+
+
+EVIL_YAML = {
+    "anchors": (bomb(), "aliases make more than"),
+    "anchor in itself": ("a: &a [*a]", "an alias holds itself"),
+    "merged anchors": ("a: &a {x: 1}\n" + "b: &b {<<: *a, y: *b}", "an alias holds itself"),
+    "references": (references(), "are too many"),
+    "depth": ("[" * 5000 + "]" * 5000, "nested deeper"),
+    "depth of mappings": ("{a: " * 300 + "1" + "}" * 300, "nested deeper"),
+    "size": ("# " + "x" * 2_000_000, "is larger than"),
+    "environment": ("name: ${oc.env:HOME}", "asks for a resolver"),
+    "decoded": ("name: ${oc.decode:'1'}", "asks for a resolver"),
+    "nested": ("name: ${a.${oc.env:HOME}}", "asks for a resolver"),
+    "in a key": ("${oc.env:HOME}: 1", "asks for a resolver"),
+    "python": ("a: !!python/object/apply:os.system [touch it-ran]", "no valid YAML"),
+    "not text": ("\x00\x01", "no valid YAML"),
+}
+
+
+@pytest.mark.parametrize("case", EVIL_YAML)
+@pytest.mark.parametrize("load", [load_config, load_settings])
+def test_yaml_of_a_stranger_is_one_line(tmp_path: Path, case: str, load: Callable[[Path], Any]) -> None:
+    text, message = EVIL_YAML[case]
+    (tmp_path / "config.yaml").write_text(text)
+    started = time.perf_counter()
+    with pytest.raises(InputError, match=message) as caught:
+        load(tmp_path / "config.yaml")
+    assert time.perf_counter() - started < 2 and "\n" not in str(caught.value)
+
+
+def test_the_environment_stays_out_of_every_line(monkeypatch: pytest.MonkeyPatch, tiny_file: Path, cli: Cli) -> None:
+    monkeypatch.setenv("SECRET_OF_MINE", "hunter2")
+    text = "${oc.env:SECRET_OF_MINE}"
+    for arguments in (["show", tiny_file, f"data.source={text}"], ["check-modality", "label", f"num_classes={text}"]):
+        answer = cli(*arguments)
+        assert "asks for a resolver" in answer.complaint and "hunter2" not in answer.err + answer.out
+    with pytest.raises(InputError, match="asks for a resolver"):
+        parse_overrides([f"a={{b: ['{text}']}}"])
+
+
+def test_plain_references_are_read(tiny_file: Path) -> None:
+    config = load_config(tiny_file, ["train.steps=7", "sample.steps=${train.steps}"])
+    assert config.sample.steps == 7
+
+
+NAMES = ["../up", "a/b", "a\\b", "/root", "", ".hidden", "..", "a\x00b", "a\x1b[2J", "a\nb", "a\u202eb", "x" * 300]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_that_leave_their_folder_are_refused(tiny: Tree, name: str) -> None:
+    with pytest.raises(InputError, match="folder name"):
+        parse_config({**tiny, "name": name})
+    with pytest.raises(InputError, match="folder name"):
+        parse_config({**tiny, "evaluate": {"masks": {name: {}}}})
+    modality = {"kind": "image", "channels": 1, "size": 16}
+    with pytest.raises(InputError, match="identifier"):
+        MTDiffusionModel({name: modality}, {"kind": "unet", "block_out_channels": [8, 16]}, anchor=name)
+
+
+@pytest.mark.parametrize("text", ["\x1b[2J", "\x07", "\u202e", "\x9b31m", "\r", "\u2028", "\ud800"])
+def test_a_terminal_obeys_no_text_of_a_stranger(cli: Cli, tiny_file: Path, text: str) -> None:
+    assert text not in str(InputError(f"key{text}", text, f"the columns are {text}"))
+    assert text not in printable(text, keep="\n\t")
+    assert text not in (answer := cli("show", tiny_file, f"data.source=no{text}where")).out + answer.err
+
+
+# -------------------------------------------------------------------------------------------------------------- folders
+
+LINKS = ["pipeline/model/diffusion_pytorch_model.safetensors", "evaluation.json", "samples", "config.yaml", "pipeline"]
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_links_out_of_a_run_folder_are_refused(cli: Cli, run_copy: Path, tmp_path: Path, name: str) -> None:
+    inside, outside = run_copy / name, tmp_path / "outside"
+    if inside.exists():
+        shutil.move(inside, outside)
+    else:
+        outside.write_text("precious")
+    inside.symlink_to(outside)
+    for arguments in (
+        ["evaluate", run_copy],
+        ["sample", run_copy, "--out", tmp_path / "grid.png"],
+        ["train", run_copy / "config.yaml", f"output={run_copy}", "train.resume=auto"],
+    ):
+        assert "is a link that leads out of its folder" in cli(*arguments).complaint
+    assert outside.is_dir() or name != "evaluation.json" or outside.read_text() == "precious"
+
+
+def test_a_run_folder_may_be_a_link(cli: Cli, finished_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(finished_run)
+    arguments = ["--num", 1, "--steps", 1, "--out", tmp_path / "grid.png"]
+    assert cli("sample", tmp_path / "link", *arguments).code == 0
+
+
+def test_a_judge_stays_in_its_folder(finished_run: Path, run_copy: Path, tmp_path: Path) -> None:
+    (run_copy / "pipeline" / "model" / "more.json").symlink_to("/etc/hostname")
+    config = load_config(finished_run / "config.yaml", [f"evaluate.judges.label={run_copy}"])
+    with pytest.raises(InputError, match="evaluate.judges.label = .*leads out of its folder"):
+        find_judge(config, None, "label", None, trust=False)
+
+
+@pytest.mark.parametrize("value", [10**9, 10**30, -1, "x", None, [], 1e308])
+def test_evil_numbers_in_a_model_are_one_line(cli: Cli, run_copy: Path, tmp_path: Path, value: Any) -> None:
+    file = run_copy / "pipeline" / "model" / "config.json"
+    config = json.loads(file.read_text())
+    config["backbone_config"]["block_out_channels"] = [value, value]
+    file.write_text(json.dumps(config))
+    torch.manual_seed(0)
+    assert cli("sample", run_copy, "--out", tmp_path / "grid.png").complaint
