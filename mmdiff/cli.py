@@ -61,7 +61,7 @@ def train(
         return
     from mmdiff.training import train as run_training
 
-    folder = run_training(loaded)
+    folder = run_training(loaded, trust_custom_modalities=trust)
     if _is_main() and (folder / "pipeline").is_dir():
         echo(f"pipeline: {folder / 'pipeline'}\nsamples: {folder / 'samples' / f'step-{loaded.train.steps}.png'}")
         if loaded.evaluate.at_end:

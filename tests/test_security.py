@@ -118,7 +118,8 @@ def test_training_does_not_trust_a_judge(cli: Cli, run_copy: Path, tiny_file: Pa
     file.write_text(json.dumps(config))
     more = ["train.steps=2", "evaluate.at_end=true", "evaluate.num_samples=20", f"evaluate.judges.label={run_copy}"]
     answer = cli("train", tiny_file, *more)
-    assert answer.code == 2 and "evaluate.judges.label" in answer.err and not payload.exists()
+    assert answer.code == 2 and "evaluate.judges.label" in answer.complaint
+    assert not payload.exists() and not tiny_file.with_name("run").exists()
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,16 @@ ROWS = 256  # that are read to see which values are there
 _NAMED = ("judges", "features", "lpips", "zero_shot", "masks")
 
 
-def check_evaluation(config: Config, model: MTDiffusionModel, train: Table, validation: Table) -> None:
+def check_evaluation(
+    config: Config, model: MTDiffusionModel, train: Table, validation: Table, trust_judges: bool = False
+) -> None:
     """Everything that `evaluate` names exists, loads and fits; only where the config asks for an evaluation.
 
     Args:
         config: resolved.
         model: that will be evaluated.
         train, validation: real rows.
+        trust_judges: import what judges name.
 
     Raises:
         InputError: naming the key of `evaluate`, or the rows that lack.
@@ -43,7 +46,7 @@ def check_evaluation(config: Config, model: MTDiffusionModel, train: Table, vali
         Perceptual(lpips.net, *(Path(file) if file else None for file in (lpips.backbone, lpips.heads)))
     _check_zero_shot(config, model, read_out)
     if asked.at_end or asked.judges or asked.features != default.features:
-        _check_rows(config, model, train, validation, read_out)
+        _check_rows(config, model, train, validation, read_out, trust_judges)
 
 
 def _check_zero_shot(config: Config, model: MTDiffusionModel, read_out: list[str]) -> None:
@@ -60,7 +63,9 @@ def _check_zero_shot(config: Config, model: MTDiffusionModel, read_out: list[str
             raise InputError(f"{KEY}.names", names, f"needs {count} names, one per class of {name}")
 
 
-def _check_rows(config: Config, model: MTDiffusionModel, train: Table, validation: Table, read_out: list[str]) -> None:
+def _check_rows(
+    config: Config, model: MTDiffusionModel, train: Table, validation: Table, read_out: list[str], trust_judges: bool
+) -> None:
     """The rows that judges and scores need: what a few rows lack is believed where there are no more."""
     real, held_out = (table.all(min(ROWS, config.evaluate.max_rows)) for table in (train, validation))
     whole = [min(len(t), config.evaluate.max_rows) <= ROWS for t in (train, validation)]
@@ -73,7 +78,7 @@ def _check_rows(config: Config, model: MTDiffusionModel, train: Table, validatio
     for name in itertools.chain(read_out):
         labelled = isinstance(model.modalities[name], Label)
         if name in config.evaluate.judges or (labelled and whole[0]):
-            find_judge(config, model, name, real, trust=True)
+            find_judge(config, model, name, real, trust_judges)
     if whole[0] or real.present[anchor].sum() >= 2:
         images = complete(real, anchor)[0]
         if whole[0] and len(images) < 4:

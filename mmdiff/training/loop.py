@@ -21,12 +21,13 @@ from mmdiff.training.tracking import Tracker, Window
 from mmdiff.training.trainer import Trainer, check_finite
 
 
-def train(config: Config, progress: bool = True) -> Path:
+def train(config: Config, progress: bool = True, trust_custom_modalities: bool = False) -> Path:
     """Train one experiment on the processes that Accelerate finds; returns the run folder.
 
     Args:
         config: of the experiment.
         progress: show a progress bar.
+        trust_custom_modalities: of judges, whose folders may be of others; the config's own are imported anyway.
 
     Raises:
         InputError: before anything is written, when the config, the data or the run folder do not fit.
@@ -38,7 +39,7 @@ def train(config: Config, progress: bool = True) -> Path:
     experiment = build(config)
     config, folder = experiment.config, experiment.config.folder()
     trainer = Trainer(experiment, accelerator)
-    preflight(experiment, trainer)
+    preflight(experiment, trainer, trust_custom_modalities)
     done, window = claim_folder(folder, config, trainer, accelerator)
     log = Log(folder, config, done, accelerator, progress)
     stopping = False

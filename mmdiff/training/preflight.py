@@ -26,12 +26,13 @@ LARGEST, SMALLEST = 10.0, 0.01  # root mean square of an anchor's encodings; the
 _KEYS = {"num_inference_steps": "sample.steps", "feed": "sample.feed", "guidance_scale": "sample.guidance"}
 
 
-def preflight(experiment: Experiment, trainer: Trainer) -> None:
+def preflight(experiment: Experiment, trainer: Trainer, trust_judges: bool = False) -> None:
     """Everything that a run does after its training, done once in small; nothing is kept and no random state moves.
 
     Args:
         experiment: as it was built.
         trainer: of the same experiment, before its first step.
+        trust_judges: import what the folders of `evaluate.judges` name.
 
     Raises:
         InputError: naming the setting that would have failed after the training.
@@ -39,13 +40,13 @@ def preflight(experiment: Experiment, trainer: Trainer) -> None:
     if not trainer.accelerator.is_main_process:
         return
     try:
-        _use_everything(experiment, trainer)
+        _use_everything(experiment, trainer, trust_judges)
     except InputError as error:
         error.everywhere = False  # the other processes have not looked
         raise
 
 
-def _use_everything(experiment: Experiment, trainer: Trainer) -> None:
+def _use_everything(experiment: Experiment, trainer: Trainer, trust_judges: bool) -> None:
     config, model = experiment.config, trainer.bare.model
     check_learns(config, model)
     with _undisturbed(model):
@@ -53,7 +54,7 @@ def _use_everything(experiment: Experiment, trainer: Trainer) -> None:
         pipeline = trainer.pipeline()
         check_sampling(config, pipeline)
         check_saving(pipeline)
-        check_evaluation(config, model, experiment.train, experiment.validation)
+        check_evaluation(config, model, experiment.train, experiment.validation, trust_judges)
 
 
 @contextlib.contextmanager
