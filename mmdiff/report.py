@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from omegaconf import OmegaConf
-
-from mmdiff.config import Config
+from mmdiff.config import Config, as_yaml
 from mmdiff.data import Rows
 from mmdiff.model import MTDiffusionModel
 from mmdiff.schedulers import MTScheduler
@@ -14,7 +12,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 def describe(config: Config, model: MTDiffusionModel, scheduler: MTScheduler, splits: tuple[Rows, Rows] | None) -> str:
     """The resolved config, parameter counts, weight schedules and, where the data were opened, their rows."""
-    lines = [OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))).rstrip(), ""]
+    lines = [as_yaml(config).rstrip(), ""]
     if splits is not None:
         lines.append(f"rows: {len(splits[0])} for training, {len(splits[1])} held out")
     lines.append(f"diffusion space: {tuple(model.space)}")

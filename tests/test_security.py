@@ -17,7 +17,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from mmdiff.config import load_config, parse_config, parse_overrides
+from mmdiff.config import load_config, parse_config, parse_overrides, save_config
 from mmdiff.data.embeddings import load_clip
 from mmdiff.errors import InputError, printable
 from mmdiff.evaluation.fusion_settings import load_settings
@@ -261,6 +261,12 @@ def test_the_environment_stays_out_of_every_line(monkeypatch: pytest.MonkeyPatch
         assert "asks for a resolver" in answer.complaint and "hunter2" not in answer.err + answer.out
     with pytest.raises(InputError, match="asks for a resolver"):
         parse_overrides([f"a={{b: ['{text}']}}"])
+
+
+def test_a_name_in_the_data_is_no_reference(tiny: Tree, tmp_path: Path) -> None:
+    tiny["modalities"]["label"] |= {"names": ["a", "${oc.env:HOME}"]}
+    with pytest.raises(InputError, match="would be read as a reference"):
+        save_config(parse_config(tiny), tmp_path / "config.yaml")
 
 
 def test_plain_references_are_read(tiny_file: Path) -> None:

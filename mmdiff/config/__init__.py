@@ -1,6 +1,7 @@
 """The config of an experiment: its schema, and how it is read and written. Nothing here imports torch."""
 
 from mmdiff.config.load import (
+    as_yaml,
     first_difference,
     load_config,
     parse_arguments,
@@ -45,6 +46,7 @@ __all__ = [
     "TrainConfig",
     "WeightConfig",
     "ZeroShotConfig",
+    "as_yaml",
     "first_difference",
     "load_config",
     "parse_arguments",

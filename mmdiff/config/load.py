@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mmdiff.config.schema import Config, Strict
-from mmdiff.config.tree import check_references, plain, read_tree
+from mmdiff.config.tree import check_literal, check_references, plain, read_tree
 from mmdiff.errors import InputError
 
 
@@ -106,7 +106,18 @@ def parse_arguments(key: str, arguments: Mapping[str, tuple[Any, Any]], settings
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved config; reading it gives the same config again."""
-    OmegaConf.save(OmegaConf.create(config.model_dump(mode="json")), path)
+    path.write_text(as_yaml(config), encoding="utf-8")
+
+
+def as_yaml(config: Config) -> str:
+    """The config as YAML, in which every text is literal.
+
+    Raises:
+        InputError: a name that came with the data would be read as a reference.
+    """
+    tree = config.model_dump(mode="json")
+    check_literal("config", tree)
+    return OmegaConf.to_yaml(OmegaConf.create(tree))
 
 
 def first_difference(one: Config, other: Config, ignore: set[str]) -> tuple[str, Any, Any] | None:

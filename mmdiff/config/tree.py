@@ -78,6 +78,17 @@ def check_references(key: str, tree: Any) -> None:
         raise InputError(key, len(texts), f"values with references are too many; {MAX_REFERENCES} references may be")
 
 
+def check_literal(key: str, tree: Any) -> None:
+    """Refuse texts in a plain tree that a reader would take for references.
+
+    Raises:
+        InputError: with the text.
+    """
+    for text in _texts(tree):
+        if "${" in text:
+            raise InputError(key, text, "would be read as a reference when it is saved; rename it")
+
+
 def check_depth(key: str, value: str, text: str) -> None:
     """Refuse what is nested deeply, before anything that calls itself reads it.
 
