@@ -176,6 +176,7 @@ def build_table(
         rows,
         columns={name: config.column(name) for name in model.names if name not in masking},
         preprocess={name: model.modalities[name].preprocess for name in model.names},
+        is_missing={name: model.modalities[name].is_missing for name in model.names},
         placeholders={name: model.modalities[name].placeholder() for name in model.names},
         holes={name: Holes(model.anchor, law.law, law.ratio, config.train.seed) for name, law in masking.items()},
         missing=missing,

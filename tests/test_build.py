@@ -43,6 +43,7 @@ def test_the_data_fill_in_what_the_config_leaves_out(configure: Configure, mode:
     assert resolve(configure(), named).modalities["label"].settings() == {
         "num_classes": 5,
         "names": list("01234"),
+        "unknown": -1,
     }
 
 

@@ -108,6 +108,7 @@ class Table(torch.utils.data.Dataset):
         source: what the rows come from, for errors.
         on_error: "raise", or "skip": a value that cannot be used counts as absent.
         max_errors: share of rows that may have such a value; more stop the run.
+        is_missing: {modality: whether a raw value says that there is none}; None always does.
     """
 
     def __init__(
@@ -123,12 +124,14 @@ class Table(torch.utils.data.Dataset):
         source: str = "",
         on_error: str = "raise",
         max_errors: float = 0.01,
+        is_missing: Mapping[str, Callable[[object], bool]] | None = None,
     ) -> None:
         for name, column in columns.items():
             if column not in rows.column_names:
                 raise InputError(f"data.columns.{name}", column, f"the source has {', '.join(rows.column_names)}")
         self.rows = rows.select_columns(sorted({*columns.values(), ROW} & set(rows.column_names)))
         self.columns, self.preprocess, self.placeholders = dict(columns), dict(preprocess), dict(placeholders)
+        self.is_missing = dict(is_missing or {})
         self.holes, self.missing, self.seed = dict(holes or {}), dict(missing or {}), seed
         self.source = origin(source, rows)
         self.skip, self.unusable = on_error == "skip", Unusable(len(rows), max_errors)
@@ -202,7 +205,7 @@ class Table(torch.utils.data.Dataset):
 
     def _value(self, name: str, raw: object, row: int, unusable: list[str]) -> Tensor | None:
         """None where it is missing; so is one that cannot be used, where such are skipped."""
-        if _missing(raw):
+        if raw is None or (name in self.is_missing and self.is_missing[name](raw)):
             return None
         try:
             with at(f"data.columns.{name}={self.columns[name]}, row {row} of {self.source}", ": "):
@@ -217,11 +220,6 @@ class Table(torch.utils.data.Dataset):
 def origin(source: str, rows: Rows) -> str:
     """A source and the split that rows are of, for errors."""
     return f"{source} ({rows.split})" if isinstance(rows, datasets.Dataset) and rows.split else source
-
-
-def _missing(raw: object) -> bool:
-    """None, and a set of which nothing is there."""
-    return raw is None or (isinstance(raw, list) and all(item is None for item in raw))
 
 
 class StandIn(torch.utils.data.Dataset):

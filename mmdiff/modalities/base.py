@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -101,6 +102,12 @@ class Modality(nn.Module, ABC):
             values: its values, read lazily.
             settings: what the config sets.
         """
+
+    def is_missing(self, raw: Any) -> bool:
+        """Whether a raw value says that there is none: None, NaN, or a set of which nothing is there."""
+        if isinstance(raw, list):
+            return all(item is None for item in raw)
+        return raw is None or (isinstance(raw, numbers.Real) and raw != raw)
 
     @classmethod
     def check_readable(cls, raw: Any) -> None:

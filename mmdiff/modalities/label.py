@@ -14,19 +14,28 @@ from torch import Generator, Tensor, nn
 from mmdiff.errors import InputError
 from mmdiff.likelihoods import categorical_log_prob, categorical_sample, mean_logits
 from mmdiff.modalities.base import Modality, Shape
+from mmdiff.modalities.classes import check_names, classes_of, counted, listed, whole_number
 from mmdiff.modalities.heads import file_at, repeated, widened
+
+Raw = int | float | str
 
 
 class Label(Modality):
-    """A class label; its value is an int64 class id.
+    """A class label; its value is an int64 class, 0 … K − 1.
+
+    Raw values are ids, names, or whole floats; NaN, None and what `unknown` names mean that the label is missing.
 
     Args:
         shape: the surroundings, see `Modality`.
-        num_classes: K; ids run from 0 to K − 1. Taken from the data where the config leaves it out.
+        num_classes: K. Taken from the data where the config leaves it out.
         table_size: side of the table's own grid, repeated to the size of the diffusion space; convolutions find a
             coarse pattern in z_t, and subtract it, more easily. Default: the full size.
         names: of the classes, where the data have them.
         observe_as: how an observed label reaches the backbone: "channels" (its encoding) or "context" (one-hot).
+        unknown: raw value, or several, of a missing label; −1 of a `ClassLabel` is one by default.
+        classes: "all" ids from 0 to the largest, or "compact": those alone that some row has.
+        ids: the raw ids of the classes, where they are not 0 … K − 1; `compact` takes them from the data.
+        show: what `postprocess` gives, "id" or "name". Default: "name" where the data are texts, else "id".
     """
 
     def __init__(
@@ -36,6 +45,10 @@ class Label(Modality):
         table_size: int | None = None,
         names: list[str] | None = None,
         observe_as: str = "channels",
+        unknown: Raw | list[Raw] | None = None,
+        classes: str = "all",
+        ids: list[int] | None = None,
+        show: str = "id",
     ) -> None:
         super().__init__(shape)
         if num_classes < 2:
@@ -43,11 +56,13 @@ class Label(Modality):
         channels, height, width = shape.space
         if table_size is not None and (table_size < 1 or height % table_size or width % table_size):
             raise InputError("table_size", table_size, f"must divide the diffusion space's {height}x{width}")
-        if observe_as not in ("channels", "context"):
-            raise InputError("observe_as", observe_as, "choose channels or context")
-        self.by_context = observe_as == "context"
-        if names is not None and len(names) != num_classes:
-            raise InputError("names", names, f"needs {num_classes} entries, one per class")
+        _check_choices(observe_as, classes, show, names)
+        check_names(names, num_classes)
+        if ids is not None and len({*map(whole_number, ids)} - {None}) != num_classes:
+            raise InputError("ids", ids, f"needs {num_classes} different whole numbers, one per class")
+        self.by_context, self.by_name = observe_as == "context", show == "name"
+        self.unknown = unknown if isinstance(unknown, list | tuple) else [unknown]
+        self.ids = list(ids or range(num_classes))
         self.num_classes, self.names, self.height, self.width = num_classes, names, height, width
         rows, columns = (table_size or height, table_size or width)
         self.table = nn.Parameter(torch.randn(num_classes, channels, rows, columns))
@@ -59,28 +74,56 @@ class Label(Modality):
         )
 
     @classmethod
+    def settings_from_files(cls, names: list[str] | None = None, **_: Any) -> dict[str, Any]:
+        return {} if names is None else {"num_classes": len(names)}
+
+    @classmethod
     def settings_from_data(
-        cls, feature: Any, values: Iterable[Any], num_classes: int | None = None, **_: Any
+        cls,
+        feature: Any,
+        values: Iterable[Any],
+        num_classes: int | None = None,
+        names: list[str] | None = None,
+        unknown: Raw | list[Raw] | None = None,
+        classes: str = "all",
+        **_: Any,
     ) -> dict[str, Any]:
-        if isinstance(feature, ClassLabel) and num_classes in (None, feature.num_classes):
-            return {"num_classes": feature.num_classes, "names": feature.names}
-        if num_classes is not None:
-            return {}
-        largest = -1
-        for value in values:  # a bare integer column does not state its size
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise InputError("label", type(value).__name__, "is no column of integers; check data.columns")
-            largest = largest if value is None else max(largest, value)
-        if largest < 0:
-            raise InputError("label", "NoneType", "is no column of integers; check data.columns")
-        return {"num_classes": largest + 1}
+        """A number of classes that the config sets is trusted: the column is not searched for classes without rows."""
+        declared, found = None, {}
+        if isinstance(feature, ClassLabel):
+            declared, found = feature.names, {} if unknown is not None else {"unknown": -1}
+            unknown = -1 if unknown is None else unknown
+        if num_classes is not None and classes != "compact" and _is_of_ids(feature):
+            same = declared is not None and names is None and len(declared) == num_classes
+            return {**found, "names": declared} if same else found
+        absent = unknown if isinstance(unknown, list | tuple) else [unknown]
+        counts = counted("label", (value for value in values if not _is_unknown(value, absent)))
+        return found | classes_of(counts, names or declared, num_classes, compact=classes == "compact")
+
+    def is_missing(self, raw: Any) -> bool:
+        return super().is_missing(raw) or _is_unknown(raw, self.unknown)
 
     def preprocess(self, raw: Any) -> Tensor:
-        if isinstance(raw, bool) or not isinstance(raw, int):
+        if isinstance(raw, str) and self.names is not None:
+            return torch.tensor(self._named(raw))
+        number = raw if isinstance(raw, bool) and self.names == ["false", "true"] else whole_number(raw)
+        if number is None:
             raise InputError("label", raw, "is no integer class id; check data.columns")
-        if not 0 <= raw < self.num_classes:
-            raise InputError("label", raw, f"is outside 0 … {self.num_classes - 1}; check num_classes")
-        return torch.tensor(raw)
+        if number not in self.ids or _is_unknown(raw, self.unknown):
+            raise InputError("label", raw, self._remedy(raw))
+        return torch.tensor(self.ids.index(number))
+
+    def _named(self, name: str) -> int:
+        if name not in (self.names or []):
+            raise InputError("label", name, f"is no class; write a name: {listed(self.names or [])}")
+        return self.names.index(name)
+
+    def _remedy(self, raw: Any) -> str:
+        if _is_unknown(raw, self.unknown):
+            return "means that the label is unknown; leave it out"
+        plain = self.ids == list(range(self.num_classes))
+        classes = f"outside 0 … {self.num_classes - 1}" if plain else f"none of {listed(self.ids)}"
+        return f"is {classes}; check num_classes, or set unknown: {raw} where it means missing"
 
     def parse(self, text: str) -> int:
         """A class name, an id, or a .txt file that holds one of them."""
@@ -90,20 +133,20 @@ class Label(Modality):
             except UnicodeDecodeError:
                 raise InputError("label", text, "is no text file; it should hold a class id or a name") from None
         if self.names and text in self.names:
-            return self.names.index(text)
+            return self.ids[self.names.index(text)]
         try:
             return int(text)
         except ValueError:
-            known = "".join(f", {name}" for name in (self.names or [])[:10])
-            more = ", …" if len(self.names or []) > 10 else ""
-            remedy = f"write a class id, 0 … {self.num_classes - 1}" + (
-                f", or a name: {known[2:]}{more}" if known else ""
-            )
+            remedy = f"write a class id, {self._span()}" + (f", or a name: {listed(self.names)}" if self.names else "")
             raise InputError("label", text, remedy) from None
 
-    def save(self, shown: int, stem: Path) -> Path:
+    def _span(self) -> str:
+        plain = self.ids == list(range(self.num_classes))
+        return f"0 … {self.num_classes - 1}" if plain else listed(self.ids)
+
+    def save(self, shown: Any, stem: Path) -> Path:
         """By its name where the classes have names."""
-        return super().save(self.names[shown] if self.names else shown, stem)
+        return super().save(self.names[int(self.preprocess(shown))] if self.names else shown, stem)
 
     def check(self, value: Tensor) -> None:
         super().check(value)
@@ -111,8 +154,10 @@ class Label(Modality):
         if len(outside):
             raise InputError("label", int(outside[0]), f"is outside 0 … {self.num_classes - 1}")
 
-    def postprocess(self, value: Tensor) -> list[int]:
-        return value.tolist()
+    def postprocess(self, value: Tensor) -> list[int] | list[str]:
+        """Ids as the data have them, or names."""
+        shown = self.names if self.by_name else self.ids
+        return [shown[k] for k in value.tolist()]
 
     def gallery(self) -> Tensor:
         return torch.arange(min(self.num_classes, 10))
@@ -175,3 +220,31 @@ class Label(Modality):
     def expected_encoding(self, params: Tensor) -> Tensor:
         mean = torch.einsum("bk,kcij->bcij", params.softmax(dim=-1), self._normalised_table())
         return repeated(mean, (self.height, self.width))
+
+
+def _check_choices(observe_as: str, classes: str, show: str, names: list[str] | None) -> None:
+    for key, chosen, known in (
+        ("observe_as", observe_as, ("channels", "context")),
+        ("classes", classes, ("all", "compact")),
+        ("show", show, ("id", "name")),
+    ):
+        if chosen not in known:
+            raise InputError(key, chosen, f"choose {' or '.join(known)}")
+    if show == "name" and names is None:
+        raise InputError("show", show, "the classes have no names; set names")
+
+
+def _is_unknown(raw: Any, unknown: Iterable[Raw | None]) -> bool:
+    """Whether a raw value is None, NaN or one that means missing; 1 is not true."""
+    if raw is None or raw != raw:
+        return True
+    return any(type(raw) is type(one) and raw == one or _same_number(raw, one) for one in unknown)
+
+
+def _same_number(raw: Any, one: Any) -> bool:
+    return whole_number(raw) is not None and whole_number(raw) == whole_number(one)
+
+
+def _is_of_ids(feature: Any) -> bool:
+    """Whether a column is known to hold numbers."""
+    return isinstance(feature, ClassLabel) or str(getattr(feature, "dtype", "string")).startswith(("int", "uint"))

@@ -314,6 +314,7 @@ def test_a_set_of_nothing_is_missing() -> None:
         columns={"image_set": "photos"},
         preprocess={"image_set": modality.preprocess},
         placeholders={"image_set": modality.placeholder()},
+        is_missing={"image_set": modality.is_missing},
     )
     batch = table.all()
     assert batch.present["image_set"].tolist() == [True, False, False, False, True]

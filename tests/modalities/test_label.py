@@ -19,10 +19,10 @@ SHAPE = Shape((2, 4, 4), 4, 4)
 @pytest.mark.parametrize(
     ("raw", "remedy"),
     [
-        (5, "is outside 0 … 4; check num_classes"),
-        (-1, "is outside 0 … 4; check num_classes"),
+        (5, "is outside 0 … 4; check num_classes, or set unknown: 5 where it means missing"),
+        (-1, "is outside 0 … 4; check num_classes, or set unknown: -1 where it means missing"),
         (True, "is no integer class id; check data.columns"),
-        (2.0, "is no integer class id; check data.columns"),
+        (2.5, "is no integer class id; check data.columns"),
         ("2", "is no integer class id; check data.columns"),
         (None, "is no integer class id; check data.columns"),
     ],
@@ -82,18 +82,73 @@ def test_one_class_is_no_label() -> None:
         Label(SHAPE, 1)
 
 
-@pytest.mark.parametrize("values", [[], [None], ["a"], [1, 0.5]])
-def test_columns_without_integers_are_refused(values: list[Any]) -> None:
-    with pytest.raises(InputError, match="is no column of integers"):
+@pytest.mark.parametrize("values", [[], [None], [1, 0.5], [1, "a"], [[1]], [float("nan")]])
+def test_columns_without_classes_are_refused(values: list[Any]) -> None:
+    with pytest.raises(InputError, match="^label = "):
         Label.settings_from_data(datasets.Value("int64"), values)
 
 
-def test_a_class_label_states_its_size_and_integers_show_it() -> None:
-    """A named column counts classes that no row has; a bare one ends at its largest id."""
-    named = datasets.ClassLabel(names=list("abcdefg"))
-    assert Label.settings_from_data(named, [0]) == {"num_classes": 7, "names": list("abcdefg")}
-    assert Label.settings_from_data(named, [0], num_classes=9) == {}  # names of another set of classes
-    assert Label.settings_from_data(datasets.Value("int64"), iter([None, 3, 1])) == {"num_classes": 4}
+NAMED = datasets.ClassLabel(names=["a", "b", "c"])
+COLUMNS = {
+    "ids": (datasets.Value("int64"), [0, 1, 2] * 4, {"num_classes": 3}),
+    "declared": (NAMED, [0, 1, 2] * 4, {"num_classes": 3, "names": ["a", "b", "c"], "unknown": -1}),
+    "declared, some unknown": (NAMED, [0, 1, 2, -1] * 3, {"num_classes": 3, "names": ["a", "b", "c"], "unknown": -1}),
+    "text": (datasets.Value("string"), ["dog", "cat"] * 6, {"num_classes": 2, "names": ["cat", "dog"], "show": "name"}),
+    "bool": (datasets.Value("bool"), [True, False] * 6, {"num_classes": 2, "names": ["false", "true"]}),
+    "floats": (datasets.Value("float64"), [0.0, 1.0, float("nan")] * 4, {"num_classes": 2}),
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_settings_are_read_off_every_kind_of_column(name: str) -> None:
+    feature, values, expected = COLUMNS[name]
+    settings = Label.settings_from_data(feature, values)
+    assert settings == expected
+    label = Label(SHAPE, **settings)
+    present = [value for value in values if not label.is_missing(value)]
+    classes = torch.stack([label.preprocess(value) for value in present])
+    assert classes.unique().tolist() == list(range(label.num_classes))
+    shown = label.postprocess(classes)
+    assert torch.equal(torch.stack([label.preprocess(one) for one in shown]), classes)  # they come back as given
+
+
+@pytest.mark.parametrize(
+    ("feature", "values", "found"),
+    [
+        (NAMED, [0, 1] * 6, "no row has these classes"),
+        (datasets.Value("int64"), [0, 2] * 6, "no row has these classes"),
+        (datasets.Value("int64"), list(range(12)), "more than half of the 12 rows"),
+        (datasets.Value("string"), [f"name {k}" for k in range(12)], "more than half of the 12 rows"),
+        (datasets.Value("int64"), [-1, 0, 1] * 4, "set unknown: -1"),
+    ],
+)
+def test_classes_that_make_no_sense_are_refused_with_a_remedy(feature: Any, values: list[Any], found: str) -> None:
+    with pytest.raises(InputError, match=found):
+        Label.settings_from_data(feature, values)
+    compact = Label.settings_from_data(feature, values, classes="compact")
+    assert compact["num_classes"] == len(set(values))
+    unknown = Label.settings_from_data(feature, [*values, 99], classes="compact", unknown=99)
+    assert unknown["num_classes"] == len(set(values))
+
+
+def test_compact_classes_keep_their_ids_and_names() -> None:
+    label = Label(SHAPE, **{**Label.settings_from_data(NAMED, [0, 2] * 6, classes="compact"), "classes": "compact"})
+    assert label.names == ["a", "c"] and label.preprocess(2).item() == label.preprocess("c").item() == 1
+    assert label.postprocess(torch.tensor([0, 1])) == [0, 2]
+
+
+def test_names_are_classes_in_python_too() -> None:
+    label = Label(SHAPE, 3, names=["a", "b", "c"], show="name")
+    assert label.preprocess("b").item() == 1 and label.postprocess(torch.tensor([1])) == ["b"]
+    with pytest.raises(InputError, match="'d': is no class; write a name: a, b, c"):
+        label.preprocess("d")
+
+
+@pytest.mark.parametrize("name", ["red\x1b[31m", "two\nlines", "\u202egnirts", ""])
+def test_a_class_name_holds_nothing_that_a_terminal_obeys(name: str) -> None:
+    with pytest.raises(InputError, match="^names = ") as refusal:
+        Label(SHAPE, 2, names=["a", name])
+    assert "\x1b" not in str(refusal.value) and "\u202e" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("growth", [1e-2, 1e3])
