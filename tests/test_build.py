@@ -74,8 +74,8 @@ def test_a_wrong_explicit_size_is_refused_with_row_and_column(configure: Configu
         ("backbone.kind=vnet", "backbone.kind = 'vnet': choose one of unet"),
         ("backbone.layers=3", "backbone.layers = 3: unknown key; UNet takes "),
         (
-            "modalities.label.classes=3",
-            "modalities.label.classes = 3: unknown key; Label takes names, num_classes, observe_as, table_size",
+            "modalities.label.klasses=3",
+            "modalities.label.klasses = 3: unknown key; Label takes ",
         ),
         ("modalities.image.shape=3", "modalities.image.shape = 3: unknown key"),
         ("modalities.image.head=true", "modalities.image.head = True: unknown key"),

@@ -79,7 +79,7 @@ def check_learns(config: Config, model: MTDiffusionModel) -> None:
     """
     missing = config.data.missing
     if missing.get(config.anchor) == 1:
-        raise InputError(f"data.missing.{config.anchor}", 1.0, "hides every anchor; nothing can be learned")
+        _warn(f"data.missing.{config.anchor} = 1.0: hides every anchor, so nothing is denoised")
     denoised = state_law(config, config.anchor).observed < 1 and config.states.anchor_hidden < 1
     read = [n for n in model.generated if config.modalities[n].loss_weight > 0 and missing.get(n) != 1]
     if denoised:
