@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +89,18 @@ def _with_images(config: Config, rows: Rows) -> Rows:
     return rows
 
 
+@contextlib.contextmanager
+def _small_enough() -> Iterator[None]:
+    """A network that memory cannot hold is refused in one line."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OverflowError) as error:
+        if not any(word in str(error).lower() for word in ("memory", "overflow", "storage size")):
+            raise
+        said = str(error).splitlines()[0][:200]
+        raise InputError("modalities and backbone", "sizes", f"are too large for memory ({said})") from error
+
+
 def build_model(config: Config, initial_weights: bool = True) -> MTDiffusionModel:
     """The model with weights drawn from train.seed.
 
@@ -95,7 +108,7 @@ def build_model(config: Config, initial_weights: bool = True) -> MTDiffusionMode
         config: resolved.
         initial_weights: whether to read, or download, the pretrained weights that its settings name.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _small_enough():
         torch.manual_seed(fold(config.train.seed, 0, "weights"))
         model = MTDiffusionModel(
             modality_config={n: {"kind": m.kind, **m.settings()} for n, m in config.modalities.items()},

@@ -96,7 +96,7 @@ def sample_(
     ] = None,
     dtype: Annotated[str, typer.Option(help="precision of the networks: fp32 or bf16")] = "fp32",
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile the backbone first")] = False,
-    seed: Annotated[int, typer.Option(help="sample k depends on the seed and on k alone")] = 0,
+    seed: Annotated[int, typer.Option(help="sample k depends on the seed and on k alone", min=0)] = 0,
     out: Annotated[Path, typer.Option(help="the grid, a PNG that must not exist")] = Path("grid.png"),
     save_each: Annotated[
         Path | None, typer.Option(help="a new folder: one file per modality and sample, which --observe reads back")
@@ -112,14 +112,15 @@ def sample_(
     prepare(pipeline, dtype, compiled)
     settings = {
         "num_inference_steps": steps or own.steps,
-        "feed": feed or own.feed,
+        "feed": own.feed if feed is None else feed,
         "max_batch_size": batch_size or own.batch_size,
     }
     if conditioning is not None:
         settings["conditioning"] = conditioning.split(",")
     if aggregate is not None:
         settings["aggregate"] = {"all": True, "none": False}.get(aggregate, aggregate.split(","))
-    for line in sample(pipeline, observe or [], num, seed, out, save_each, guidance or own.scales, settings):
+    scales = own.scales if guidance is None else guidance
+    for line in sample(pipeline, observe or [], num, seed, out, save_each, scales, settings):
         echo(line)
 
 

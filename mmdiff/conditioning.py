@@ -127,6 +127,8 @@ def _as_trained(able: frozenset[str]) -> frozenset[str]:
 
 
 def _as_ways(key: str, given: Ways) -> frozenset[str]:
+    if not isinstance(given, Iterable):
+        raise InputError(key, given, f"choose from {', '.join(WAYS)}")
     ways = [given] if isinstance(given, str) else list(given)
     for way in ways:
         if way not in WAYS:
@@ -180,7 +182,7 @@ def feed_for(feed: str | None, stochastic: bool) -> str:
     Raises:
         InputError: on an unknown feed, and on "mode" with a deterministic solver, where it is wrong.
     """
-    feed = feed or ("draw" if stochastic else "mean")
+    feed = ("draw" if stochastic else "mean") if feed is None else feed
     if feed not in FEEDS:
         raise InputError("feed", feed, f"choose one of {', '.join(FEEDS)}")
     if feed == "mode" and not stochastic:
@@ -198,6 +200,8 @@ def aggregated_names(aggregate: bool | Iterable[str] | None, weighted: Mapping[s
     able = {name for name, peak in weighted.items() if peak > 0}
     if aggregate is None or aggregate is True:
         return able
+    if not isinstance(aggregate, bool | Iterable):
+        raise InputError("aggregate", aggregate, "needs True, False or names of modalities")
     names = set() if aggregate is False else {aggregate} if isinstance(aggregate, str) else set(aggregate)
     if names - able:
         raise InputError(

@@ -26,6 +26,8 @@ def observed_values(model: MTDiffusionModel, observed: Mapping[str, Any], batch_
     Raises:
         InputError: naming the modality.
     """
+    if not isinstance(observed, Mapping):
+        raise InputError("observed", observed, "needs {modality: value}")
     values = {}
     for name, raw in observed.items():
         if name not in model.names:

@@ -179,7 +179,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
         max_batch_size = None if max_batch_size is None else whole("max_batch_size", max_batch_size, 1)
         num_inference_steps = whole("num_inference_steps", num_inference_steps, 0)
         guidance_scale = scales("guidance_scale", guidance_scale)
-        self_guidance_scale = plain("self_guidance_scale", self_guidance_scale)
+        self_guidance_scale = scales("self_guidance_scale", self_guidance_scale)
         resampling, read_timesteps = plain("resampling", resampling), plain("read_timesteps", read_timesteps)
         values = observed_values(self.model, observed or {}, batch_size)
         count = len(next(iter(values.values()))) if values else batch_size or 1

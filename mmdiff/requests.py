@@ -41,8 +41,8 @@ def whole(key: str, value: Any, least: int) -> int:
         InputError: for anything else, and below ``least``.
     """
     value = plain(key, value)
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(key, value, f"needs a whole number, {least} at least")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
+        raise InputError(key, value, f"needs a whole number, {least} at least and below 2^31")
     return value
 
 
@@ -54,8 +54,8 @@ def scales(key: str, value: Any) -> Any:
     """
     value = plain(key, value)
     for name, scale in value.items() if isinstance(value, Mapping) else [("", value)]:
-        if isinstance(scale, bool) or not isinstance(scale, int | float) or scale < 0:
-            raise InputError(f"{key}.{name}".rstrip("."), scale, "needs a number, 0 at least")
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 <= scale <= 1e4:
+            raise InputError(f"{key}.{name}".rstrip("."), scale, "needs a number, 0 at least and 10000 at most")
     return value
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import json
 import typing
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
 
 from mmdiff.backbones import BACKBONES, Backbone
 from mmdiff.config import Config, DataConfig, MaskingConfig, ModalityConfig, WeightConfig, parse_arguments
@@ -18,6 +20,7 @@ from mmdiff.errors import InputError, at
 from mmdiff.modalities import Modality, find_modality
 from mmdiff.schedulers import SCHEDULERS, MTScheduler
 
+LARGEST = 1e9  # of any number among the settings of a class
 _GIVEN = {  # not for a config to set
     Modality: {"self", "shape", "head"},
     Backbone: {"self", "space", "observation_channels", "num_flags"},
@@ -51,6 +54,7 @@ def resolve(config: Config, rows: Rows | None) -> Config:
         kind, settings = settings_of[name]
         check_settings(f"modalities.{name}", kind, settings)
         modalities[name] = entry.model_copy(update={**settings, "weight": _weight(name, entry, kind)})
+    check_types("backbone", backbone_class(config), config.backbone.settings())
     check_settings("backbone", backbone_class(config), config.backbone.settings())
     resolved = config.model_dump()
     resolved["modalities"] = {name: entry.model_dump() for name, entry in modalities.items()}
@@ -88,6 +92,7 @@ def _resolved_settings(
     config: Config, name: str, kind: type[Modality], rows: Rows | None, anchor: dict[str, Any]
 ) -> dict[str, Any]:
     """What the config sets, over what files, the anchor and the data determine."""
+    check_types(f"modalities.{name}", kind, config.modalities[name].settings())
     settings = {**kind.settings_from_anchor(**anchor), **config.modalities[name].settings()}
     with at(f"modalities.{name}"):
         settings = {**kind.settings_from_files(**settings), **settings}
@@ -154,6 +159,35 @@ def check_settings(key: str, cls: type, settings: dict[str, Any]) -> None:
                 raise InputError(f"{key}.{name}", settings[name], f"unknown key; {cls.__name__} takes {known}")
     for name in missing_settings(cls, settings):
         raise InputError(f"{key}.{name}", None, "is missing and the data do not determine it; add it to the config")
+
+
+def check_types(key: str, cls: type, settings: dict[str, Any]) -> None:
+    """Settings must be of the types that the constructor declares; what it does not declare is not checked here.
+
+    Raises:
+        InputError: naming the setting.
+    """
+    try:
+        hints = typing.get_type_hints(cls.__init__)
+    except (NameError, TypeError):  # a class of one's own, whose annotations need not resolve
+        return
+    for name in settings.keys() & hints.keys() & _parameters(cls).keys():
+        try:
+            kind = TypeAdapter(hints[name], config=ConfigDict(allow_inf_nan=False))
+            kind.validate_json(json.dumps(settings[name]), strict=True)  # as it stands in a file: "3" is no number
+            _check_size(f"{key}.{name}", settings[name])
+        except ValidationError as error:
+            said = error.errors()[0]["msg"].removeprefix("Input ")
+            raise InputError(f"{key}.{name}", settings[name], f"{said[0].lower()}{said[1:]}") from None
+        except (PydanticUserError, PydanticSchemaGenerationError, TypeError):  # types that no file can hold
+            continue
+
+
+def _check_size(key: str, value: Any) -> None:
+    """No number is larger than any count or scale that a network can have."""
+    for number in value if isinstance(value, list | tuple) else (value,):
+        if isinstance(number, int | float) and abs(number) > LARGEST:
+            raise InputError(key, value, f"is too large; numbers go up to {LARGEST:g}")
 
 
 def missing_settings(cls: type, settings: dict[str, Any]) -> list[str]:

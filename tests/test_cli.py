@@ -280,7 +280,7 @@ def test_a_row_that_only_another_process_meets_is_told_too(
 
 
 def test_training_that_diverges_is_a_line_of_its_own(cli: Cli, tiny_file: Path) -> None:
-    answer = cli("train", tiny_file, "train.learning_rate=1e30", "train.warmup=0")
+    answer = cli("train", tiny_file, "train.learning_rate=1e9", "train.warmup=0")
     assert answer.code == 1 and "Traceback" not in answer.err
     assert answer.err.splitlines()[-1].startswith("mmdiff: step 2: ")
 

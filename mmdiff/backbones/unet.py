@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from mmdiff.errors import InputError
 
 DEFAULT_CHANNELS = (64, 128, 256)
 GRID_CHANNELS = 16
+LARGEST = 2**16  # of any number of channels, groups or cells
 CONTEXT_CHANNELS, CONTEXT_WIDTH = 8, 512
 
 
@@ -60,6 +62,7 @@ class UNet(Backbone):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__(space, observation_channels, num_flags)
+        _check_ranges(locals())
         channels, height, width = space
         levels = len(block_out_channels)
         attention = [False] * (levels - 1) + [True] if attention is None else list(attention)
@@ -101,6 +104,7 @@ class UNet(Backbone):
     def widths(
         cls, block_out_channels: Any = DEFAULT_CHANNELS, patch_size: int = 1, pooled_grid: int = 0, **_: Any
     ) -> Widths:
+        _check_ranges(locals())
         pooled = block_out_channels[-1] + block_out_channels[0] + GRID_CHANNELS * pooled_grid**2
         return Widths(block_out_channels[0], pooled, patch_size)
 
@@ -152,6 +156,26 @@ def _place(num_flags: int, grid: int, size: tuple[int, int]) -> nn.Module | None
         nn.Unflatten(1, (CONTEXT_CHANNELS, grid, grid)),
         nn.Upsample(size, mode="nearest"),
     )
+
+
+_LEAST = {"layers_per_block": 1, "patch_size": 1, "attention_head_dim": 1, "norm_num_groups": 1}
+_LEAST |= {"pooled_grid": 0, "context_grid": 0}
+
+
+def _check_ranges(settings: Mapping[str, Any]) -> None:
+    """What can be said of every setting by itself."""
+    channels = settings["block_out_channels"]
+    if not channels or min(channels) < 1:
+        raise InputError("backbone.block_out_channels", channels, "needs one positive number per level, at least one")
+    for name, least in _LEAST.items():
+        if not least <= settings.get(name, least) <= LARGEST:
+            raise InputError(f"backbone.{name}", settings[name], f"needs {least} … {LARGEST}")
+    if max(channels) > LARGEST:
+        raise InputError("backbone.block_out_channels", channels, f"needs numbers up to {LARGEST}")
+    if not 0 <= settings.get("dropout", 0.0) < 1:
+        raise InputError("backbone.dropout", settings["dropout"], "is a probability below 1")
+    if settings.get("time_scale_shift", "default") not in ("default", "scale_shift"):
+        raise InputError("backbone.time_scale_shift", settings["time_scale_shift"], "choose default or scale_shift")
 
 
 def _check(space: tuple, channels: Any, attention: list[bool], groups: int, head_dim: int, patch: int) -> None:

@@ -10,8 +10,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 
 from mmdiff.errors import printable
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Scale = Annotated[float, Field(ge=0)]
+Scale = Annotated[float, Field(ge=0, le=1e4)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 _NUMBERS = (int, float, int | None, float | None)
 
 
@@ -52,7 +54,7 @@ class MaskingConfig(Strict):
     """Random holes in the anchor: a fresh one whenever a row is visited in training, one per row in evaluation."""
 
     law: str = "squares"  # squares, box, half, checkerboard, free-form; mixed: one of them per row
-    ratio: tuple[float, float] = (0.1, 0.75)  # range of the share of hidden pixels, or one number
+    ratio: tuple[Share, Share] = (0.1, 0.75)  # range of the share of hidden pixels, or one number
 
     @field_validator("ratio", mode="before")
     @classmethod
@@ -79,9 +81,9 @@ class DataConfig(Strict):
     missing: dict[str, Share] = {}  # {modality: share of training rows whose value is hidden}
     split: str = "train"  # training rows
     validation_split: str = "validation"  # rows for evaluation
-    holdout: int | None = Field(None, ge=2)  # k: hold out rows with index % k == k − 1 of `split` instead
-    cache_mib: float = Field(512.0, ge=0)  # keep decoded rows in memory where they fit
-    workers: int = Field(0, ge=0)  # processes that read rows
+    holdout: int | None = Field(None, ge=2, lt=2**31)  # k: hold out rows with index % k == k − 1 of `split` instead
+    cache_mib: float = Field(512.0, ge=0, le=1e9)  # keep decoded rows in memory where they fit
+    workers: int = Field(0, ge=0, le=1024)  # processes that read rows
     on_error: Literal["raise", "skip"] = "raise"  # skip: a value that cannot be used counts as absent
     max_errors: Share = 0.01  # share of rows that may have such a value; more stop the run
 
@@ -90,7 +92,7 @@ class WeightConfig(Strict):
     """W_t of a modality (README, Theory, section 3)."""
 
     schedule: Literal["constant", "bump", "early", "none", "learned"] = "constant"
-    scale: float = Field(1.5, ge=0)  # max_t W_t
+    scale: float = Field(1.5, ge=0, le=1e4)  # max_t W_t
     learn_scale: bool = False  # only with schedule learned
 
 
@@ -106,7 +108,7 @@ class ModalityConfig(_Open):
 
     kind: str  # a built-in modality, or an import path: my_pkg.depth:Depth
     weight: WeightConfig | None = None  # default: WeightConfig(), or none where the modality is never aggregated
-    loss_weight: float = Field(0.1, ge=0)  # λ_i of the L2 term
+    loss_weight: float = Field(0.1, ge=0, le=1e6)  # λ_i of the L2 term
     states: ModalityStates = ModalityStates()
 
 
@@ -120,9 +122,9 @@ class SchedulerConfig(_Open):
     """The path from data to noise; further keys are arguments of the class that `kind` names."""
 
     kind: str = "diffusion"  # or flow_match
-    num_train_timesteps: int = Field(1000, ge=2)
+    num_train_timesteps: int = Field(1000, ge=2, le=100_000)
     clip_sample: bool | None = None  # default: where the anchor's encodings are bounded (pixels, not latents)
-    clip_sample_range: float = Field(1.0, gt=0)
+    clip_sample_range: float = Field(1.0, gt=0, le=1e4)
     solver: str = "DPMSolverMultistepScheduler"
     solver_config: dict[str, Any] | None = None
 
@@ -142,9 +144,9 @@ class StatesConfig(Strict):
 class LossConfig(Strict):
     """How the terms are added up."""
 
-    min_snr_gamma: float | None = Field(None, gt=0)  # cap of the SNR weighting of L1; none: plain
+    min_snr_gamma: float | None = Field(None, gt=0, le=1e9)  # cap of the SNR weighting of L1; none: plain
     uncertainty: bool = False  # L1 as a Gaussian's likelihood, its σ told by the network, instead of a plain error
-    terminal: float = Field(1.0, ge=0)  # coefficient of L0
+    terminal: float = Field(1.0, ge=0, le=1e6)  # coefficient of L0
 
     @field_validator("uncertainty")
     @classmethod
@@ -157,23 +159,23 @@ class LossConfig(Strict):
 class TrainConfig(Strict):
     """One training run."""
 
-    steps: int = Field(1000, ge=1)  # optimizer steps
-    batch_size: int = Field(64, ge=1)  # global: over all processes and accumulated parts
-    accumulate: int = Field(1, ge=1)  # parts into which each process splits its share
+    steps: int = Field(1000, ge=1, le=10**9)  # optimizer steps
+    batch_size: int = Field(64, ge=1, le=10**7)  # global: over all processes and accumulated parts
+    accumulate: int = Field(1, ge=1, le=10**7)  # parts into which each process splits its share
     optimizer: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = Field(1e-3, gt=0)
-    warmup: int = Field(50, ge=0)  # steps of linear warm-up; a cosine to 0 follows
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = Field(0.01, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    learning_rate: float = Field(1e-3, gt=0, le=1e9)
+    warmup: int = Field(50, ge=0, le=10**9)  # steps of linear warm-up; a cosine to 0 follows
+    betas: tuple[Decay, Decay] = (0.9, 0.99)
+    weight_decay: float = Field(0.01, ge=0, le=100)
+    max_grad_norm: float = Field(1.0, gt=0, le=1e9)
     ema_decay: float = Field(0.999, ge=0, lt=1)  # reached from below: min(decay, (1 + n) / (10 + n))
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    seed: int = Field(0, ge=0)
-    threads: int = Field(0, ge=0)  # CPU threads; 0: from the CPU affinity
-    log_every: int = Field(10, ge=1)
-    checkpoint_every: int = Field(0, ge=0)  # 0: none but the last
-    keep_checkpoints: int = Field(2, ge=1)
-    sample_every: int = Field(0, ge=0)  # 0: only at the end
+    seed: Seed = 0
+    threads: int = Field(0, ge=0, le=1024)  # CPU threads; 0: from the CPU affinity
+    log_every: int = Field(10, ge=1, le=10**9)
+    checkpoint_every: int = Field(0, ge=0, le=10**9)  # 0: none but the last
+    keep_checkpoints: int = Field(2, ge=1, le=10**9)
+    sample_every: int = Field(0, ge=0, le=10**9)  # 0: only at the end
     resume: Literal["never", "auto"] = "never"  # auto: continue the run folder's newest checkpoint
 
     @field_validator("mixed_precision", mode="before")
@@ -185,11 +187,11 @@ class TrainConfig(Strict):
 class SampleConfig(Strict):
     """How grids and evaluations sample."""
 
-    steps: int = Field(20, ge=1)  # solver steps
-    guidance_scale: float = Field(1.0, ge=0)  # classifier-free, of observed modalities; 1 is off
+    steps: int = Field(20, ge=1, le=100_000)  # solver steps
+    guidance_scale: float = Field(1.0, ge=0, le=1e4)  # classifier-free, of observed modalities; 1 is off
     guidance: dict[str, Scale] = {}  # {modality: scale}, over guidance_scale
     feed: Literal["draw", "mean", "mode"] | None = None  # unknown aggregated modalities; none: as fits the solver
-    batch_size: int = Field(256, ge=1)
+    batch_size: int = Field(256, ge=1, le=10**7)
 
     def scales(self, observed: Iterable[str]) -> dict[str, float]:
         """{modality: guidance scale} of those that are observed."""
@@ -216,10 +218,10 @@ class ZeroShotConfig(Strict):
 class EvaluateConfig(Strict):
     """What `mmdiff evaluate` measures."""
 
-    num_samples: int = Field(749, ge=2)
-    seeds: list[int] = Field([0], min_length=1)
+    num_samples: int = Field(749, ge=2, le=10**8)
+    seeds: list[Seed] = Field([0], min_length=1)
     at_end: bool = True  # whether training ends with an evaluation
-    max_rows: int = Field(20_000, ge=2)  # real rows that judges and features are fitted on, and that are read off
+    max_rows: int = Field(20_000, ge=2, le=10**9)  # real rows: judges and features are fitted on, and read off
     judges: dict[str, str] = {}  # {modality: run folder of a model that reads it off images, trained apart}
     features: str = "auto"  # of FID and KID: pixels, inception, a SqueezeNet file; auto: inception if it is here
     lpips: LpipsConfig = LpipsConfig()

@@ -48,6 +48,8 @@ class Embedding(Modality):
         map_size: int | None = None,
     ) -> None:
         super().__init__(shape)
+        if log_norm_std < 0:
+            raise InputError("log_norm_std", log_norm_std, "is a standard deviation, 0 or more")
         if dim < 2:
             raise InputError("dim", dim, "a direction needs at least two dimensions")
         if concentration is not None and not concentration > 0:

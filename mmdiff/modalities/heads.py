@@ -23,11 +23,10 @@ Size = int | tuple[int, int] | list[int]
 
 def height_width(size: Size) -> tuple[int, int]:
     """One number for a square, or (height, width)."""
-    if isinstance(size, int):
-        return size, size
-    if len(size) != 2:
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2 or min(sides) < 1:
         raise InputError("size", size, "needs one number, or height and width")
-    return size[0], size[1]
+    return sides[0], sides[1]
 
 
 def check_range(key: str, value: Tensor) -> None:

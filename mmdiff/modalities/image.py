@@ -71,6 +71,9 @@ class Image(Modality):
             raise InputError("channels", channels, "an image has 1 (grey) or 3 (RGB) channels")
         if space == "latent" and head:
             raise InputError("space", space, "only the anchor is diffused in a latent space; leave it out here")
+        for key, value in (("scale", scale), ("latent_channels", latent_channels), ("latent_factor", latent_factor)):
+            if value is not None and not value > 0:
+                raise InputError(key, value, "must be positive")
         self.background = _rgb(background)
         self.channels, (self.height, self.width) = channels, height_width(size)
         self.resize, self.scale, self.latent, self.autoencoder = resize, scale, space == "latent", autoencoder

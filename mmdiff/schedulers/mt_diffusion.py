@@ -74,7 +74,14 @@ class MTDiffusionScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
         self._arguments = self._base_arguments(len(checked))
         self._forward_process = self._build_forward_process()
         self._solver = self._build_solver()
-        self.alphas = 1.0 - self._forward_process.betas.double()
+        betas = self._forward_process.betas
+        if not bool(((betas >= 0) & (betas <= 1)).all()):
+            raise InputError(
+                "betas",
+                [float(betas.min()), float(betas.max())],
+                "must lie in [0, 1]; check beta_start, beta_end and trained_betas",
+            )
+        self.alphas = 1.0 - betas.double()
         self.alphas_cumprod = self.alphas.cumprod(0)
         path = Coefficients(self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt(), self.alphas.sqrt())
         self._set_path(path, checked)
@@ -96,6 +103,9 @@ class MTDiffusionScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
             )
         if config.rescale_betas_zero_snr and not self._traits.zero_terminal_snr:
             raise InputError("solver", config.solver, "divides by √ā_T; with rescale_betas_zero_snr use another solver")
+        for key in ("beta_start", "beta_end"):
+            if not 0 <= config[key] <= 1:
+                raise InputError(key, config[key], "is a variance; needs 0 … 1")
         if config.trained_betas is not None and len(config.trained_betas) != config.num_train_timesteps:
             raise InputError("trained_betas", len(config.trained_betas), "needs num_train_timesteps entries")
 

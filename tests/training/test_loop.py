@@ -123,7 +123,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(run_copy: Path, change: str) 
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(configure: Configure, tmp_path: Path) -> None:
-    options = ["train.learning_rate=1e30", "train.checkpoint_every=3", "train.warmup=0", "train.max_grad_norm=1e9"]
+    options = ["train.learning_rate=1e9", "train.checkpoint_every=3", "train.warmup=0", "train.max_grad_norm=1e9"]
     with pytest.raises(TrainingError) as caught:
         train(configure(*options))
     message = str(caught.value)
