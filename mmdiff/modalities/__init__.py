@@ -14,6 +14,7 @@ from mmdiff.modalities.imports import imported
 from mmdiff.modalities.label import Label
 from mmdiff.modalities.mask import Mask
 from mmdiff.modalities.masked_image import MaskedImage
+from mmdiff.modalities.vector import Vector
 from mmdiff.strangers import is_custom
 
 MODALITIES: dict[str, type[Modality]] = {
@@ -24,6 +25,7 @@ MODALITIES: dict[str, type[Modality]] = {
     "label": Label,
     "mask": Mask,
     "masked_image": MaskedImage,
+    "vector": Vector,
 }
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "MaskedImage",
     "Modality",
     "Shape",
+    "Vector",
     "find_modality",
 ]
 

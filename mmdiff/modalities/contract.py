@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 
 from mmdiff.modalities.base import Modality, Shape
@@ -264,6 +267,30 @@ def half_precision(build: Build, shape: Shape) -> None:
     _expect_shape("nll(params, value)", modality.nll(params, examples), (_ROWS,))
 
 
+def safetensors_file(build: Build, shape: Shape) -> None:
+    """Safetensors, the format of pipelines, can hold its state: no two names share a tensor."""
+    modality = build(shape)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "state.safetensors"
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in modality.state_dict().items()}, path)
+        except RuntimeError as error:
+            names = str(error).partition("{")[2].partition("}")[0]
+            raise Fault(f"{{{names}}} are one tensor (tied modules); keep one of them out of the state") from None
+        back = load_file(path)
+    same = all(torch.equal(back[name], tensor) for name, tensor in modality.state_dict().items())
+    _expect(same, "the state differs after a trip through safetensors")
+
+
+def copies(build: Build, shape: Shape) -> None:
+    """It can be pickled, for data workers, and deep-copied, for averages."""
+    modality = build(shape)
+    examples = _values(modality, 4)
+    for name, copied in (("pickle", pickle.loads(pickle.dumps(modality))), ("deepcopy", copy.deepcopy(modality))):
+        _expect(torch.equal(copied.encode(examples), modality.encode(examples)), f"encode differs after {name}")
+        _expect(torch.equal(copied.placeholder(), modality.placeholder()), f"placeholder differs after {name}")
+
+
 LAWS: dict[str, Callable[[Build, Shape], None]] = {
     "values": values,
     "encoding": encoding,
@@ -278,6 +305,8 @@ LAWS: dict[str, Callable[[Build, Shape], None]] = {
     "round trip": round_trip,
     "files": files,
     "save and load": save_and_load,
+    "safetensors": safetensors_file,
+    "copies": copies,
     "half precision": half_precision,
 }
 _OF_HEADS = {"likelihood", "sampling", "mode", "expected encoding", "average"}

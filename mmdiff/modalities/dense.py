@@ -38,7 +38,8 @@ _ROWS = 2000  # that statistics are read from
 
 
 class Dense(Modality):
-    """A map of real numbers; its value is (channels, height, width) float32 in the data's own units.
+    """A map of real numbers; its value is (channels, height, width) float32 in the data's own units, or in those that
+    a subclass's `transform` brings them to; what a person sees is brought back by `inverse`.
 
     Raw values are arrays or nested lists (h, w), (channels, h, w), or PIL images of mode F, I or I;16.
 
@@ -62,7 +63,8 @@ class Dense(Modality):
 
     @classmethod
     def settings_from_data(cls, feature: Any, values: Iterable[Any], **_: Any) -> dict[str, Any]:
-        maps = [_finite(cls.read(value)) for value in itertools.islice((v for v in values if v is not None), _ROWS)]
+        present = itertools.islice((value for value in values if value is not None), _ROWS)
+        maps = [_finite(cls.transform(_finite(cls.read(value)))) for value in present]
         if not maps:
             raise InputError("dense", None, "the column is empty; check data.columns")
         numbers = np.concatenate([m.ravel() for m in maps]).astype(np.float64)
@@ -76,7 +78,7 @@ class Dense(Modality):
 
     @staticmethod
     def read(raw: Any) -> np.ndarray:
-        """A raw value as an array (channels, h, w); a subclass may bring it to other units here."""
+        """A raw value as an array (channels, h, w) in its own units."""
         raw = loaded("dense", raw) if isinstance(raw, PILImage.Image | Mapping) else raw
         if isinstance(raw, PILImage.Image) and raw.mode not in ("F", "I", "I;16", "L"):
             raise InputError("dense", raw.mode, "is no map of numbers; store mode F, I or I;16, or an array")
@@ -85,12 +87,24 @@ class Dense(Modality):
             raise InputError("dense", type(raw).__name__, "is no map of numbers (h, w) or (channels, h, w)")
         return array.astype(np.float32).reshape(-1, *array.shape[-2:])
 
+    @staticmethod
+    def transform(array: np.ndarray) -> np.ndarray:
+        """Raw units -> those of values; a subclass may take a logarithm here, beside its `inverse`."""
+        return array
+
+    @staticmethod
+    def inverse(array: np.ndarray) -> np.ndarray:
+        """Units of values -> raw units: the inverse of `transform`."""
+        return array
+
     @classmethod
     def check_readable(cls, raw: Any) -> None:
         cls.read(raw)
 
     def preprocess(self, raw: Any) -> Tensor:
         array = self.read(raw)
+        _finite(array)
+        array = self.transform(array)
         if array.shape != self.value_shape:
             raise InputError("dense", array.shape, f"expected {self.value_shape}")
         return torch.from_numpy(_finite(array))
@@ -103,7 +117,8 @@ class Dense(Modality):
         return save_array(shown, stem)
 
     def postprocess(self, value: Tensor) -> list[np.ndarray]:
-        return list(value.detach().float().cpu().numpy())
+        """In raw units."""
+        return [self.inverse(array) for array in value.detach().float().cpu().numpy()]
 
     @property
     def value_shape(self) -> tuple[int, ...]:
@@ -157,5 +172,6 @@ class Dense(Modality):
 
 def _finite(array: np.ndarray) -> np.ndarray:
     if not np.isfinite(array).all():
-        raise InputError("dense", "a map with NaN or infinity", "leave such rows out (None), or fill the gaps")
+        remedy = "must be finite and fit float32, also when transformed; leave such rows out (None), or fill the gaps"
+        raise InputError("dense", "a map with NaN or infinity", remedy)
     return array

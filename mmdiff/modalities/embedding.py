@@ -210,6 +210,8 @@ def _vector(raw: Any) -> np.ndarray:
     vector = as_array(raw)
     if vector.ndim != 1 or vector.dtype.kind not in "iuf":
         raise InputError("embedding", type(raw).__name__, "is no vector of numbers; check data.columns")
-    if not np.isfinite(vector).all() or not np.any(vector):
-        raise InputError("embedding", "a vector", "must be finite and not zero: it has no direction")
+    with np.errstate(over="ignore"):
+        norm = np.linalg.norm(vector.astype(np.float32))  # as torch will compute it
+    if not (np.isfinite(norm) and norm > np.finfo(np.float32).tiny):
+        raise InputError("embedding", "a vector", "must be finite and not zero: it has no direction (its norm in float32 counts)")
     return vector

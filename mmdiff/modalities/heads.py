@@ -79,7 +79,7 @@ def save_image(shown: PILImage.Image, stem: Path) -> Path:
 
 def as_array(raw: Any) -> np.ndarray:
     """A list, an array or an image as an array; anything else, a ragged list too, as one of no dimension."""
-    if isinstance(raw, Mapping | PILImage.Image):
+    if isinstance(raw, PILImage.Image) or (isinstance(raw, Mapping) and set(raw) == {"bytes", "path"}):
         return np.asarray(loaded("map", raw))
     try:
         return np.asarray(raw) if isinstance(raw, list | tuple | np.ndarray) else np.zeros(())

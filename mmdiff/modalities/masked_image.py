@@ -235,9 +235,17 @@ def _gaussian(side: int, sigma: float) -> Tensor:
     return torch.exp(-0.5 * ((places[:, None] - places) / sigma).square().clamp(max=600))
 
 
+def _known_only(pixels: Tensor, known: Tensor) -> Tensor:
+    return pixels
+
+
+def _smooth(pixels: Tensor, known: Tensor) -> Tensor:
+    return torch.where(known > 0, pixels, smooth_fill(pixels, known))
+
+
 FILLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "zero": lambda pixels, known: pixels,
-    "smooth": lambda pixels, known: torch.where(known > 0, pixels, smooth_fill(pixels, known)),
+    "zero": _known_only,
+    "smooth": _smooth,
 }
 
 

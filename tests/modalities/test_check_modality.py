@@ -141,6 +141,18 @@ class Summing(Depth):
         return sum(params[1:], params[0])
 
 
+class Tied(Depth):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
+        self.twin = self.head
+
+
+class Unpicklable(Depth):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
+        self.unit = lambda value: value
+
+
 BROKEN = {
     OtherType: ("values", "examples are torch.float32, the placeholder torch.int64"),
     WrongShape: ("encoding", "encode(value) gives shape (64, 1, 8, 4), expected (64, 1, 8, 8)"),
@@ -161,6 +173,8 @@ BROKEN = {
     Rounding: ("files", "parse reads another value than save has written"),
     Shuffled: ("save and load", "encode differs after loading the state dict into a fresh instance"),
     Narrow: ("half precision", "encode gives torch.bfloat16, expected torch.float32"),
+    Tied: ("safetensors", ""),
+    Unpicklable: ("copies", "raises "),
     Raising: ("likelihood", "raises KeyError: 'log_std' (test_check_modality.py:"),
 }
 

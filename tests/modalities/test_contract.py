@@ -31,6 +31,7 @@ from mmdiff.modalities import (
     MaskedImage,
     Modality,
     Shape,
+    Vector,
 )
 from mmdiff.modalities.contract import LAWS, check_modality
 
@@ -257,6 +258,25 @@ def _embedding(spread: float, **settings: Any) -> Callable[[Shape], Modality]:
     return lambda shape: Embedding(shape, **given)
 
 
+# ------------------------------------------------------------------------------------------------------- tables
+
+MEANS, STDS = [1.0, -2.0, 20.0], [0.5, 3.0, 10.0]
+
+
+def tables(count: int, generator: Generator) -> Tensor:
+    return torch.tensor(MEANS) + torch.tensor(STDS) * torch.randn(count, 3, generator=generator)
+
+
+def _vector(dim: int = 3) -> Callable[[Shape], Modality]:
+    return lambda shape: Vector(shape, dim=dim, mean=MEANS[:dim], std=STDS[:dim])
+
+
+def vector_law(params: Tensor) -> Law:
+    mean, log_std = params.chunk(2, dim=1)
+    std = torch.tensor(STDS)[: mean.shape[1]]
+    return Independent(Normal(torch.tensor(MEANS)[: mean.shape[1]] + std * mean, std * log_std.exp()), 1)
+
+
 # --------------------------------------------------------------------------------------------------- dense maps
 
 
@@ -283,7 +303,7 @@ def array_file(raw: Any, folder: Path) -> str:
 
 
 def same_numbers(one: Any, other: Any) -> bool:
-    return np.array_equal(np.squeeze(one), np.asarray(other, dtype=np.float32))
+    return np.array_equal(np.squeeze(one), np.squeeze(np.asarray(other, dtype=np.float32)))
 
 
 def _dense(channels: int, size: int) -> Callable[[Shape], Modality]:
@@ -372,6 +392,10 @@ CASES = [
         "coarse-embedding", (2, 8, 8), _embedding(LOG_NORM_STD, map_size=2), vectors(LOG_NORM_STD), RAW_VECTORS, VECTOR,
         embedding_law(), vector_text, same_numbers,
     ),
+    Case("vector", (2, 8, 8), _vector(), tables, [[1.0, -2.5, 30.0], [0.5, 0.0, 12.0], [1.5, 4.0, 7.0]],
+         datasets.List(datasets.Value("float32")), vector_law, vector_text, same_numbers),
+    Case("number", (1, 8, 8), _vector(1), lambda n, g: tables(n, g)[:, :1], [1.0, 0.5, 1.5],
+         datasets.Value("float32"), vector_law, _text, same_numbers),
     Case("dense", (2, 8, 8), _dense(1, 16), maps(1, 8, 2), arrays(16, 16), FINE, dense_law, array_file, same_numbers),
     Case("normals", (1, 8, 8), _dense(3, 8), maps(3, 8), arrays(3, 8, 8), FLAT, dense_law, array_file, same_numbers),
     Case("latent-normals", (4, 8, 8), _dense(3, 8), maps(3, 8), arrays(3, 8, 8), FLAT, dense_law, array_file,

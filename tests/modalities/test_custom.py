@@ -207,7 +207,7 @@ def test_a_folder_that_names_other_code_is_refused_even_when_trusted(
         ("depth_of_a_user/log_depth.py:Depth", "is no import path"),
         (
             "depth",
-            "choose one of dense, embedding, image, image_set, label, mask, masked_image, or write an import path: ",
+            "choose one of dense, embedding, image, image_set, label, mask, masked_image, vector, or write an import ",
         ),
     ],
 )

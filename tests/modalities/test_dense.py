@@ -130,7 +130,7 @@ WITH_NAN = np.where(np.eye(8) > 0, np.nan, MAP)
 @pytest.mark.parametrize(
     ("raw", "text"),
     [
-        (WITH_NAN, "dense = 'a map with NaN or infinity': leave such rows out (None), or fill the gaps"),
+        (WITH_NAN, "dense = 'a map with NaN or infinity': must be finite"),
         (np.where(np.eye(8) > 0, np.inf, MAP), "dense = 'a map with NaN or infinity': "),
         (MAP[:, :7], "dense = (1, 8, 7): expected (1, 8, 8)"),
         (np.zeros((3, 8, 8)), "dense = (3, 8, 8): expected (1, 8, 8)"),

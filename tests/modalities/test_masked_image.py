@@ -338,4 +338,3 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], text: str) ->
 def test_size_and_channels_are_the_anchors() -> None:
     anchor = {"channels": 3, "size": [8, 8], "scale": 2.0}
     assert MaskedImage.settings_from_anchor(**anchor) == {"channels": 3, "size": [8, 8]}
-
