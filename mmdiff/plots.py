@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,8 +137,8 @@ def curves(metrics: Path, path: Path) -> Path:
     figure = _figure(7.0, 3.2)
     axis = figure.subplots()
     for name in names:
-        axis.plot([line["step"] for line in lines], [line[name] for line in lines], label=name)
-    if min(line[name] for line in lines for name in names) > -0.1:
+        axis.plot([line["step"] for line in lines], [line.get(name, math.nan) for line in lines], label=name)
+    if min(line.get(name, 0.0) for line in lines for name in names) > -0.1:
         axis.set_yscale("symlog", linthresh=0.01)  # errors fall over decades; densities below 0 do not
     axis.set(xlabel="step", title="terms of the loss")
     axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small")  # beside the curves, not on them

@@ -163,8 +163,11 @@ class TrainConfig(Strict):
     batch_size: int = Field(64, ge=1, le=10**7)  # global: over all processes and accumulated parts
     accumulate: int = Field(1, ge=1, le=10**7)  # parts into which each process splits its share
     optimizer: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = Field(1e-3, gt=0, le=1e9)
-    warmup: int = Field(50, ge=0, le=10**9)  # steps of linear warm-up; a cosine to 0 follows
+    learning_rate: float = Field(1e-3, gt=0, le=1e9)  # its highest value
+    # what follows the warm-up, by transformers' names; constant has no warm-up
+    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
+    warmup: int = Field(50, ge=0, le=10**9)  # steps of linear warm-up
+    min_learning_rate: float = Field(0.0, ge=0, le=1e9)  # where linear and cosine end
     betas: tuple[Decay, Decay] = (0.9, 0.99)
     weight_decay: float = Field(0.01, ge=0, le=100)
     max_grad_norm: float = Field(1.0, gt=0, le=1e9)
@@ -176,7 +179,25 @@ class TrainConfig(Strict):
     checkpoint_every: int = Field(0, ge=0, le=10**9)  # 0: none but the last
     keep_checkpoints: int = Field(2, ge=1, le=10**9)
     sample_every: int = Field(0, ge=0, le=10**9)  # 0: only at the end
-    resume: Literal["never", "auto"] = "never"  # auto: continue the run folder's newest checkpoint
+    # auto: continue the run folder's newest checkpoint; a run or checkpoint folder: continue it in a new run folder
+    resume: str = "never"
+    initialize_from: str | None = None  # a pipeline, run or checkpoint folder whose weights are taken where they fit
+
+    @field_validator("min_learning_rate")
+    @classmethod
+    def _below_the_highest(cls, value: float, info: ValidationInfo) -> float:
+        if value and str(info.data.get("lr_scheduler_type")).startswith("constant"):
+            raise ValueError("a constant learning rate never gets there; choose lr_scheduler_type linear or cosine")
+        if value > info.data.get("learning_rate", value):
+            raise ValueError(f"is above learning_rate = {info.data['learning_rate']}")
+        return value
+
+    @field_validator("initialize_from")
+    @classmethod
+    def _one_origin(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.data.get("resume") not in ("never", "auto"):
+            raise ValueError("a run starts from one folder; leave this or resume=FOLDER out")
+        return value
 
     @field_validator("mixed_precision", mode="before")
     @classmethod

@@ -29,6 +29,11 @@ class Ema:
         torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), 1.0 - decay)
 
     @torch.no_grad()
+    def restart(self) -> None:
+        """Begin at the parameters as they are now."""
+        self.load(self.parameters)
+
+    @torch.no_grad()
     def load(self, averages: Mapping[str, Tensor]) -> None:
         """Take averages from a checkpoint."""
         for name, average in self.averages.items():

@@ -13,10 +13,12 @@ from tqdm.auto import tqdm
 from mmdiff import plots
 from mmdiff.build import build
 from mmdiff.config import Config
+from mmdiff.training.disk import faults, whole
 from mmdiff.training.learning_rate import learning_rate
 from mmdiff.training.preflight import preflight
 from mmdiff.training.process import StopSignal, make_accelerator, obey_launcher, set_threads
-from mmdiff.training.run_folder import claim_folder
+from mmdiff.training.run_folder import claimed
+from mmdiff.training.start import start
 from mmdiff.training.tracking import Tracker, Window
 from mmdiff.training.trainer import Trainer, check_finite
 
@@ -31,7 +33,8 @@ def train(config: Config, progress: bool = True, trust_custom_modalities: bool =
 
     Raises:
         InputError: before anything is written, when the config, the data or the run folder do not fit.
-        TrainingError: on a non-finite term, naming the step, the term and the learning rate.
+        TrainingError: on a non-finite term, naming the step, the term and the learning rate; or where the disk or a
+            process that reads data fails.
     """
     config = obey_launcher(config)
     set_threads(config.train.threads)
@@ -40,30 +43,30 @@ def train(config: Config, progress: bool = True, trust_custom_modalities: bool =
     config, folder = experiment.config, experiment.config.folder()
     trainer = Trainer(experiment, accelerator)
     preflight(experiment, trainer, trust_custom_modalities)
-    done, window = claim_folder(folder, config, trainer, accelerator)
-    log = Log(folder, config, done, accelerator, progress)
-    stopping = False
-    with contextlib.closing(trainer.loader(done)) as loader, log.bar, StopSignal() as stop:
-        while done < config.train.steps and not stopping:
-            window.add(trainer.step(done, loader))
-            done += 1
-            final, due = done == config.train.steps, done % config.train.log_every == 0
-            log.step()
-            if due or final:
-                log.line(done, window)
-            stopping = stop.agreed(accelerator, due) and not final
-            if final or stopping or _every(config.train.checkpoint_every, done):
-                trainer.save(folder / "checkpoints", done, window)
-            if not final and not stopping and _every(config.train.sample_every, done):
-                log.grid(trainer, done)
+    with faults(folder), claimed(folder, config, accelerator) as config:
+        done, window = start(trainer, config, folder)
+        log = Log(folder, config, done, accelerator, progress)
+        stopping = False
+        with contextlib.closing(trainer.loader(done)) as loader, log.bar, StopSignal() as stop:
+            while done < config.train.steps and not stopping:
+                window.add(trainer.step(done, loader))
+                done += 1
+                final, due = done == config.train.steps, done % config.train.log_every == 0
+                log.step()
+                if due or final:
+                    log.line(done, window)
+                stopping = stop.agreed(accelerator, due) and not final
+                if final or stopping or _every(config.train.checkpoint_every, done):
+                    trainer.save(folder / "checkpoints", done, window)
+                if not final and not stopping and _every(config.train.sample_every, done):
+                    log.grid(trainer, done)
 
-    if stopping:
-        accelerator.print(f"stopped at step {done} of {config.train.steps}; continue with train.resume=auto")
-    elif accelerator.is_main_process:
-        with trainer.ema.swapped_in():
-            trainer.pipeline().save_pretrained(folder / "pipeline")
-        log.grid(trainer, done)
-    log.close()
+        if stopping:
+            accelerator.print(f"stopped at step {done} of {config.train.steps}; continue with train.resume=auto")
+        elif accelerator.is_main_process:
+            trainer.save_pipeline(folder / "pipeline")
+            log.grid(trainer, done)
+        log.close()
     accelerator.end_training()
     return folder
 
@@ -122,7 +125,8 @@ class Log:
         """Draw the curves and end the tracking."""
         if self.tracker:
             self.tracker.close()
-            plots.curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
+            with whole(self.folder / "curves.png") as partial:
+                plots.curves(self.tracker.path, partial)
 
 
 def _every(interval: int, done: int) -> bool:

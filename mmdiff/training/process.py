@@ -6,17 +6,23 @@ import argparse
 import contextlib
 import os
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    broadcast_object_list,
+)
 from pydantic import ValidationError
 
 from mmdiff.config import Config, TrainConfig
-from mmdiff.errors import InputError
+from mmdiff.errors import InputError, TrainingError
 
 
 def set_threads(threads: int) -> None:
@@ -143,3 +149,17 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise InputError("accelerate", str(accelerator.distributed_type), "choose data parallelism (DDP)")
     return accelerator
+
+
+def on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
+    """Do something on the main process; what it raises is raised on every process, so that none waits for it."""
+    fault: list[Exception | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            action()
+        except (InputError, TrainingError, OSError) as error:
+            fault[0] = error
+    if accelerator.num_processes > 1:
+        broadcast_object_list(fault)
+    if fault[0] is not None:
+        raise fault[0]

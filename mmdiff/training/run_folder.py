@@ -1,8 +1,12 @@
-"""The run folder: made, or continued where its run was started with the same settings."""
+"""The run folder: made, held by one training, and continued from what stands in it or in another one."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -10,11 +14,13 @@ from mmdiff.config import Config, first_difference, load_config, save_config
 from mmdiff.errors import InputError
 from mmdiff.resolve import resolve_scheduler
 from mmdiff.strangers import check_links
-from mmdiff.training.checkpoint import checkpoints
-from mmdiff.training.tracking import Window
-from mmdiff.training.trainer import Trainer
+from mmdiff.training import lock
+from mmdiff.training.checkpoint import check_names_are_free, checkpoints, clear_leftovers, step_of
+from mmdiff.training.disk import PARTIAL, whole
+from mmdiff.training.learning_rate import knows_its_end
+from mmdiff.training.process import on_main
 
-# what may change between a checkpoint and the run that continues it
+# what may change between a checkpoint and the run that continues it in the same folder
 RESUMABLE = {
     "output",
     "track",
@@ -24,47 +30,136 @@ RESUMABLE = {
     "data.workers",
     *(
         f"train.{key}"
-        for key in ("resume", "threads", "log_every", "checkpoint_every", "keep_checkpoints", "sample_every")
+        for key in ("resume", "steps", "threads", "log_every", "checkpoint_every", "keep_checkpoints", "sample_every")
     ),
 }
+FOLDERS, CONFIG, ORIGIN = ("checkpoints", "samples"), "config.yaml", "origin.json"
 
 
-def claim_folder(folder: Path, config: Config, trainer: Trainer, accelerator: Accelerator) -> tuple[int, Window]:
-    """Make the run folder, or continue what stands in it: (steps taken, window). Never overwrites."""
-    exists = folder.exists()
+@contextlib.contextmanager
+def claimed(folder: Path, config: Config, accelerator: Accelerator) -> Iterator[Config]:
+    """Make the run folder, or take the one that stands there; it is held against other trainings within the block.
+
+    Nothing is ever overwritten: a folder that is not empty is continued with `train.resume=auto`, or refused.
+
+    Args:
+        folder: the run folder.
+        config: resolved.
+        accelerator: whose main process writes and holds the lock.
+
+    Returns:
+        The config as the folder has it: a run's origin stays, however it is continued.
+
+    Raises:
+        InputError: the folder is not free, or its run was started with other settings.
+    """
+    started = _started_with(folder, config)
     accelerator.wait_for_everyone()  # every process looks before one of them creates
-    if not exists:
-        if accelerator.is_main_process:
-            (folder / "checkpoints").mkdir(parents=True)
-            (folder / "samples").mkdir()
-            save_config(config, folder / "config.yaml")
-        accelerator.wait_for_everyone()
-        return 0, Window()
+    with contextlib.ExitStack() as held:
+
+        def take() -> None:
+            folder.mkdir(parents=True, exist_ok=started is not None or _is_half_made(folder))
+            held.enter_context(lock.locked(folder))
+            for name in FOLDERS:
+                (folder / name).mkdir(exist_ok=True)
+            clear_leftovers(folder / "checkpoints")
+            if started is None or started.train.steps != config.train.steps:
+                write_config(folder, config)
+
+        config = _with_origin(config, started)
+        on_main(accelerator, take)
+        if started is not None and started.train.steps != config.train.steps:
+            accelerator.print(_extension(started, config))
+        yield config
+
+
+def _started_with(folder: Path, config: Config) -> Config | None:
+    """The config with which the folder's run was started; None where a new run may begin.
+
+    Raises:
+        InputError: the folder cannot be taken for this experiment's.
+    """
+    if not folder.exists() or (config.train.resume == "auto" and _is_half_made(folder)):
+        return None
     if config.train.resume != "auto":
         raise InputError(
             "output", str(folder), "exists; choose another output=…, or continue it with train.resume=auto"
         )
     check_links("output", folder)
-    check_started_alike(folder, config)
-    newest = checkpoints(folder / "checkpoints")[-1:]
-    return trainer.load(newest[0]) if newest else (0, Window())
+    started = check_started_alike(folder, config)
+    check_names_are_free(folder / "checkpoints")
+    taken = [step_of(path) for path in checkpoints(folder / "checkpoints")]
+    if taken and taken[-1] > config.train.steps:
+        remedy = f"the run in {folder} has taken {taken[-1]} steps already; set more, or choose another output=…"
+        raise InputError("train.steps", config.train.steps, remedy)
+    return started
 
 
-def check_started_alike(folder: Path, config: Config) -> None:
-    """A run folder can be taken for this experiment's.
+def _is_half_made(folder: Path) -> bool:
+    """Whether a process was killed while it made the folder, so that nothing but the outline of a run is there."""
+    if not folder.is_dir():
+        return False
+    for path in folder.iterdir():
+        ours = path.name in (lock.NAME, f"{PARTIAL}{CONFIG}") or path.name.startswith(f".{lock.NAME}-")
+        if not ours and not (path.name in FOLDERS and path.is_dir() and not any(path.iterdir())):
+            return False
+    return True
+
+
+def check_started_alike(folder: Path, config: Config, may_change: set[str] = RESUMABLE) -> Config:
+    """The config of a run folder that can be taken for this experiment's.
 
     Args:
         folder: that exists.
         config: resolved.
+        may_change: keys in which they may differ.
 
     Raises:
         InputError: it is no run folder, or its run was started with other settings.
     """
-    if not (folder / "config.yaml").is_file():
-        raise InputError("output", str(folder), "exists and is no run folder (no config.yaml); choose another output=…")
-    found = first_difference(resolve_scheduler(load_config(folder / "config.yaml")), config, ignore=RESUMABLE)
+    if not (folder / CONFIG).is_file():
+        raise InputError("output", str(folder), f"exists and is no run folder (no {CONFIG}); choose another output=…")
+    try:
+        started = resolve_scheduler(load_config(folder / CONFIG))
+    except InputError as error:
+        remedy = f"its {CONFIG} is damaged ({error}); restore it, or continue in a new folder: train.resume={folder}"
+        raise InputError("output", str(folder), remedy) from None
+    found = first_difference(started, config, ignore=may_change)
     if found:
         key, before, now = found
         raise InputError(
-            key, now, f"the run in {folder} was started with {before!r}; restore it or choose another output=…"
+            key,
+            now,
+            f"the run in {folder} was started with {before!r}; restore it, choose another output=…, or continue in a "
+            f"new folder: train.resume={folder}",
         )
+    return started
+
+
+def _with_origin(config: Config, started: Config | None) -> Config:
+    """The config with the origin of the run, by its whole path: a run that is continued keeps its own."""
+    origin = (started or config).train.resume
+    origin = origin if origin in ("never", "auto") else str(Path(origin).expanduser().absolute())
+    return config.model_copy(update={"train": config.train.model_copy(update={"resume": origin})})
+
+
+def _extension(started: Config, config: Config) -> str:
+    line = f"train.steps: {started.train.steps} before, {config.train.steps} now"
+    kind = config.train.lr_scheduler_type
+    return (
+        f"{line}; the learning rate is that of a {kind} over {config.train.steps} steps from here on"
+        * knows_its_end(config.train)
+        or line
+    )
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """config.yaml, whole or not at all."""
+    with whole(folder / CONFIG) as partial:
+        save_config(config, partial)
+
+
+def write_origin(folder: Path, origin: dict[str, Any]) -> None:
+    """Where a run came from, whole or not at all."""
+    with whole(folder / ORIGIN) as partial:
+        partial.write_text(json.dumps(origin, indent=1) + "\n")

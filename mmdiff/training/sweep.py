@@ -16,7 +16,7 @@ from mmdiff.objective import Where
 from mmdiff.resolve import resolve
 from mmdiff.training.checkpoint import checkpoints
 from mmdiff.training.loop import train
-from mmdiff.training.run_folder import check_started_alike
+from mmdiff.training.run_folder import RESUMABLE, check_started_alike
 
 SHORT, SHARE = 125, 4  # a short run takes so many steps, a quarter of the whole training's at most
 HORIZON = 0.32  # the best rate falls with this power of the number of steps (Bjorck et al., 2025)
@@ -73,7 +73,7 @@ def _trained(config: Config, rate: float, steps: int, folder: Path, progress: bo
     settings = config.train.model_copy(update={"learning_rate": rate, "steps": steps, "resume": "auto"})
     config = config.model_copy(update={"train": settings, "output": str(folder)})
     if (folder / "pipeline" / "model_index.json").is_file():
-        check_started_alike(folder, resolve(config, open_rows(config)[0]))
+        check_started_alike(folder, resolve(config, open_rows(config)[0]), RESUMABLE - {"train.steps"})
         return folder
     train(config, progress)
     if not (folder / "pipeline" / "model_index.json").is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mmdiff.config import Config
+from mmdiff.training.disk import whole
 
 
 class Tracker:
@@ -33,23 +35,23 @@ class Tracker:
             )
 
     def _cut(self, step: int) -> None:
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except json.JSONDecodeError:  # half a line: the process was killed while it wrote
-                break
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(f"{line}\n" for line in kept))
-        partial.replace(self.path)
+        """Keep the lines up to a step; half a line, or one that was damaged, goes."""
+        if self.path.exists():
+            lines = self.path.read_text(errors="replace").splitlines()
+            kept = [line for line in lines if _is_metrics(line, step)]
+            with whole(self.path) as partial:
+                partial.write_text("".join(f"{line}\n" for line in kept))
 
     def log(self, line: dict[str, Any]) -> None:
-        """Append one line."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        """Append one line, or nothing of it."""
+        with self.path.open("ab") as file:
+            before = file.tell()
+            try:
+                file.write(json.dumps(line).encode() + b"\n")
+                file.flush()
+            except OSError:
+                os.truncate(self.path, before)
+                raise
         if self._wandb is not None:
             self._wandb.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
 
@@ -64,6 +66,15 @@ class Tracker:
         """End the W&B run."""
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _is_metrics(line: str, last: int) -> bool:
+    """Whether a line holds the metrics of a step up to the last."""
+    try:
+        read = json.loads(line)
+        return read["step"] <= last and all(isinstance(value, int | float) for value in read.values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
 
 
 class Window:

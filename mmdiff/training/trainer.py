@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ from mmdiff.errors import InputError, TrainingError
 from mmdiff.objective import MTObjective, Where
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.randomness import fold
-from mmdiff.training.checkpoint import load_checkpoint, save_checkpoint
+from mmdiff.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from mmdiff.training.disk import whole
 from mmdiff.training.ema import Ema
 from mmdiff.training.learning_rate import learning_rate
 from mmdiff.training.muon import Muon
+from mmdiff.training.process import on_main
 from mmdiff.training.tracking import Window
 
 
@@ -33,7 +36,8 @@ class Trainer:
 
     def __init__(self, experiment: Experiment, accelerator: Accelerator) -> None:
         self.config, self.accelerator, self.table = experiment.config.train, accelerator, experiment.train
-        self.workers = experiment.config.data.workers
+        self.workers, self.full_config = experiment.config.data.workers, experiment.config
+        self.data: dict[str, Any] | None = None  # the data's fingerprint
         per_part = accelerator.num_processes * self.config.accumulate
         if self.config.batch_size % per_part:
             raise InputError(
@@ -102,35 +106,54 @@ class Trainer:
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint must state to be continued bit-equally."""
-        scaler = self.accelerator.scaler
         return {
             "threads": torch.get_num_threads(),
             "processes": self.accelerator.num_processes,
             "torch": torch.__version__,
-            "scaler": scaler.state_dict() if scaler is not None else None,
         }
 
     def save(self, folder: Path, step: int, window: Window) -> None:
-        """Write a checkpoint from the main process."""
+        """Write a checkpoint from the main process; what that raises is raised on all."""
         rows = window.rows(self.accelerator)
-        if self.accelerator.is_main_process:
-            check_finite(rows, window.names, step, self.config)
-            optimizer = self.optimizer.optimizer
-            keep = self.config.keep_checkpoints
-            save_checkpoint(folder, step, self.bare, self.ema.averages, optimizer, rows, self.facts(), keep)
-        self.accelerator.wait_for_everyone()
+        scaler = self.accelerator.scaler
+        facts = self.facts() | {
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "data": self.data,
+            "config": self.full_config.model_dump(mode="json"),
+        }
 
-    def load(self, path: Path) -> tuple[int, Window]:
+        def write() -> None:
+            check_finite(rows, window.names, step, self.config)
+            keep = self.config.keep_checkpoints
+            save_checkpoint(folder, step, self.bare, self.ema.averages, self.optimizer.optimizer, rows, facts, keep)
+
+        on_main(self.accelerator, write)
+
+    def load(self, checkpoint: Checkpoint) -> tuple[int, Window]:
         """Continue from a checkpoint: (steps taken, window)."""
-        state, rows = load_checkpoint(path, self.bare, self.ema, self.optimizer.optimizer, self.facts())
-        if state["scaler"] is not None and self.accelerator.scaler is not None:
+        load_checkpoint(checkpoint, self.bare, self.ema, self.optimizer.optimizer)
+        state = checkpoint.state
+        for key, value in self.facts().items():
+            if state.get(key) != value:
+                warnings.warn(
+                    f"{checkpoint.path.name} was written with {key} = {state.get(key)}, this run has {value}: it "
+                    "continues, but not bit-equally",
+                    stacklevel=2,
+                )
+        if state.get("scaler") is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        return state["step"], Window(rows)
+        return state["step"], Window(checkpoint.window)
 
     def save_grid(self, path: Path, sample: SampleConfig) -> Path:
         """Sample with the averaged weights."""
-        with self.ema.swapped_in():
-            return plots.save_grid(self.pipeline(), path, sample)
+        with self.ema.swapped_in(), whole(path) as partial:
+            plots.save_grid(self.pipeline(), partial, sample)
+        return path
+
+    def save_pipeline(self, path: Path) -> None:
+        """The averaged weights as a pipeline."""
+        with self.ema.swapped_in(), whole(path) as partial:
+            self.pipeline().save_pretrained(partial)
 
     def pipeline(self) -> MTDiffusionPipeline:
         """A pipeline on the live model; learned weight schedules are written into its scheduler's config."""

@@ -1,0 +1,124 @@
+"""Where a run starts: at step 0, from weights of another model, or from a checkpoint of its own or of another run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mmdiff.config import Config, first_difference, parse_config
+from mmdiff.data.fingerprint import fingerprint
+from mmdiff.errors import InputError
+from mmdiff.strangers import check_links
+from mmdiff.training.checkpoint import STATE, Checkpoint, DamagedError, newest, read_checkpoint
+from mmdiff.training.initialize import initialize
+from mmdiff.training.process import on_main
+from mmdiff.training.run_folder import RESUMABLE, write_origin
+from mmdiff.training.tracking import Window
+from mmdiff.training.trainer import Trainer
+
+# what may change where a run continues in a new folder; the optimizer's moments belong to its kind
+_CONTINUABLE = RESUMABLE | {"name", "data"}
+
+
+def start(trainer: Trainer, config: Config, folder: Path) -> tuple[int, Window]:
+    """Bring the trainer to where the run goes on: (steps taken, window).
+
+    Args:
+        trainer: fresh.
+        config: of the run folder, whose `train.resume` is "never", "auto" or the folder that the run came from.
+        folder: the run folder, that this training holds.
+
+    Raises:
+        InputError: a checkpoint, its data or another folder do not fit.
+    """
+    say = trainer.accelerator.print
+    trainer.data = fingerprint(trainer.table.rows)
+    own = newest(folder / "checkpoints", say)
+    if own is not None:
+        _check_data(own, trainer.data, config, folder)
+        return trainer.load(own)
+    if config.train.resume not in ("never", "auto"):
+        return _continue_from(trainer, config, folder)
+    if config.train.initialize_from is not None:
+        origin = initialize(trainer.bare, Path(config.train.initialize_from).expanduser(), say)
+        trainer.ema.restart()
+        on_main(trainer.accelerator, lambda: write_origin(folder, origin))
+    return 0, Window()
+
+
+def _check_data(checkpoint: Checkpoint, now: dict[str, Any], config: Config, folder: Path) -> None:
+    """A run goes on with the rows that it was started with."""
+    before = checkpoint.state.get("data")
+    if before != now:
+        remedy = (
+            f"has {_described(now)}, but {checkpoint.path.name} was trained on {_described(before)}; restore the data, "
+            f"or continue in a new folder: train.resume={folder} output=…"
+        )
+        raise InputError("data.source", config.data.source, remedy)
+
+
+def _described(data: Any) -> str:
+    if not isinstance(data, dict):
+        return "unknown data"
+    return f"{data.get('rows')} rows of {', '.join(data.get('columns', []))}, hash {data.get('hash')}"
+
+
+def _continue_from(trainer: Trainer, config: Config, folder: Path) -> tuple[int, Window]:
+    """Continue another run's checkpoint in this folder."""
+    found = find_checkpoint(Path(config.train.resume), "train.resume", trainer.accelerator.print)
+    _check_model(found, config)
+    done, _ = trainer.load(found)
+    if done >= config.train.steps:
+        remedy = f"{found.path} has taken {done} steps already; set more"
+        raise InputError("train.steps", config.train.steps, remedy)
+    origin = {
+        "resume": str(found.path.resolve()),
+        "step": done,
+        "weights": _hash(found),
+        "data": found.state.get("data"),
+    }
+    on_main(trainer.accelerator, lambda: write_origin(folder, origin))
+    trainer.accelerator.print(f"continues {found.path} at step {done}")
+    return done, Window()
+
+
+def _hash(checkpoint: Checkpoint) -> str:
+    return checkpoint.state["files"]["weights.safetensors"]
+
+
+def find_checkpoint(path: Path, key: str, say: Any) -> Checkpoint:
+    """The checkpoint that a folder is, or the newest one of a run folder.
+
+    Args:
+        path: of a run or a checkpoint.
+        key: the config key that names it.
+        say: is given a line for each damaged one.
+
+    Raises:
+        InputError: there is none.
+    """
+    path = path.expanduser()
+    if path.is_dir():
+        check_links(key, path)
+    if not path.is_dir():
+        raise InputError(key, str(path), "is no folder; name a run or a checkpoint (or: never, auto)")
+    if (path / STATE).exists() or (path / "weights.safetensors").exists():
+        try:
+            return read_checkpoint(path)
+        except DamagedError as error:
+            raise InputError(key, str(path), f"is damaged: {error}; name another checkpoint") from None
+    found = newest(path / "checkpoints", say)
+    if found is None:
+        raise InputError(key, str(path), "holds no checkpoint; name a run folder or one of its checkpoints/step-N")
+    return found
+
+
+def _check_model(checkpoint: Checkpoint, config: Config) -> None:
+    """The model and its objective must be those of the checkpoint."""
+    before = parse_config(checkpoint.state.get("config"))
+    train = {f"train.{key}" for key in type(config.train).model_fields} - {"train.optimizer"}
+    found = first_difference(before, config, ignore=_CONTINUABLE | train)
+    if found:
+        key, then, now = found
+        remedy = f"{checkpoint.path} has {then!r}; restore it, or take its weights alone with train.initialize_from"
+        raise InputError(key, now, remedy)
