@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mmdiff.data import open_splits
+from mmdiff.training.checkpoint import seal
 
 Cli = Callable[..., Any]
 
@@ -160,6 +161,8 @@ def test_a_checkpoint_that_does_not_match_is_refused(cli: Cli, run_copy: Path) -
     path = run_copy / "checkpoints" / "step-12" / "weights.safetensors"
     weights = load_file(path)
     save_file({name: value for name, value in weights.items() if "table" not in name}, path)
+    state = json.loads((path.parent / "state.json").read_text())
+    seal(path.parent, {key: value for key, value in state.items() if key not in ("files", "sha256")})
     answer = cli("train", run_copy / "config.yaml", f"output={run_copy}", "train.resume=auto")
     assert answer.code == 2
     assert answer.complaint.startswith("train.resume = ") and "model.modalities.label.table" in answer.complaint

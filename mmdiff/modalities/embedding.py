@@ -213,5 +213,5 @@ def _vector(raw: Any) -> np.ndarray:
     with np.errstate(over="ignore"):
         norm = np.linalg.norm(vector.astype(np.float32))  # as torch will compute it
     if not (np.isfinite(norm) and norm > np.finfo(np.float32).tiny):
-        raise InputError("embedding", "a vector", "must be finite and not zero: it has no direction (its norm in float32 counts)")
+        raise InputError("embedding", "a vector", "must be finite and not zero: it has no direction (in float32)")
     return vector

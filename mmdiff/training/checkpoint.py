@@ -51,7 +51,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-# ------------------------------------------------------------------------------------------------------------ the folder
+# ----------------------------------------------------------------------------------------------------------- the folder
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -85,7 +85,7 @@ def check_names_are_free(folder: Path) -> None:
             raise InputError("output", str(path), "is no checkpoint, but has the name of one; move it away")
 
 
-# --------------------------------------------------------------------------------------------------------------- writing
+# -------------------------------------------------------------------------------------------------------------- writing
 
 
 def save_checkpoint(
@@ -156,7 +156,7 @@ def _state_hash(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-# --------------------------------------------------------------------------------------------------------------- reading
+# -------------------------------------------------------------------------------------------------------------- reading
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -37,10 +37,7 @@ def initialize(objective: MTObjective, path: Path, say: Callable[[str], object])
     Raises:
         InputError: nothing is there, or nothing of it fits.
     """
-    if not path.is_dir():
-        raise InputError(KEY, str(path), "is no folder; name a pipeline, a run or a checkpoint")
-    check_links(KEY, path)
-    weights, own = _weights(path, say), objective.model.state_dict()
+    weights, own = read_weights(path, say), objective.model.state_dict()
     taken = sorted(name for name in own if name in weights and weights[name].shape == own[name].shape)
     if not taken:
         raise InputError(KEY, str(path), "holds no tensor that fits the model by name and shape")
@@ -51,8 +48,11 @@ def initialize(objective: MTObjective, path: Path, say: Callable[[str], object])
     return {"initialize_from": str(path.resolve()), "taken": taken, "new": new, "left": left}
 
 
-def _weights(path: Path, say: Callable[[str], object]) -> dict[str, Tensor]:
-    """{name in the model: tensor}, averaged where averages are there."""
+def read_weights(path: Path, say: Callable[[str], object]) -> dict[str, Tensor]:
+    """{name in the model: tensor}, averaged where averages are there; arguments and errors as of `initialize`."""
+    if not path.is_dir():
+        raise InputError(KEY, str(path), "is no folder; name a pipeline, a run or a checkpoint")
+    check_links(KEY, path)
     for file in (path / _WEIGHTS, path / "pipeline" / _WEIGHTS):
         if file.is_file():
             return _read(file)

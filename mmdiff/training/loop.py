@@ -18,7 +18,7 @@ from mmdiff.training.learning_rate import learning_rate
 from mmdiff.training.preflight import preflight
 from mmdiff.training.process import StopSignal, make_accelerator, obey_launcher, set_threads
 from mmdiff.training.run_folder import claimed
-from mmdiff.training.start import start
+from mmdiff.training.start import check_origin, start
 from mmdiff.training.tracking import Tracker, Window
 from mmdiff.training.trainer import Trainer, check_finite
 
@@ -43,6 +43,7 @@ def train(config: Config, progress: bool = True, trust_custom_modalities: bool =
     config, folder = experiment.config, experiment.config.folder()
     trainer = Trainer(experiment, accelerator)
     preflight(experiment, trainer, trust_custom_modalities)
+    check_origin(config, folder, accelerator.print)
     with faults(folder), claimed(folder, config, accelerator) as config:
         done, window = start(trainer, config, folder)
         log = Log(folder, config, done, accelerator, progress)

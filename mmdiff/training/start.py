@@ -10,7 +10,7 @@ from mmdiff.data.fingerprint import fingerprint
 from mmdiff.errors import InputError
 from mmdiff.strangers import check_links
 from mmdiff.training.checkpoint import STATE, Checkpoint, DamagedError, newest, read_checkpoint
-from mmdiff.training.initialize import initialize
+from mmdiff.training.initialize import initialize, read_weights
 from mmdiff.training.process import on_main
 from mmdiff.training.run_folder import RESUMABLE, write_origin
 from mmdiff.training.tracking import Window
@@ -44,6 +44,16 @@ def start(trainer: Trainer, config: Config, folder: Path) -> tuple[int, Window]:
         trainer.ema.restart()
         on_main(trainer.accelerator, lambda: write_origin(folder, origin))
     return 0, Window()
+
+
+def check_origin(config: Config, folder: Path, say: Any) -> None:
+    """Refuse a folder that a new run cannot start from, before its own is made; arguments and errors as of `start`."""
+    if folder.exists():
+        return
+    if config.train.resume not in ("never", "auto"):
+        _check_model(find_checkpoint(Path(config.train.resume), "train.resume", say), config)
+    if config.train.initialize_from is not None:
+        read_weights(Path(config.train.initialize_from).expanduser(), say)
 
 
 def _check_data(checkpoint: Checkpoint, now: dict[str, Any], config: Config, folder: Path) -> None:

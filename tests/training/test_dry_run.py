@@ -155,7 +155,7 @@ def test_nothing_is_opened_and_nothing_written(
         ),
         ("modalities.other={kind: mask, num_classes: 3}", "modalities.other.size = None: is missing"),
         ("modalities.other={kind: embedding}", "modalities.other.dim = None: is missing"),
-        ("modalities.label.classes=3", "modalities.label.classes = 3: unknown key"),
+        ("modalities.label.klasses=3", "modalities.label.klasses = 3: unknown key"),
         ("train.accumulate=3", "train.batch_size = 64: is the global batch; it must be a multiple of"),
     ],
 )

@@ -18,6 +18,7 @@ from mmdiff.config import Config, TrainConfig, load_config
 from mmdiff.errors import InputError, TrainingError
 from mmdiff.states import LAWS
 from mmdiff.training import train
+from mmdiff.training.checkpoint import seal
 from mmdiff.training.ema import Ema
 from mmdiff.training.learning_rate import learning_rate
 
@@ -51,7 +52,7 @@ def test_the_run_folder(finished_run: Path) -> None:
 def test_the_config_in_the_folder_is_resolved(finished_run: Path) -> None:
     config = load_config(finished_run / "config.yaml")
     assert config.modalities["image"].settings() == {"channels": 1, "size": [16, 16]}
-    assert config.modalities["label"].settings() == {"num_classes": 10, "names": list("0123456789")}
+    assert config.modalities["label"].settings() == {"num_classes": 10, "names": list("0123456789"), "unknown": -1}
 
 
 @pytest.mark.parametrize("law", LAWS)
@@ -92,18 +93,25 @@ def test_a_folder_that_exists_is_left_as_it_is(finished_run: Path, tmp_path: Pat
         train(load_config(finished_run / "config.yaml"))
     assert contents(finished_run) == before
     (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("mine")
     with pytest.raises(InputError, match="is no run folder"):
         train(load_config(finished_run / "config.yaml", [f"output={tmp_path / 'notes'}", "train.resume=auto"]))
-    assert names(tmp_path / "notes") == []
+    assert names(tmp_path / "notes") == ["mine.txt"]
 
 
-@pytest.mark.parametrize("change", ["train.learning_rate=0.5", "train.steps=99", "modalities.label.weight.scale=0.5"])
+@pytest.mark.parametrize("change", ["train.learning_rate=0.5", "train.seed=9", "modalities.label.weight.scale=0.5"])
 def test_a_changed_config_is_not_resumed(run_copy: Path, change: str) -> None:
     before = contents(run_copy)
     key, _, value = change.partition("=")
     with pytest.raises(InputError, match=rf"^{key} = '?{value}'?: the run in .* was started with"):
         train(load_config(run_copy / "config.yaml", [f"output={run_copy}", "train.resume=auto", change]))
     assert contents(run_copy) == before
+
+
+def reseal(checkpoint: Path) -> None:
+    """As if it had been written so: a file that does not have its hash is damaged."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    seal(checkpoint, {key: value for key, value in state.items() if key not in ("files", "sha256")})
 
 
 @pytest.mark.parametrize("change", ["another shape", "one too few", "one too many"])
@@ -118,6 +126,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(run_copy: Path, change: str) 
         name = "model.modalities.depth.table"
         weights[name] = torch.zeros(2)
     save_file(weights, path)
+    reseal(path.parent)
     with pytest.raises(InputError, match=rf"^train.resume = .*step-12': does not match the config: {name} is "):
         train(load_config(run_copy / "config.yaml", [f"output={run_copy}", "train.resume=auto"]))
 

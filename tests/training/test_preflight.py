@@ -42,7 +42,6 @@ Configure = Callable[..., Config]
         ("modalities.image.scale=1000", "modalities.image.scale"),
         ("states.anchor_observed=1 modalities.label.loss_weight=0", "states.anchor_observed"),
         ("states.anchor_hidden=1 modalities.label.loss_weight=0", "states.anchor_observed"),
-        ("data.missing.image=1", "data.missing.image"),
     ],
 )
 def test_what_fails_late_is_told_before_step_1(configure: Configure, tmp_path: Path, overrides: str, key: str) -> None:

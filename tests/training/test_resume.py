@@ -59,7 +59,7 @@ def test_leftovers_of_a_kill_are_cleared_away(run_copy: Path, finished_run: Path
     """A torn last line, a checkpoint that was being written, and lines after the last whole checkpoint."""
     shutil.rmtree(run_copy / "checkpoints" / "step-12")
     shutil.rmtree(run_copy / "pipeline")
-    torn = run_copy / "checkpoints" / ".step-12.partial"
+    torn = run_copy / "checkpoints" / ".partial-step-12"
     torn.mkdir()
     (torn / "weights.safetensors").write_bytes(b"half")
     with (run_copy / "metrics.jsonl").open("a") as file:
