@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-import pickle
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import NamedTuple
 
@@ -286,7 +286,7 @@ def copies(build: Build, shape: Shape) -> None:
     """It can be pickled, for data workers, and deep-copied, for averages."""
     modality = build(shape)
     examples = _values(modality, 4)
-    for name, copied in (("pickle", pickle.loads(pickle.dumps(modality))), ("deepcopy", copy.deepcopy(modality))):
+    for name, copied in (("pickle", ForkingPickler.loads(ForkingPickler.dumps(modality))), ("deepcopy", copy.deepcopy(modality))):
         _expect(torch.equal(copied.encode(examples), modality.encode(examples)), f"encode differs after {name}")
         _expect(torch.equal(copied.placeholder(), modality.placeholder()), f"placeholder differs after {name}")
 

@@ -42,8 +42,9 @@ def train(config: Config, progress: bool = True, trust_custom_modalities: bool =
     experiment = build(config)
     config, folder = experiment.config, experiment.config.folder()
     trainer = Trainer(experiment, accelerator)
-    preflight(experiment, trainer, trust_custom_modalities)
-    check_origin(config, folder, accelerator.print)
+    with faults(folder):
+        preflight(experiment, trainer, trust_custom_modalities)
+        check_origin(config, folder, accelerator.print)
     with faults(folder), claimed(folder, config, accelerator) as config:
         done, window = start(trainer, config, folder)
         log = Log(folder, config, done, accelerator, progress)
