@@ -26,7 +26,7 @@ from mmdiff.modalities.heads import (
     save_image,
     to_space,
 )
-from mmdiff.modalities.pictures import MODES, flat, headers, loaded, one_size, opened, pixels_of, resized
+from mmdiff.modalities.pictures import MODES, flat, header, headers, loaded, one_size, pixels_of, resized
 
 Background = int | tuple[int, int, int] | list[int]
 
@@ -146,7 +146,7 @@ class Image(Modality):
 
     @classmethod
     def check_readable(cls, raw: Any) -> None:
-        opened("image", raw)
+        header("image", raw)
 
     def preprocess(self, raw: Any) -> Tensor:
         picture = self._picture(raw)

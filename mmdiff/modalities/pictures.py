@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image as PILImage
@@ -16,7 +17,8 @@ from mmdiff.errors import InputError
 MODES = {1: "L", 3: "RGB"}
 GREY = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 _ORIENTATION = 0x0112  # the tag of EXIF
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, PILImage.DecompressionBombError)  # PIL's own families
+logging.getLogger(TiffImagePlugin.__name__).setLevel(logging.CRITICAL)  # it logs what it raises as well
+Result = TypeVar("Result")
 
 
 def opened(key: str, raw: Any) -> PILImage.Image:
@@ -30,25 +32,32 @@ def opened(key: str, raw: Any) -> PILImage.Image:
         InputError: naming the file, where there is one.
     """
     if isinstance(raw, PILImage.Image):
-        return _unmapped(raw)
-    if isinstance(raw, np.ndarray) and raw.dtype == np.uint8 and raw.ndim in (2, 3):
-        return _read(key, f"array {raw.shape}", lambda: PILImage.fromarray(raw))
+        return _read(key, _name(raw), lambda: _unmapped(raw))
+    if isinstance(raw, np.ndarray):
+        return _of_array(key, raw)
     if not (isinstance(raw, Mapping) and set(raw) == {"bytes", "path"}):
         raise InputError(key, type(raw).__name__, "is no image; check data.columns")
-    name = raw["path"] or f"{len(raw['bytes'] or b'')} bytes"
     file = raw["path"] if raw["bytes"] is None else io.BytesIO(raw["bytes"])
-    return _read(key, name, lambda: _unmapped(PILImage.open(file)))
+    return _read(key, _name(raw), lambda: _unmapped(PILImage.open(file)))
 
 
 def loaded(key: str, raw: Any) -> PILImage.Image:
     """The image with its pixels, upright as its EXIF data say; ``key`` and ``raw`` as of `opened`."""
     image = opened(key, raw)
-    name = getattr(image, "filename", "") or _name(raw)
-    return _read(key, name, lambda: _upright(image))
+    return _read(key, _name(raw), lambda: _upright(image))
 
 
-def size_of(image: PILImage.Image) -> tuple[int, int]:
-    """(height, width) of the upright image, from its header."""
+def header(key: str, raw: Any) -> tuple[int, tuple[int, int]]:
+    """(channels: 1 of a grey image, else 3; (height, width) of the upright image) of a raw value.
+
+    Raises:
+        InputError: naming the file, where there is one.
+    """
+    image = opened(key, raw)
+    return 1 if image.mode in GREY else 3, _read(key, _name(raw), lambda: _size_of(image))
+
+
+def _size_of(image: PILImage.Image) -> tuple[int, int]:
     if image.format == "TIFF":
         image.load()  # Pillow turns these itself, in some versions when they are opened
     inside = image.format == "PNG" and "exif" not in image.info  # PIL would read all pixels to look behind them
@@ -61,9 +70,9 @@ def headers(key: str, values: Iterable[Any]) -> tuple[list[int], set[tuple[int, 
     channels, sizes = 0, set()
     for raw in values:
         if raw is not None:
-            image = opened(key, raw)
-            channels = max(channels, 1 if image.mode in GREY else 3)
-            sizes.add(size_of(image))
+            found, size = header(key, raw)
+            channels = max(channels, found)
+            sizes.add(size)
     return [channels] if channels else [], sizes
 
 
@@ -89,14 +98,35 @@ def flat(image: PILImage.Image, channels: int, background: tuple[int, int, int])
         background: RGB that shows through transparent pixels.
 
     Raises:
-        InputError: for numbers without a known range.
+        InputError: for numbers without a known range, or damaged colours.
     """
+    return _read("image", _name(image), lambda: _flat(image, channels, background))
+
+
+def _flat(image: PILImage.Image, channels: int, background: tuple[int, int, int]) -> PILImage.Image:
     if image.mode in _WIDE:
-        return PILImage.fromarray(_WIDE[image.mode](np.asarray(image, dtype=np.float32)))
+        return _flat_wide(image, channels, background)
     if image.has_transparency_data:
         image = _over(background, image)
     image = _from_lab(image) if image.mode == "LAB" else image
     return image.convert(MODES[channels])
+
+
+def _flat_wide(image: PILImage.Image, channels: int, background: tuple[int, int, int]) -> PILImage.Image:
+    """Mode F; RGB of 8 bits only where a coloured background shows through."""
+    grey, clear = _WIDE[image.mode](np.asarray(image, dtype=np.float32)), _clear(image)
+    if clear.any() and channels == 3 and len(set(background)) > 1:
+        rgb = np.where(clear[..., None], np.array(background), (grey * 255).round()[..., None])
+        return PILImage.fromarray(rgb.astype(np.uint8))
+    behind = PILImage.new("RGB", (1, 1), background).convert("L").getpixel((0, 0)) / 255
+    return PILImage.fromarray(np.where(clear, np.float32(behind), grey))
+
+
+def _clear(image: PILImage.Image) -> np.ndarray:
+    """(h, w) bool: the pixels of the one number that a wide grey PNG calls transparent."""
+    number = image.info.get("transparency")
+    numbers = np.asarray(image)
+    return numbers == number if isinstance(number, int) else np.zeros(numbers.shape, dtype=bool)
 
 
 def pixels_of(image: PILImage.Image, channels: int) -> np.ndarray:
@@ -114,7 +144,14 @@ def with_alpha(key: str, raw: Any, mode: str) -> PILImage.Image:
     image = loaded(key, raw)
     if not image.has_transparency_data:
         raise InputError(key, image.mode, "has no alpha channel; it must be opaque where the image is known")
-    return (image.convert("LA") if image.mode == "La" else image).convert("RGBA").convert(mode)
+    return _read(key, _name(raw), lambda: _with_alpha(image).convert("RGBA").convert(mode))
+
+
+def _with_alpha(image: PILImage.Image) -> PILImage.Image:
+    if image.mode not in _WIDE:
+        return image.convert("LA") if image.mode == "La" else image
+    grey = _WIDE[image.mode](np.asarray(image, dtype=np.float32)) * 255
+    return PILImage.fromarray(np.stack([grey.round(), ~_clear(image) * 255], axis=-1).astype(np.uint8))
 
 
 def resized(
@@ -130,13 +167,27 @@ def resized(
     return PILImage.fromarray(np.asarray(image).clip(0, 1)) if image.mode == "F" else image  # bicubic overshoots
 
 
-def _read(key: str, name: str, read: Callable[[], PILImage.Image]) -> PILImage.Image:
+def _of_array(key: str, array: np.ndarray) -> PILImage.Image:
+    channels = array.shape[2] if array.ndim == 3 else 1
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or not 1 <= channels <= 4 or not array.size:
+        found = f"array {array.shape} of {array.dtype}"
+        raise InputError(key, found, "is no image; needs uint8 (h, w) or (h, w, 1 … 4 channels), and pixels")
+    return _read(
+        key, f"array {array.shape}", lambda: PILImage.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
+    )
+
+
+def _read(key: str, name: str, read: Callable[[], Result]) -> Result:
+    """What ``read`` gives; on damaged files Pillow's parsers raise any kind of exception."""
     try:
         return read()
+    except InputError:
+        raise
     except UnidentifiedImageError:
         raise InputError(key, name, "cannot be read as an image: no format that Pillow knows") from None
-    except _UNREADABLE as error:
-        raise InputError(key, name, f"cannot be read as an image: {error}") from None
+    except Exception as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise InputError(key, name, f"cannot be read as an image: {reason}") from None
 
 
 def _unmapped(image: PILImage.Image) -> PILImage.Image:
@@ -146,7 +197,10 @@ def _unmapped(image: PILImage.Image) -> PILImage.Image:
 
 
 def _name(raw: Any) -> str:
-    return (raw["path"] or f"{len(raw['bytes'])} bytes") if isinstance(raw, Mapping) else "an image"
+    """Of a raw value, for errors."""
+    if isinstance(raw, Mapping):
+        return raw["path"] or f"{len(raw['bytes'] or b'')} bytes"
+    return str(getattr(raw, "filename", "") or "an image")
 
 
 def _upright(image: PILImage.Image) -> PILImage.Image:

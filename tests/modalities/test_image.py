@@ -29,7 +29,7 @@ def picture(width: int, height: int, mode: str = "L") -> PILImage.Image:
         (picture(9, 8), "9x8", "expected 8x8; or set resize: true"),
         ("cat.png", "str", "is no image; check data.columns"),
         (None, "NoneType", "is no image"),
-        (np.zeros((8, 8)), "ndarray", "is no image"),
+        (np.zeros((8, 8)), "array (8, 8) of float64", "is no image"),
     ],
 )
 def test_unusable_values_are_refused_in_one_line(raw: Any, value: str, remedy: str) -> None:

@@ -212,3 +212,100 @@ def test_what_cannot_be_read_is_one_line_with_the_file(name: str) -> None:
         assert "\n" not in str(caught.value) and "0x" not in str(caught.value)
     with pytest.raises(InputError, match="nowhere.png"):
         modality(3).preprocess({"bytes": None, "path": "nowhere.png"})
+
+
+FORMATS = {
+    **dict.fromkeys(("PNG", "TIFF"), ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")),
+    "JPEG": ("L", "RGB", "CMYK"),
+    "WEBP": ("RGB", "RGBA"),
+    "BMP": ("1", "P", "RGB"),
+    "GIF": ("L", "P"),
+    "JPEG2000": ("L", "RGBA"),
+    "PPM": ("L", "RGB"),
+    "TGA": ("L", "RGBA"),
+    "ICO": ("RGBA",),
+}
+
+
+def damaged(data: bytes, random: np.random.Generator) -> bytes:
+    """Cut off, or with some bytes changed."""
+    if random.random() < 0.3:
+        return data[: random.integers(len(data))]
+    changed = np.frombuffer(data, np.uint8).copy()
+    reach = len(data) if random.random() < 0.5 else min(len(data), 200)  # where the headers are
+    changed[random.integers(reach, size=random.integers(1, 6))] = random.integers(256)
+    return changed.tobytes()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_damaged_file_is_an_image_or_one_line(kind: str) -> None:
+    random, own, outcomes = np.random.default_rng(0), modality(3, resize=True), set()
+    masked = MaskedImage(Shape((3, SIDE, SIDE), 4, 4), 3, SIDE, resize=True)
+    for mode in FORMATS[kind]:
+        file = io.BytesIO()
+        exif = {"exif": turned(6)} if kind in ("PNG", "TIFF", "JPEG", "WEBP") else {}
+        picture(mode).resize((16, 16), PILImage.Resampling.NEAREST).save(file, kind, **exif)
+        own.preprocess({"bytes": file.getvalue(), "path": "whole"})
+        for _ in range(40):
+            raw = {"bytes": damaged(file.getvalue(), random), "path": "photo.any"}
+            for read in (own.preprocess, masked.preprocess, lambda r: Image.settings_from_data(None, [r])):
+                try:
+                    read(raw)
+                    outcomes.add("read")
+                except InputError as error:
+                    assert "\n" not in str(error)
+                    outcomes.add("refused")
+    assert "refused" in outcomes
+
+
+def turned(orientation: int) -> PILImage.Exif:
+    exif = PILImage.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def test_a_cut_tiff_is_named_while_settings_are_read() -> None:
+    file = io.BytesIO()
+    picture("RGB").resize((64, 64)).save(file, "TIFF", compression="tiff_lzw")
+    raw = {"bytes": file.getvalue()[:-2000], "path": "scan.tiff"}
+    for read in (Image.check_readable, lambda r: Image.settings_from_data(None, [r])):
+        with pytest.raises(InputError, match="scan.tiff.*cannot be read"):
+            read(raw)
+
+
+# ------------------------------------------------------------------------------------------- transparency of 16 bits
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("background", [0, 255, BACKGROUND])
+def test_the_transparent_number_of_16_bits_counts(background: Any, channels: int) -> None:
+    numbers = np.full((SIDE, SIDE), 1000, np.uint16)
+    numbers[:4] = 1001
+    file = io.BytesIO()
+    PILImage.fromarray(numbers).save(file, "PNG", transparency=1001)
+    raw = {"bytes": file.getvalue(), "path": None}
+    value = modality(channels, background=background).preprocess(raw)
+    rgb = torch.tensor(background if isinstance(background, tuple) else (background,) * 3) / 127.5 - 1
+    shown = rgb if channels == 3 else (rgb @ torch.tensor([0.299, 0.587, 0.114]))[None]
+    torch.testing.assert_close(value[:, 0, 0], shown, rtol=0, atol=0.006)
+    torch.testing.assert_close(value[:, -1, 0], torch.full((channels,), 2000 / 65535 - 1), rtol=0, atol=0.006)
+    masked = MaskedImage(Shape((channels, SIDE, SIDE), 4, 4), channels, SIDE).preprocess(raw)
+    assert torch.equal(masked[-1], torch.from_numpy((numbers == 1000).astype(np.float32)))
+
+
+# ------------------------------------------------------------------------------------------------------------- arrays
+
+
+def test_an_array_of_one_channel_is_grey() -> None:
+    array = np.arange(SIDE * SIDE, dtype=np.uint8).reshape(SIDE, SIDE)
+    assert torch.equal(modality(3).preprocess(array[..., None]), modality(3).preprocess(array))
+    assert Image.settings_from_data(None, [array[..., None]]) == {"channels": 1, "size": [SIDE, SIDE]}
+
+
+@pytest.mark.parametrize("shape", [(), (8,), (8, 8, 0), (8, 8, 5), (3, 8, 9), (0, 8), (8, 0, 3), (1, 8, 8, 3)])
+def test_arrays_that_are_no_image_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=r"array \(.*is no image"):
+        modality(3, resize=True).preprocess(np.zeros(shape, np.uint8))
+    with pytest.raises(InputError, match="float32.*is no image"):
+        modality(3, resize=True).preprocess(np.zeros((SIDE, SIDE), np.float32))
