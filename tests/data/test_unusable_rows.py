@@ -79,11 +79,20 @@ def test_too_many_stop_the_run(configure: Configure, source: Callable[..., str])
         build(config)
 
 
-def test_settings_are_read_around_them(configure: Configure, source: Callable[..., str], tmp_path: Path) -> None:
+def cut_tiff() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "TIFF")
+    return file.getvalue()[:-2000]
+
+
+@pytest.mark.parametrize("data", [b"no image", cut_tiff()], ids=["text", "cut TIFF"])
+def test_settings_are_read_around_them(
+    configure: Configure, source: Callable[..., str], tmp_path: Path, data: bytes
+) -> None:
     path = source().removeprefix("data.source=")
     rows = datasets.load_dataset("parquet", data_files=path, split="train")
     images = [
-        {"bytes": b"no image", "path": None},
+        {"bytes": data, "path": None},
         *rows.cast_column("image", datasets.Image(decode=False))["image"][1:],
     ]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
