@@ -64,10 +64,15 @@ def build_stand_in(config: Config) -> Experiment:
     return Experiment(config, table, table, model, scheduler, build_objective(config, model, scheduler))
 
 
-def open_rows(config: Config) -> tuple[Rows, Rows]:
-    """(training rows, held-out rows), with the embeddings that are to be computed."""
+def open_rows(config: Config, hub: bool = True) -> tuple[Rows, Rows]:
+    """(training rows, held-out rows), with the embeddings that are to be computed.
+
+    Args:
+        config: whose data are opened.
+        hub: whether the source may be a name of the hub.
+    """
     data = config.data
-    splits = open_splits(data.source, data.split, data.validation_split, data.holdout, data.options)
+    splits = open_splits(data.source, data.split, data.validation_split, data.holdout, data.options, hub)
     splits = tuple(undecoded(_with_images(config, rows)) for rows in splits)
     for name, encoder in data.embeddings.items():
         column = config.column(name)

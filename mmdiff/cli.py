@@ -279,7 +279,7 @@ def _evaluate(
 
     records.read(run / "evaluation.json")  # a broken one is named before the work
     pipeline = load(run, solver, trust)
-    train, validation = (build_table(config, pipeline.model, rows) for rows in open_rows(config))
+    train, validation = (build_table(config, pipeline.model, rows) for rows in open_rows(config, hub=trust))
     result = evaluators.evaluate(pipeline, config, train, validation, steps, feed, trust_judges, conditioning, subsets)
     records.save(result, run / "evaluation.json")
     echo(records.table(result))

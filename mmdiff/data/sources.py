@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import re
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ import datasets
 
 from mmdiff.data import abo, bags, digits, folders, shape_bags
 from mmdiff.data.files import IMAGE_SUFFIXES
+from mmdiff.data.source_checks import check_arguments, check_files, check_options, check_saved
 from mmdiff.data.table import ROW, Rows
 from mmdiff.errors import InputError
 
@@ -27,6 +29,8 @@ BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 _HUB_BUILDERS = {*(builder for builder, _ in BUILDERS.values()), "imagefolder"}
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_FILE_NAME = re.compile(r".*[^./]\.[A-Za-z]{1,5}", re.DOTALL)  # name-v1.0 is none
+_EMPTY = ("StopIteration", "EmptyDataError")  # what an empty file is to the builders
 _REFUSED = {  # options of `datasets.load_dataset` that change the kind of thing it gives
     "split": "set data.split instead",
     "streaming": "is not supported yet; leave it out",
@@ -35,14 +39,17 @@ _REFUSED = {  # options of `datasets.load_dataset` that change the kind of thing
 }
 
 
-def _bags(source: str, **options: Any) -> Mapping[str, Rows]:
+def _bags(hub: bool, /, source: str, **options: Any) -> Mapping[str, Rows]:
     """Any other source as bags of its views, see `mmdiff.data.bags.load`."""
-    return bags.load(load(source, {}), **options)
+    if not isinstance(source, str):
+        raise InputError("data.options.source", source, "needs a path or a name as text")
+    check_arguments("bags", bags.load, options)
+    return bags.load(load(source, {}, hub), **options)
 
 
 EMBEDDED: dict[str, Callable[..., Mapping[str, Rows]]] = {
     "abo": abo.load,
-    "bags": _bags,
+    "bags": functools.partial(_bags, True),
     "digits": digits.load,
     "folders": folders.load,
     "shapes": shape_bags.load,
@@ -79,6 +86,7 @@ def open_splits(
     if isinstance(splits[split], datasets.Dataset) and ROW in splits[split].column_names:
         raise InputError("data.source", source, f"has a column {ROW}, a name that mmdiff uses itself; rename it")
     if holdout is not None:
+        _refuse_empty("split", split, splits)
         return _held_out(splits[split], holdout)
     if validation_split not in splits:
         raise InputError(
@@ -87,10 +95,14 @@ def open_splits(
             f"the source has the splits {', '.join(splits)}; name one, or hold out every 10th row with data.holdout=10",
         )
     for key, name in (("split", split), ("validation_split", validation_split)):
-        if not len(splits[name]):
-            sizes = ", ".join(f"{name} {len(rows)}" for name, rows in splits.items())
-            raise InputError(f"data.{key}", name, f"has no rows; rows by split: {sizes}")
+        _refuse_empty(key, name, splits)
     return splits[split], splits[validation_split]
+
+
+def _refuse_empty(key: str, name: str, splits: Mapping[str, Rows]) -> None:
+    if not len(splits[name]):
+        sizes = ", ".join(f"{name} {len(rows)}" for name, rows in splits.items())
+        raise InputError(f"data.{key}", name, f"has no rows; rows by split: {sizes}")
 
 
 def _held_out(rows: Rows, holdout: int) -> tuple[Rows, Rows]:
@@ -106,9 +118,11 @@ def _held_out(rows: Rows, holdout: int) -> tuple[Rows, Rows]:
 
 def load(source: str, options: dict[str, Any], hub: bool = True) -> Mapping[str, Rows]:
     """{split: rows} of a source; arguments and errors as of `open_splits`."""
-    if source in EMBEDDED:
+    embedded = {**EMBEDDED, "bags": functools.partial(_bags, hub)}
+    if source in embedded:
+        check_arguments(source, embedded[source], options)
         try:
-            return EMBEDDED[source](**options)
+            return embedded[source](**options)
         except TypeError as error:
             raise InputError("data.options", options, f"do not fit {source}: {error}") from None
     for name, reason in _REFUSED.items():
@@ -122,8 +136,8 @@ def load(source: str, options: dict[str, Any], hub: bool = True) -> Mapping[str,
 
 def is_path(source: str) -> bool:
     """Whether a source is a path, by its look or because it is there."""
-    looks = source.startswith((".", "/", "~")) or Path(source).suffix in BUILDERS or glob.has_magic(source)
-    return looks or Path(source).expanduser().exists()
+    looks = source.startswith((".", "/", "~")) or _FILE_NAME.fullmatch(source) or glob.has_magic(source)
+    return bool(looks) or Path(source).expanduser().exists()
 
 
 def folder_of(source: str) -> Path:
@@ -155,21 +169,29 @@ def _open_path(source: str, options: dict[str, Any]) -> Any:
         found = ", ".join(sorted(suffixes))
         raise InputError("data.source", source, f"holds files of {found}; one kind of {', '.join(BUILDERS)} is read")
     builder, arguments = BUILDERS[suffixes.pop()]
+    check_options(builder, options)
+    check_files(source, map(Path, files))
     return _datasets(source, builder, data_files=files, **{**arguments, **options})
 
 
 def _open_folder(source: str, path: Path, options: dict[str, Any]) -> Any:
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    check_files(source, files)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return _call(source, lambda: datasets.load_from_disk(str(path), **options))
-    suffixes = {file.suffix.lower() for file in path.rglob("*") if file.is_file()}
+        check_options("saved", options)
+        check_saved(path)
+        return _call(source, lambda: datasets.load_from_disk(str(path)))
+    suffixes = {file.suffix.lower() for file in files}
     if suffixes & IMAGE_SUFFIXES:
-        return _datasets(source, "imagefolder", data_dir=str(path), **options)
+        check_options("imagefolder", options)
+        return _datasets(source, "imagefolder", data_dir=str(path))
     tables = suffixes & set(BUILDERS)
     if len(tables) != 1:
         found = ", ".join(sorted(suffixes - {""})) or "no files"
         raise InputError("data.source", source, f"a folder of images or of one kind of {', '.join(BUILDERS)}; {found}")
     suffix = tables.pop()
     builder, arguments = BUILDERS[suffix]
+    check_options(builder, options)
     return _datasets(source, builder, data_dir=str(path), **{**arguments, **options})
 
 
@@ -177,7 +199,7 @@ def _open_hub(source: str, options: dict[str, Any], hub: bool) -> Any:
     if not _HUB_NAME.fullmatch(source):
         raise InputError("data.source", source, f"cannot be opened: neither a path nor a hub name; {_KNOWN}")
     if not hub:
-        raise InputError("data.source", source, "is a hub name in a folder of someone else's; pass the trust flag")
+        raise InputError("data.source", source, "is a hub name in a folder of others; pass --trust-custom-modalities")
     builder = _call(source, lambda: datasets.load_dataset_builder(source, **options), f"; {_KNOWN}")
     kind = type(builder).__module__.removeprefix("datasets.packaged_modules.").split(".")[0]
     if kind not in _HUB_BUILDERS:
@@ -194,5 +216,8 @@ def _call(source: str, call: Callable[[], Any], known: str = "") -> Any:
         return call()
     except Exception as error:  # the hub client and the builders raise many kinds; the person needs one line
         cause = error.__cause__ or error
+        if type(cause).__name__ in _EMPTY or "corresponds to no data" in str(cause):
+            split = "".join(re.findall(r'"(\w+)" corresponds', str(cause))) or "of an empty file"
+            raise InputError("data.source", source, f"the split {split} has no rows") from error
         reason = f"{type(cause).__name__}: {cause}".partition("\n")[0]
         raise InputError("data.source", source, f"cannot be opened ({reason}){known}") from error

@@ -276,3 +276,99 @@ def test_a_member_of_a_shard_is_never_unpickled(tmp_path: Path) -> None:
 
 def test_names_of_the_hub_may_be_forbidden() -> None:
     assert "hub name" in refusal("someone/something", hub=False)
+
+
+# ------------------------------------------------------------------------------------ options, pickles, saved folders
+
+
+@pytest.mark.parametrize(
+    "option", ["data_files", "data_dir", "cache_dir", "revision", "token", "storage_options", "surprise", "filesystem"]
+)
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "saved", "metadata"])
+def test_a_local_source_has_no_other_options(kind: str, option: str, tmp_path: Path) -> None:
+    message = refusal(SOURCES[kind](tmp_path), options={option: "x"})
+    assert message.startswith(f"data.options.{option} = 'x': ")
+
+
+def test_options_of_a_csv_file_are_read(tmp_path: Path) -> None:
+    source = _delimited(tmp_path, "rows.csv", ";")
+    assert {"image", "label"} <= set(open_splits(source, holdout=2, options={"sep": ";"})[0].column_names)
+
+
+@pytest.mark.parametrize("inner", [3, None, ["a"], {"a": 1}])
+def test_the_source_of_bags_is_text(inner: Any) -> None:
+    assert refusal("bags", options={"source": inner, "object": "label"}).startswith("data.options.source = ")
+
+
+@pytest.mark.parametrize(
+    ("source", "options"), [("digits", {}), ("shapes", {}), ("bags", {"source": "digits", "object": "label"})]
+)
+def test_an_unknown_option_of_an_embedded_set_is_named(source: str, options: dict[str, Any]) -> None:
+    assert refusal(source, options={**options, "surprise": 1}).startswith("data.options.surprise = 1: ")
+
+
+def test_bags_of_a_name_of_the_hub_may_be_forbidden() -> None:
+    assert "hub name" in refusal("bags", options={"source": "someone/something", "object": "label"}, hub=False)
+
+
+@pytest.mark.parametrize("source", ["nope.pkl", "a/b.CSV", "a/b.npz", "data.Zip", "a/b.jsonl"])
+def test_what_looks_like_a_file_is_no_name_of_the_hub(source: str) -> None:
+    assert "no such file or folder" in refusal(source, hub=False)
+
+
+@pytest.mark.parametrize("source", ["user/name-v1.0", "mnist", "user/name.2", "a.b/name"])
+def test_names_of_the_hub_may_have_dots(source: str) -> None:
+    assert "is a hub name" in refusal(source, hub=False)
+
+
+@pytest.mark.parametrize("ending", ["pkl", "pickle", "pyd", "pth", "pt", "PKL", "extra.pickle"])
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_pickle_in_a_tar_is_named(ending: str, folder: bool, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name in ("000.txt", f"000.{ending}"):
+            tar.addfile(tarfile.TarInfo(name), io.BytesIO())
+    assert f"holds the pickle 000.{ending}" in refusal(str(tmp_path if folder else tmp_path / "s.tar"))
+
+
+@pytest.mark.parametrize("name", ["load.py", "rows.pkl", "rows.pickle", "net.pt", "sub/net.PTH"])
+@pytest.mark.parametrize("kind", ["parquet", "metadata", "saved"])
+def test_scripts_and_pickles_beside_data_are_named(kind: str, name: str, tmp_path: Path) -> None:
+    source = SOURCES[kind](tmp_path)
+    folder = Path(source) if Path(source).is_dir() else tmp_path
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).touch()
+    assert f"holds {Path(name).name}; scripts and pickles are never run" in refusal(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"_data_files": [{"filename": "../rows.arrow"}]}, "../rows.arrow"),
+        ({"_data_files": [{"filename": "/etc/hostname"}]}, "/etc/hostname"),
+        ({"_data_files": [{"filename": "link.arrow"}]}, "link.arrow"),
+        ({"_data_files": [{}]}, "None"),
+        ({"_data_files": None}, "_data_files"),
+        ({"_format_type": "torch"}, "format torch"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["saved", "saved splits"])
+def test_a_saved_folder_reads_its_own_files(change: dict[str, Any], said: str, kind: str, tmp_path: Path) -> None:
+    source = Path(SOURCES[kind](tmp_path))
+    state = next(source.rglob("state.json"))
+    (tmp_path / "outside.arrow").touch()
+    (state.parent / "link.arrow").symlink_to(tmp_path / "outside.arrow")
+    state.write_text(json.dumps({**json.loads(state.read_text()), **change}))
+    assert said in refusal(str(source))
+
+
+def test_splits_of_a_saved_folder_lie_in_it(tmp_path: Path) -> None:
+    (tmp_path / "dataset_dict.json").write_text(json.dumps({"splits": ["../train"]}))
+    assert "../train" in refusal(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.csv", ""), ("a.csv", "text\n"), ("a.json", "[]"), ("a.jsonl", ""), ("a.tsv", "a\tb\n")]
+)
+def test_an_empty_file_has_no_rows(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    assert "has no rows" in refusal(str(tmp_path / name))

@@ -275,7 +275,7 @@ def test_what_was_missing_stays_missing(configure: Configure, source: Callable[.
         ("data.masking.depth={law: box}", "data = 'depth': names no modality"),
         ("data.masking.label={law: stars}", "data.masking.label.law = 'stars': choose one of squares, "),
         ("data.masking.label={ratio: 0}", "data.masking.label.ratio = (0.0, 0.0): the share of hidden pixels is"),
-        ("data.options={rows: 3}", "data.options = {'rows': 3}: do not fit digits: "),
+        ("data.options={rows: 3}", "data.options.rows = 3: is no option of digits"),
     ],
 )
 def test_impossible_holes_and_gaps_are_refused(configure: Configure, override: str, start: str) -> None:
