@@ -286,7 +286,8 @@ def copies(build: Build, shape: Shape) -> None:
     """It can be pickled, for data workers, and deep-copied, for averages."""
     modality = build(shape)
     examples = _values(modality, 4)
-    for name, copied in (("pickle", ForkingPickler.loads(ForkingPickler.dumps(modality))), ("deepcopy", copy.deepcopy(modality))):
+    pickled = ForkingPickler.loads(ForkingPickler.dumps(modality))
+    for name, copied in (("pickle", pickled), ("deepcopy", copy.deepcopy(modality))):
         _expect(torch.equal(copied.encode(examples), modality.encode(examples)), f"encode differs after {name}")
         _expect(torch.equal(copied.placeholder(), modality.placeholder()), f"placeholder differs after {name}")
 

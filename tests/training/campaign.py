@@ -26,6 +26,21 @@ SETTINGS = ["train.checkpoint_every=2", "train.resume=auto", "evaluate.at_end=fa
 PARTS = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors", "window.safetensors", "state.json")
 
 
+def flip(file: Path) -> None:
+    """One bit in the middle."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGES: list[Callable[[Path], object]] = [
+    flip,
+    lambda file: file.unlink(),
+    lambda file: file.write_bytes(b""),
+    lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+]
+
+
 def forked(config: Config, prepare: Callable[[], object] = lambda: None, delay: float | None = None) -> str:
     """Train in a child: "done", "clear" (one line), "killed" or "traceback"."""
     child = os.fork()
@@ -104,11 +119,7 @@ def campaign(config_file: Path, folder: Path, kills: int, full: int, damaged: in
         run = folder / "damaged"
         shutil.copytree(whole, run)
         file = max((run / "checkpoints").glob("step-*"), key=lambda p: int(p.name.split("-")[1])) / draw.choice(PARTS)
-        data = bytearray(file.read_bytes())
-        draw.choice([
-            lambda: file.unlink(), lambda: file.write_bytes(data[: len(data) // 2]), lambda: file.write_bytes(b""),
-            lambda: file.write_bytes(bytes(x ^ (i == len(data) // 2) for i, x in enumerate(data))),
-        ])()  # fmt: skip
+        draw.choice(DAMAGES)(file)
         compare("damage", run)
     for _ in range(full):
         _full_disk(folder / "disk", config, found, wanted, draw, sum(map(len, wanted.values())))
