@@ -144,13 +144,11 @@ def _with_origin(config: Config, started: Config | None) -> Config:
 
 
 def _extension(started: Config, config: Config) -> str:
+    """What another number of steps means for a run that goes on."""
     line = f"train.steps: {started.train.steps} before, {config.train.steps} now"
-    kind = config.train.lr_scheduler_type
-    return (
-        f"{line}; the learning rate is that of a {kind} over {config.train.steps} steps from here on"
-        * knows_its_end(config.train)
-        or line
-    )
+    if not knows_its_end(config.train):
+        return line
+    return f"{line}; from here on the learning rate is that of a {config.train.lr_scheduler_type} over all of them"
 
 
 def write_config(folder: Path, config: Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -44,13 +45,14 @@ class Tracker:
 
     def log(self, line: dict[str, Any]) -> None:
         """Append one line, or nothing of it."""
-        with self.path.open("ab") as file:
+        encoded = json.dumps(line).encode() + b"\n"
+        with self.path.open("ab", buffering=0) as file:
             before = file.tell()
             try:
-                file.write(json.dumps(line).encode() + b"\n")
-                file.flush()
+                if file.write(encoded) < len(encoded):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
             except OSError:
-                os.truncate(self.path, before)
+                file.truncate(before)
                 raise
         if self._wandb is not None:
             self._wandb.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
