@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmdiff.errors import InputError, TrainingError
+from mmdiff.strangers import check_links
 from mmdiff.training.disk import PARTIAL, remove, whole
 
 STATE, PARTS = "state.json", ("weights", "ema", "optimizer", "window")
@@ -227,6 +228,33 @@ def newest(folder: Path, say: Any) -> Checkpoint | None:
         remedy = "restore one of them, or remove them all to begin anew"
         raise InputError("train.resume", str(folder), f"every checkpoint is damaged: {', '.join(damaged)}; {remedy}")
     return None
+
+
+def find_checkpoint(path: Path, key: str, say: Any) -> Checkpoint:
+    """The checkpoint that a folder is, or the newest one of a run folder.
+
+    Args:
+        path: of a run or a checkpoint.
+        key: the config key that names it.
+        say: is given a line for each damaged one.
+
+    Raises:
+        InputError: there is none.
+    """
+    path = path.expanduser()
+    if path.is_dir():
+        check_links(key, path)
+    if not path.is_dir():
+        raise InputError(key, str(path), "is no folder; name a run or a checkpoint (or: never, auto)")
+    if (path / STATE).exists() or (path / "weights.safetensors").exists():
+        try:
+            return read_checkpoint(path)
+        except DamagedError as error:
+            raise InputError(key, str(path), f"is damaged: {error}; name another checkpoint") from None
+    found = newest(path / "checkpoints", say)
+    if found is None:
+        raise InputError(key, str(path), "holds no checkpoint; name a run folder or one of its checkpoints/step-N")
+    return found
 
 
 def load_checkpoint(checkpoint: Checkpoint, module: nn.Module, averages: Any, optimizer: torch.optim.Optimizer) -> None:

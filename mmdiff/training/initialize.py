@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -14,7 +15,7 @@ from torch import Tensor
 from mmdiff.errors import InputError
 from mmdiff.objective import MTObjective
 from mmdiff.strangers import check_links
-from mmdiff.training.checkpoint import newest
+from mmdiff.training.checkpoint import find_checkpoint
 
 KEY = "train.initialize_from"
 _WEIGHTS = Path("model") / "diffusion_pytorch_model.safetensors"
@@ -37,33 +38,62 @@ def initialize(objective: MTObjective, path: Path, say: Callable[[str], object])
     Raises:
         InputError: nothing is there, or nothing of it fits.
     """
-    weights, own = read_weights(path, say), objective.model.state_dict()
+    found, own = read_source(path, say), objective.model.state_dict()
+    weights = {n: tensor for n, tensor in found.weights.items() if not _renamed(n, found.names, _names(objective))}
     taken = sorted(name for name in own if name in weights and weights[name].shape == own[name].shape)
     if not taken:
         raise InputError(KEY, str(path), "holds no tensor that fits the model by name and shape")
     for name in taken:
         own[name].copy_(weights[name])
-    new, left = sorted(set(own) - set(taken)), sorted(set(weights) - set(taken))
+    new, left = sorted(set(own) - set(taken)), sorted(set(found.weights) - set(taken))
     say(f"{path}: {len(taken)} of {len(own)} tensors taken; new: {_listed(new)}; left out: {_listed(left)}")
     return {"initialize_from": str(path.resolve()), "taken": taken, "new": new, "left": left}
 
 
-def read_weights(path: Path, say: Callable[[str], object]) -> dict[str, Tensor]:
-    """{name in the model: tensor}, averaged where averages are there; arguments and errors as of `initialize`."""
+class Source(NamedTuple):
+    """``weights`` {name in the model: tensor}, and ``names`` {modality: names of its classes, or None}."""
+
+    weights: dict[str, Tensor]
+    names: dict[str, Any]
+
+
+def read_source(path: Path, say: Callable[[str], object]) -> Source:
+    """Weights, averaged where averages are there; arguments and errors as of `initialize`."""
     if not path.is_dir():
         raise InputError(KEY, str(path), "is no folder; name a pipeline, a run or a checkpoint")
     check_links(KEY, path)
-    for file in (path / _WEIGHTS, path / "pipeline" / _WEIGHTS):
-        if file.is_file():
-            return _read(file)
-    if (path / "ema.safetensors").is_file():
-        found = {**_read(path / "weights.safetensors"), **_read(path / "ema.safetensors")}
-    else:
-        checkpoint = newest(path / "checkpoints", say)
-        if checkpoint is None:
-            raise InputError(KEY, str(path), "holds neither a pipeline nor a checkpoint")
-        found = {**checkpoint.weights, **checkpoint.ema}
-    return {name.removeprefix("model."): tensor for name, tensor in found.items() if name.startswith("model.")}
+    for folder in (path, path / "pipeline"):
+        if (folder / _WEIGHTS).is_file():
+            config = _json(folder / "model" / "config.json")
+            return Source(_read(folder / _WEIGHTS), _class_names(config.get("modality_config")))
+    checkpoint = find_checkpoint(path, KEY, say)
+    found = {**checkpoint.weights, **checkpoint.ema}
+    weights = {name.removeprefix("model."): tensor for name, tensor in found.items() if name.startswith("model.")}
+    return Source(weights, _class_names((checkpoint.state.get("config") or {}).get("modalities")))
+
+
+def _names(objective: MTObjective) -> dict[str, Any]:
+    return _class_names(objective.model.config.modality_config)
+
+
+def _class_names(modalities: Any) -> dict[str, Any]:
+    kinds = modalities if isinstance(modalities, Mapping) else {}
+    return {name: kind.get("names") for name, kind in kinds.items() if isinstance(kind, Mapping)}
+
+
+def _renamed(tensor: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether a tensor's rows belong to classes that have other names, or another order, now."""
+    part, _, rest = tensor.partition(".")
+    name = rest.partition(".")[0]
+    return part == "modalities" and name in before and name in now and before[name] != now[name]
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(KEY, str(file), f"cannot be read: {error}") from None
+    return found if isinstance(found, dict) else {}
 
 
 def _read(file: Path) -> dict[str, Tensor]:

@@ -8,9 +8,8 @@ from typing import Any
 from mmdiff.config import Config, first_difference, parse_config
 from mmdiff.data.fingerprint import fingerprint
 from mmdiff.errors import InputError
-from mmdiff.strangers import check_links
-from mmdiff.training.checkpoint import STATE, Checkpoint, DamagedError, newest, read_checkpoint
-from mmdiff.training.initialize import initialize, read_weights
+from mmdiff.training.checkpoint import Checkpoint, find_checkpoint, newest
+from mmdiff.training.initialize import initialize, read_source
 from mmdiff.training.process import on_main
 from mmdiff.training.run_folder import RESUMABLE, write_origin
 from mmdiff.training.tracking import Window
@@ -53,7 +52,7 @@ def check_origin(config: Config, folder: Path, say: Any) -> None:
     if config.train.resume not in ("never", "auto"):
         _check_model(find_checkpoint(Path(config.train.resume), "train.resume", say), config)
     if config.train.initialize_from is not None:
-        read_weights(Path(config.train.initialize_from).expanduser(), say)
+        read_source(Path(config.train.initialize_from).expanduser(), say)
 
 
 def _check_data(checkpoint: Checkpoint, now: dict[str, Any], config: Config, folder: Path) -> None:
@@ -94,33 +93,6 @@ def _continue_from(trainer: Trainer, config: Config, folder: Path) -> tuple[int,
 
 def _hash(checkpoint: Checkpoint) -> str:
     return checkpoint.state["files"]["weights.safetensors"]
-
-
-def find_checkpoint(path: Path, key: str, say: Any) -> Checkpoint:
-    """The checkpoint that a folder is, or the newest one of a run folder.
-
-    Args:
-        path: of a run or a checkpoint.
-        key: the config key that names it.
-        say: is given a line for each damaged one.
-
-    Raises:
-        InputError: there is none.
-    """
-    path = path.expanduser()
-    if path.is_dir():
-        check_links(key, path)
-    if not path.is_dir():
-        raise InputError(key, str(path), "is no folder; name a run or a checkpoint (or: never, auto)")
-    if (path / STATE).exists() or (path / "weights.safetensors").exists():
-        try:
-            return read_checkpoint(path)
-        except DamagedError as error:
-            raise InputError(key, str(path), f"is damaged: {error}; name another checkpoint") from None
-    found = newest(path / "checkpoints", say)
-    if found is None:
-        raise InputError(key, str(path), "holds no checkpoint; name a run folder or one of its checkpoints/step-N")
-    return found
 
 
 def _check_model(checkpoint: Checkpoint, config: Config) -> None:

@@ -100,6 +100,22 @@ def test_weights_that_fit_are_taken_and_both_are_listed(source: str, run_copy: P
         torch.testing.assert_close(last_weights(new)[f"model.{name}"], old[name], rtol=0, atol=1e-6)
 
 
+def test_rows_of_renamed_classes_are_not_taken(run_copy: Path, tmp_path: Path) -> None:
+    names = ",".join(f"'{k}'" for k in reversed(range(10)))
+    more = [f"output={tmp_path / 'new'}", f"train.initialize_from={run_copy}", f"modalities.label.names=[{names}]"]
+    new = train(load_config(run_copy / "config.yaml", more), progress=False)
+    origin = json.loads((new / "origin.json").read_text())
+    assert "modalities.label.table" in origin["new"] and not any("modalities.label" in n for n in origin["taken"])
+
+
+def test_a_damaged_source_is_refused(run_copy: Path, tmp_path: Path) -> None:
+    source = run_copy / "checkpoints" / "step-12"
+    _flip(source / "ema.safetensors")
+    with pytest.raises(InputError, match="^train.initialize_from = .*ema.safetensors does not have the hash"):
+        more = [f"output={tmp_path / 'new'}", f"train.initialize_from={source}"]
+        train(load_config(run_copy / "config.yaml", more), progress=False)
+
+
 @pytest.mark.parametrize("key", ["train.resume", "train.initialize_from"])
 def test_what_a_run_cannot_start_from_is_refused(key: str, run_copy: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
