@@ -79,7 +79,6 @@ OUT_OF_RANGE = {
     "train.learning_rate": 0.0,
     "train.ema_decay": 1.0,
     "train.mixed_precision": "fp8",
-    "train.resume": "always",
     "data.holdout": 1,
     "states.observed": 1.5,
     "states.law": "heads and tails",
@@ -143,7 +142,7 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier(configure: Conf
     assert config.train.batch_size == 12  # untouched
 
 
-@pytest.mark.parametrize("key", ["train.mixed_precision", "track", "train.resume"])
+@pytest.mark.parametrize("key", ["train.mixed_precision", "track", "train.lr_scheduler_type"])
 def test_every_choice_can_be_written_as_documented(configure: Configure, key: str) -> None:
     """Plain YAML reads a bare `no` as false."""
     section, name = key.split(".") if "." in key else ("", key)

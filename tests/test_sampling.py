@@ -148,7 +148,7 @@ REFUSED = {
     "--observe label=3": "observed.label = 3: is outside 0 … 2",
     "--observe image=nowhere.png": "observed.image = 'nowhere.png': no such file",
     "--observe image=": "observed.image = '': no such file",
-    "--observe mask=photo.png": "observed.mask = 'RGB': is no image of class ids; store ids as a PNG of mode L or P",
+    "--observe mask=photo.png": "observed.mask = 'RGB': is coloured: ",
     "--observe mask=beyond.png": "observed.mask = ",
     "--observe mask=nowhere.png": "observed.mask = 'nowhere.png': no such file",
     "--observe masked_image=photo.png": "observed.masked_image = 'photo.png': has no alpha channel",
