@@ -92,7 +92,7 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
         Raises:
             InputError: when the config names custom modalities and they are not trusted; nothing is imported.
         """
-        if not trust_custom_modalities:
+        if trust_custom_modalities is not True:  # a text such as "no" would count as true
             hub = {key: value for key, value in kwargs.items() if key in _HUB_ARGUMENTS}
             _refuse_custom(cls.load_config(pretrained_model_name_or_path, **hub))  # before weights are looked for
         # diffusers would build in it, and leave it as the process's default where a start cannot be drawn in it
@@ -110,7 +110,7 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
         cls, config: Mapping[str, Any], trust_custom_modalities: bool = False, **kwargs: Any
     ) -> MTDiffusionModel:
         """Build what a config describes, with weights drawn at random; arguments and errors as of `from_pretrained`."""
-        if not trust_custom_modalities:
+        if trust_custom_modalities is not True:  # a text such as "no" would count as true
             _refuse_custom(config)
         return super().from_config(config, **kwargs)
 

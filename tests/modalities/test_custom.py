@@ -137,6 +137,9 @@ def test_it_is_trained_saved_and_loaded_when_trusted(user: User) -> None:
         assert "trust_custom_modalities=True" in str(caught.value)  # in Python
         assert "--trust-custom-modalities" in str(caught.value)  # on the command line
         assert not user.loaded  # refused before it was imported
+        with pytest.raises(InputError, match="is code of its author's"):
+            load(source, trust_custom_modalities="no")
+        assert not user.loaded
     assert MTDiffusionModel.from_pretrained(model, trust_custom_modalities=True)
     assert MTDiffusionModel.from_config(described, trust_custom_modalities=True).names == ("depth", "image")
 
