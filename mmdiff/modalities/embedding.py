@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch.nn.functional import normalize, softplus
 from mmdiff.errors import InputError
 from mmdiff.likelihoods import Gaussian, vmf_log_prob, vmf_mean_length, vmf_sample
 from mmdiff.modalities.base import Modality, Shape
-from mmdiff.modalities.heads import as_array, file_at, open_array, repeated, save_array, widened
+from mmdiff.modalities.heads import as_array, open_numbers, repeated, save_array, widened
 
 _ROWS = 10_000  # that the norm's statistics are read from
 
@@ -88,14 +87,7 @@ class Embedding(Modality):
 
     def parse(self, text: str) -> Any:
         """A .npy or .json file, or numbers with commas."""
-        if text.endswith(".npy"):
-            return open_array("embedding", text)
-        path = file_at("embedding", text) if text.endswith(".json") else None
-        try:
-            return json.loads(path.read_text()) if path else [float(x) for x in text.split(",")]
-        except (OSError, ValueError) as error:
-            remedy = f"cannot be read as .npy, .json or numbers with commas: {error}"
-            raise InputError("embedding", text, remedy) from None
+        return open_numbers("embedding", text)
 
     def save(self, shown: np.ndarray, stem: Path) -> Path:
         return save_array(shown, stem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,6 +62,17 @@ def open_array(key: str, text: str) -> np.ndarray:
         return np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(key, text, f"cannot be read as .npy: {error}") from None
+
+
+def open_numbers(key: str, text: str) -> Any:
+    """A .npy or .json file, or numbers with commas."""
+    if text.endswith(".npy"):
+        return open_array(key, text)
+    path = file_at(key, text) if text.endswith(".json") else None
+    try:
+        return json.loads(path.read_text()) if path else [float(x) for x in text.split(",")]
+    except (OSError, ValueError) as error:
+        raise InputError(key, text, f"cannot be read as .npy, .json or numbers with commas: {error}") from None
 
 
 def save_array(shown: np.ndarray, stem: Path) -> Path:

@@ -131,7 +131,8 @@ class Mask(Modality):
         ignore = raw_ignore_of(settings.get("ignore", 255), values or [], colors is not None)
         count = len(values or colors or []) or num_classes or number_of_classes(found, ignore, "ignore" in settings)
         known = list(map(packed, colors)) if colors else list(values or range(count))
-        check_known(found, [*known, *([] if ignore is None else [ignore])], colors is not None, remedy_of(found, count))
+        allowed = [*known, *([] if ignore is None else [ignore])]
+        check_known(found, allowed, colors is not None, remedy_of(found, count, colors is not None))
         if "ignore" not in settings and ignore in found and sum(raw in found for raw in known) < 2 and not colors:
             raise InputError(
                 "mask", ignore, f"would be ignored; found {shares(found, False)}; {remedy_of(found, count)}"

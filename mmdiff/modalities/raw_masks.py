@@ -174,7 +174,9 @@ def number_of_classes(found: Counter, ignore: int | None, chosen: bool) -> int:
     return len(ids)
 
 
-def remedy_of(found: Counter, count: int) -> str:
+def remedy_of(found: Counter, count: int, coloured: bool = False) -> str:
+    if coloured:
+        return "add it to colors, or make it ignore"
     every = sorted(found)
     listed = f"values: {every}" if len(every) <= 12 else "values, all raw ids in the order of the classes"
     return f"set {listed}" + (", or num_classes where a class has no pixel" if not count else ", num_classes or ignore")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Generator, Tensor, nn
 from mmdiff.errors import InputError
 from mmdiff.likelihoods import Gaussian
 from mmdiff.modalities.base import Modality, Shape
-from mmdiff.modalities.heads import as_array, file_at, open_array, repeated, save_array, widened
+from mmdiff.modalities.heads import as_array, open_numbers, repeated, save_array, widened
 
 TRANSFORMS = ("standardise", "ranks")
 _KNOTS = 65  # quantiles that ranks are read from
@@ -110,14 +109,7 @@ class Vector(Modality):
 
     def parse(self, text: str) -> Any:
         """A .npy or .json file, or numbers with commas."""
-        if text.endswith(".npy"):
-            return open_array("vector", text)
-        path = file_at("vector", text) if text.endswith(".json") else None
-        try:
-            return json.loads(path.read_text()) if path else [float(x) for x in text.split(",")]
-        except (OSError, ValueError) as error:
-            remedy = f"cannot be read as .npy, .json or numbers with commas: {error}"
-            raise InputError("vector", text, remedy) from None
+        return open_numbers("vector", text)
 
     def save(self, shown: np.ndarray, stem: Path) -> Path:
         return save_array(shown, stem)

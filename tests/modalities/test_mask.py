@@ -316,3 +316,8 @@ def test_a_foreground_is_never_ignored_in_silence(settings: dict[str, Any]) -> N
 def test_values_that_fit_nothing_are_named_with_their_shares(ids: list[int]) -> None:
     with pytest.raises(InputError, match="found .*%.*set values"):
         Mask.settings_from_data(None, [np.resize(ids, (8, 8))])
+
+
+def test_a_colour_without_a_class_is_named_with_the_remedy() -> None:
+    with pytest.raises(InputError, match=r"'\[0, 9, 0\]': is no class.*add it to colors, or make it ignore"):
+        Mask.settings_from_data(None, [coloured()], colors=[[9, 0, 0], [1, 1, 1]])
