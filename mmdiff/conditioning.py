@@ -169,7 +169,7 @@ def _remedy(able: frozenset[str]) -> str:
 
 def _checked_resampling(resampling: tuple[int, int]) -> tuple[int, int]:
     jumps = tuple(resampling) if isinstance(resampling, list | tuple) else (resampling,)
-    if len(jumps) != 2 or not all(isinstance(jump, int) and jump >= 1 for jump in jumps):
+    if len(jumps) != 2 or not all(type(jump) is int and jump >= 1 for jump in jumps):
         raise InputError(
             "resampling", resampling, "needs (jump_length, jump_n_sample), two numbers >= 1; (1, 1) is off"
         )

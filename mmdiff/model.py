@@ -110,7 +110,7 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
         cls, config: Mapping[str, Any], trust_custom_modalities: bool = False, **kwargs: Any
     ) -> MTDiffusionModel:
         """Build what a config describes, with weights drawn at random; arguments and errors as of `from_pretrained`."""
-        if trust_custom_modalities is not True:  # a text such as "no" would count as true
+        if trust_custom_modalities is not True:
             _refuse_custom(config)
         return super().from_config(config, **kwargs)
 

@@ -46,7 +46,7 @@ def _values(model: MTDiffusionModel, name: str, raw: Any) -> Tensor:
     try:
         raw = _stacked(raw)
         if isinstance(raw, Tensor):
-            value = _as_batch(raw, modality)
+            value = _as_batch(name, raw, modality)
             modality.check(value)
             modality.check_observed(value)
         else:
@@ -67,8 +67,16 @@ def _stacked(raw: Any) -> Any:
     return torch.stack(list(raw)) if many and len({item.shape for item in raw}) == 1 else raw
 
 
-def _as_batch(raw: Tensor, modality: Modality) -> Tensor:
-    """(B, …), whole numbers of any width as int64."""
+def _as_batch(name: str, raw: Tensor, modality: Modality) -> Tensor:
+    """(B, …), whole numbers of any width as int64.
+
+    Raises:
+        InputError: where nothing can be read from it.
+    """
+    if raw.is_meta or raw.layout != torch.strided:
+        raise InputError(name, f"a {raw.device.type} tensor, {raw.layout}", "needs a dense tensor with values")
+    if not raw.numel():
+        raise InputError(name, f"a tensor of shape {tuple(raw.shape)}", "is empty; leave the modality out to draw it")
     value = raw if raw.ndim > len(modality.value_shape) else raw[None]
     whole = not (raw.is_floating_point() or raw.is_complex() or raw.dtype == torch.bool)
     return value.to(modality.placeholder().dtype) if whole and not modality.placeholder().is_floating_point() else value

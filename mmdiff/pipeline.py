@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from mmdiff.batches import in_batches
+from mmdiff.components import check_components, check_names, read_index
 from mmdiff.conditioning import Conditioning, Ways, aggregated_names, conditioning_of, feed_for
 from mmdiff.errors import InputError
 from mmdiff.modalities import Modality
@@ -23,12 +24,10 @@ from mmdiff.model import MTDiffusionModel, complete, dtypes, in_dtype
 from mmdiff.observed import observed_values, weights_of
 from mmdiff.reading import heads, heads_of_noised_anchor, read_levels
 from mmdiff.replacement import renoised, replaced, visits
-from mmdiff.requests import check_finite, generators, plain, scales, whole
+from mmdiff.requests import check_finite, generators, plain, scales, switch, whole
 from mmdiff.schedulers import SCHEDULERS, MTScheduler, as_ours
 from mmdiff.steering import branches, fed_encoding, steered
 
-_COMPONENTS = ("model", "scheduler", "autoencoder")
-_HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -62,6 +61,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
         self, model: MTDiffusionModel, scheduler: MTScheduler, autoencoder: AutoencoderKL | None = None
     ) -> None:
         super().__init__()
+        check_components(model, autoencoder)
         anchor = model.modalities[model.anchor]
         if autoencoder is not None:
             anchor.attach(autoencoder)
@@ -93,24 +93,20 @@ class MTDiffusionPipeline(DiffusionPipeline):
             InputError: when the folder holds another pipeline, or names custom modalities that are not trusted; nothing
                 of it is imported or run.
         """
-        for key, value in kwargs.items():
-            if key not in _HUB_ARGUMENTS:
-                near = difflib.get_close_matches(key, (*_COMPONENTS, *_HUB_ARGUMENTS, "torch_dtype"), n=1)
-                raise InputError(
-                    key, type(value).__name__, f"unknown argument; did you mean {near[0] if near else 'none'}?"
-                )
+        check_names(kwargs, list(inspect.signature(cls.from_pretrained).parameters)[1:-1])
         path, chosen = pretrained_model_name_or_path, dtypes(torch_dtype, dtype)
-        index = cls.load_config(path, **kwargs)
-        _check_index(index)
+        index = read_index(cls, path, **kwargs)
         if model is None:
             trust = {"trust_custom_modalities": trust_custom_modalities}
             model = MTDiffusionModel.from_pretrained(path, subfolder="model", dtype=chosen["model"], **trust, **kwargs)
-        if scheduler is None:
+        if not isinstance(scheduler, MTScheduler):
             kind = next(kind for kind in SCHEDULERS.values() if kind.__name__ == index["scheduler"][1])
-            scheduler = kind.from_pretrained(path, subfolder="scheduler", **kwargs)
+            own = kind.from_pretrained(path, subfolder="scheduler", **kwargs)
+            scheduler = own if scheduler is None else as_ours(scheduler, own)
         if autoencoder is None and index.get("autoencoder", [None])[0] is not None:
             autoencoder = AutoencoderKL.from_pretrained(path, subfolder="autoencoder", use_safetensors=True, **kwargs)
             autoencoder = in_dtype(autoencoder, chosen["autoencoder"])
+        check_components(model, autoencoder)
         return cls(model=complete(model, autoencoder).eval(), scheduler=scheduler, autoencoder=autoencoder)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -177,11 +173,14 @@ class MTDiffusionPipeline(DiffusionPipeline):
             raise InputError("output_type", output_type, "choose pil or pt")
         batch_size = None if batch_size is None else whole("batch_size", batch_size, 1)
         max_batch_size = None if max_batch_size is None else whole("max_batch_size", max_batch_size, 1)
+        paste_back, final_read = switch("paste_back", paste_back), switch("final_read", final_read)
+        return_last_draws = switch("return_last_draws", return_last_draws)
+        return_dict = switch("return_dict", return_dict)
         num_inference_steps = whole("num_inference_steps", num_inference_steps, 0)
         guidance_scale = scales("guidance_scale", guidance_scale)
         self_guidance_scale = scales("self_guidance_scale", self_guidance_scale)
         resampling, read_timesteps = plain("resampling", resampling), plain("read_timesteps", read_timesteps)
-        values = observed_values(self.model, observed or {}, batch_size)
+        values = observed_values(self.model, {} if observed is None else observed, batch_size)
         count = len(next(iter(values.values()))) if values else batch_size or 1
         generator = generators(generator, count)
         names = aggregated_names(aggregate, self.peak_weights())
@@ -314,16 +313,6 @@ class MTDiffusionPipeline(DiffusionPipeline):
 
     def _finish(self, name: str, value: Tensor, output_type: str) -> Any:
         return value if output_type == "pt" else self.model.modalities[name].postprocess(value)
-
-
-def _check_index(index: Mapping[str, Any]) -> None:
-    """Refuse what is no pipeline of ours, before anything of it is imported."""
-    for name, known in (("model", (MTDiffusionModel,)), ("scheduler", tuple(SCHEDULERS.values()))):
-        homes = [[component.__module__, component.__name__] for component in known]
-        if index.get(name) not in homes:
-            expected = " or ".join(map(str, homes))
-            remedy = f"is no mmdiff pipeline; expected {expected}"
-            raise InputError(f"model_index.json: {name}", index.get(name), remedy)
 
 
 diffusers.MTDiffusionPipeline = MTDiffusionPipeline  # `DiffusionPipeline.from_pretrained` looks classes up there

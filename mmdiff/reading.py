@@ -21,8 +21,8 @@ def read_levels(read_timesteps: Sequence[int] | None, model: MTDiffusionModel, t
     """
     if read_timesteps is None:
         return None if model.anchor in model.observable else (0,)
-    levels = (read_timesteps,) if isinstance(read_timesteps, int) else tuple(read_timesteps)
-    if not levels or not all(isinstance(level, int) and 0 <= level < total for level in levels):
+    levels = tuple(read_timesteps) if isinstance(read_timesteps, Sequence) else (read_timesteps,)
+    if not levels or not all(type(level) is int and 0 <= level < total for level in levels):
         raise InputError("read_timesteps", read_timesteps, f"needs one or several whole numbers, 0 … {total - 1}")
     return levels
 

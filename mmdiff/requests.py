@@ -46,6 +46,18 @@ def whole(key: str, value: Any, least: int) -> int:
     return value
 
 
+def switch(key: str, value: Any) -> bool:
+    """True or False.
+
+    Raises:
+        InputError: for anything else: a text such as "no" is true in Python.
+    """
+    value = plain(key, value)
+    if not isinstance(value, bool):
+        raise InputError(key, value, "choose True or False")
+    return value
+
+
 def scales(key: str, value: Any) -> Any:
     """A number, or {modality: number}, none below 0.
 

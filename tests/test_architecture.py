@@ -19,7 +19,18 @@ LAYERS = {
     **dict.fromkeys(("data", "modalities", "schedulers", "backbones", "losses", "states"), 1),
     **dict.fromkeys(("model", "vlm"), 2),
     **dict.fromkeys(
-        ("objective", "batches", "conditioning", "steering", "reading", "replacement", "observed", "pipeline"), 3
+        (
+            "objective",
+            "batches",
+            "conditioning",
+            "steering",
+            "reading",
+            "replacement",
+            "observed",
+            "components",
+            "pipeline",
+        ),
+        3,
     ),
     "requests": 2,
     **dict.fromkeys(("resolve", "build", "evaluation"), 4),

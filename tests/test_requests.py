@@ -64,6 +64,10 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
             {"observed": {"label": 1}, "guidance_scale": np.float32(2)},
         ),
         ({"num_inference_steps": 3}, {"num_inference_steps": np.int64(3)}),
+        (
+            {"observed": {"image": np.zeros((8, 8), np.uint8)}},
+            {"observed": {"image": np.zeros((8, 8, 1), np.uint8)}},
+        ),
         ({"batch_size": 2}, {"batch_size": np.int32(2)}),
     ],
 )
@@ -110,6 +114,19 @@ NAN, INF = float("nan"), float("inf")
         ({"observed": {"label": np.array([])}}, "observed.label"),
         ({"observed": {"label": None}}, "observed.label"),
         ({"observed": {"label": {"id": 1}}}, "observed.label"),
+        ({"observed": {"label": torch.zeros(0, dtype=torch.long)}}, "observed.label"),
+        ({"observed": {"label": torch.zeros(2, dtype=torch.long, device="meta")}}, "observed.label"),
+        ({"observed": {"label": torch.tensor([1]).to_sparse()}}, "observed.label"),
+        ({"observed": {"image": torch.zeros(0, 1, 8, 8)}}, "observed.image"),
+        ({"observed": {"image": np.zeros((8, 8, 5), np.uint8)}}, "observed.image"),
+        ({"observed": []}, "observed"),
+        ({"read_timesteps": [True]}, "read_timesteps"),
+        ({"read_timesteps": {1: 2}}, "read_timesteps"),
+        ({"resampling": (True, True)}, "resampling"),
+        ({"paste_back": "no"}, "paste_back"),
+        ({"final_read": None}, "final_read"),
+        ({"return_last_draws": 2}, "return_last_draws"),
+        ({"return_dict": "no"}, "return_dict"),
     ],
 )
 def test_nonsense_is_refused_by_name(pipe: MTDiffusionPipeline, arguments: Any, key: str) -> None:
@@ -156,11 +173,59 @@ def test_a_solver_that_does_not_fit_is_one_line_and_changes_nothing(kind: type) 
         MTDiffusionPipeline(model=pipe.model, scheduler=diffusers.DDIMScheduler())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        ({"use_karras_sigmas": True}, "solver_config.use_karras_sigmas"),
+        ({"thresholding": True}, "solver_config.thresholding"),
+        ({"lambda_min_clipped": -5.1}, "solver_config.lambda_min_clipped"),
+        ({"prediction_type": "epsilon"}, "scheduler.prediction_type"),
+        ({"beta_schedule": "linear"}, "scheduler.beta_schedule"),
+        ({"num_train_timesteps": 1000}, "scheduler.num_train_timesteps"),
+    ],
+)
+def test_what_a_swapped_scheduler_says_is_obeyed_or_refused(arguments: dict[str, Any], key: str) -> None:
+    pipe, kind = build(), diffusers.DPMSolverMultistepScheduler
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, timestep_spacing="leading")
+    assert pipe.scheduler.config.timestep_spacing == "leading"
+    with pytest.raises(InputError) as refusal:
+        pipe.scheduler = kind.from_config(pipe.scheduler.config, **arguments)
+    assert refusal.value.key == key
+
+
+def test_the_flow_settings_of_diffusers_are_ours() -> None:
+    pipe = build(MTFlowMatchScheduler)
+    given = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+    pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipe.scheduler.config, **given)
+    assert pipe.scheduler.config.solver_config == {"flow_shift": 3.0}
+
+
+def test_a_solver_is_the_class_of_diffusers_and_arguments_have_known_names() -> None:
+    pipe = build()
+    other = type("DDIMScheduler", (diffusers.DDIMScheduler,), {}).from_config(pipe.scheduler.config)
+    with pytest.raises(InputError, match="^scheduler = .*is not the class of diffusers"):
+        pipe.scheduler = other
+    with pytest.raises(InputError, match="^solvr = 'DDIMScheduler': unknown argument"):
+        type(pipe.scheduler).from_config(pipe.scheduler.config, solvr="DDIMScheduler")
+
+
+def test_a_folder_without_a_pipeline_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="^pipeline = .*holds no pipeline") as refusal:
+        MTDiffusionPipeline.from_pretrained(tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
 def test_components_are_used_and_unknown_arguments_refused(tmp_path: Path, pipe: MTDiffusionPipeline) -> None:
     pipe.save_pretrained(tmp_path)
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, solver="DDIMScheduler")
     loaded = MTDiffusionPipeline.from_pretrained(tmp_path, scheduler=scheduler, model=pipe.model)
     assert loaded.scheduler is scheduler and loaded.model is pipe.model
+    theirs = diffusers.DDIMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
+    loaded = MTDiffusionPipeline.from_pretrained(tmp_path, scheduler=theirs)
+    assert loaded.scheduler.config.solver == "DDIMScheduler"
+    for component in ("model", "autoencoder", "scheduler"):
+        with pytest.raises(InputError):
+            MTDiffusionPipeline.from_pretrained(tmp_path, **{component: "DDIMScheduler"})
     for name in ("schedular", "safety_checker", "trust_remote_code"):
         with pytest.raises(InputError, match=f"^{name} = "):
             MTDiffusionPipeline.from_pretrained(tmp_path, **{name: True})

@@ -8,7 +8,7 @@ encodings change from call to call.
 from __future__ import annotations
 
 import copy
-import math
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,6 +19,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from mmdiff.errors import InputError
+from mmdiff.schedulers.arguments import plain_arguments
 from mmdiff.schedulers.path import Encodings, GaussianPath
 from mmdiff.schedulers.predictions import PREDICTIONS
 from mmdiff.schedulers.solvers import Solver, check_options
@@ -52,22 +53,32 @@ class MTScheduler(GaussianPath):
     config: Any
     timesteps: Tensor
 
+    @classmethod
+    def from_config(cls, config: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As of diffusers, but arguments that no scheduler of ours has are refused.
+
+        Raises:
+            InputError: with all names.
+        """
+        known = list(inspect.signature(cls.__init__).parameters)[1:]
+        for key in kwargs:
+            if key not in known:
+                raise InputError(key, kwargs[key], f"unknown argument; choose from {', '.join(known)}")
+        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
     def _prepare(self, **copied: Any) -> dict[str, dict[str, Any]]:
         """Check the choices of the config; ``copied`` are the arguments that can be changed from outside, which
         diffusers keeps as the caller's own objects. Returns the checked weights."""
         # diffusers takes arguments given by position for defaults, which `from_config` leaves out
         self.register_to_config(**copy.deepcopy(copied), _use_default_values=[])
+        self.register_to_config(**plain_arguments(self.config))
         config = self.config
         self._check_choice("prediction_type", self.prediction_types)
         self._check_choice("timestep_sampling", tuple(TIMESTEP_SAMPLING))
-        if not config.logit_std > 0:
-            raise InputError("logit_std", config.logit_std, "a standard deviation is a number > 0")
         if config.solver not in self.solvers:
             reason = self.refused.get(config.solver, "is not known to be right under the shift u_t = z_t − c_t")
             raise InputError("solver", config.solver, f"{reason}; choose one of {', '.join(self.solvers)}")
         check_options(self._traits, config.solver_config or {})
-        if not 0 < config.clip_sample_range < math.inf:
-            raise InputError("clip_sample_range", config.clip_sample_range, "needs a finite number > 0")
         self.num_inference_steps: int | None = None
         self._step_index: int | None = None
         return {name: checked_weight(name, config.weights[name]) for name in sorted(config.weights or {})}

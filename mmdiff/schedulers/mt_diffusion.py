@@ -68,20 +68,14 @@ class MTDiffusionScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
         logit_mean: float = 0.0,
         logit_std: float = 1.0,
     ) -> None:
-        self._check_choices()
         checked = self._prepare(weights=weights, solver_config=solver_config, trained_betas=trained_betas)
+        self._check_choices()
         self._check_combinations()
         self._arguments = self._base_arguments(len(checked))
         self._forward_process = self._build_forward_process()
         self._solver = self._build_solver()
-        betas = self._forward_process.betas
-        if not bool(((betas >= 0) & (betas <= 1)).all()):
-            raise InputError(
-                "betas",
-                [float(betas.min()), float(betas.max())],
-                "must lie in [0, 1]; check beta_start, beta_end and trained_betas",
-            )
-        self.alphas = 1.0 - betas.double()
+        self._check_decay()
+        self.alphas = 1.0 - self._forward_process.betas.double()
         self.alphas_cumprod = self.alphas.cumprod(0)
         path = Coefficients(self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt(), self.alphas.sqrt())
         self._set_path(path, checked)
@@ -103,9 +97,6 @@ class MTDiffusionScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
             )
         if config.rescale_betas_zero_snr and not self._traits.zero_terminal_snr:
             raise InputError("solver", config.solver, "divides by √ā_T; with rescale_betas_zero_snr use another solver")
-        for key in ("beta_start", "beta_end"):
-            if not 0 <= config[key] <= 1:
-                raise InputError(key, config[key], "is a variance; needs 0 … 1")
         if config.trained_betas is not None and len(config.trained_betas) != config.num_train_timesteps:
             raise InputError("trained_betas", len(config.trained_betas), "needs num_train_timesteps entries")
 
@@ -152,6 +143,20 @@ class MTDiffusionScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
         if not self._traits.multistep:
             arguments["clip_sample"] = False  # the wrapper clips, on z_0, for every solver alike
         return self._traits.scheduler(**arguments)
+
+    def _check_decay(self) -> None:
+        """ā_t falls at every step, from below 1, to above 0 or to 0 at T with `rescale_betas_zero_snr`. Elsewhere
+        solvers divide by 0."""
+        if self.config.literal_alpha:
+            return  # its ā_t may underflow; `_place_steps` looks at the steps that are taken
+        alpha_bar = cat([ones(1), self._forward_process.alphas_cumprod])
+        falls = bool((alpha_bar[1:] < alpha_bar[:-1]).all())
+        if not falls or (float(alpha_bar[-1]) == 0 and not self.config.rescale_betas_zero_snr):
+            remedy = (
+                "ā_t must fall at every step, from below 1 to above 0, or to 0 with rescale_betas_zero_snr; "
+                "check beta_start, beta_end and trained_betas"
+            )
+            raise InputError("betas", [float(beta) for beta in self._forward_process.betas[[0, -1]]], remedy)
 
     def _check_terminal_weights(self) -> None:
         for name in self._weights:

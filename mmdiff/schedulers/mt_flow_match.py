@@ -9,6 +9,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
+from mmdiff.errors import InputError
 from mmdiff.schedulers.base import MTScheduler
 from mmdiff.schedulers.solvers import FLOW_REFUSED, FLOW_SOLVERS
 from mmdiff.schedulers.weights import Coefficients
@@ -72,5 +73,9 @@ class MTFlowMatchScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
     def _place_steps(self, num_inference_steps: int, index: int) -> Tensor:
         """The multistep classes cut their timesteps to whole numbers, so ours are read off their σ."""
         self._traits.place(self._solver, num_inference_steps)
+        sigmas = self._solver.sigmas
+        if not bool((sigmas[1:] < sigmas[:-1]).all()):
+            remedy = "float32 cannot tell the steps apart; take fewer, or a shift nearer to 1"
+            raise InputError("num_inference_steps", num_inference_steps, remedy)
         self._solver.set_begin_index(index)
         return self._solver.sigmas[:-1] * len(self)

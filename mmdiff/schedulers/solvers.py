@@ -16,9 +16,10 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 
 from mmdiff.errors import InputError
+from mmdiff.schedulers.arguments import check_value
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,13 @@ class Solver:
 _ORDER = Annotated[int, Field(strict=True, ge=1, le=3)]
 _SWITCH = Annotated[bool, Field(strict=True)]
 _COUNT = Annotated[int, Field(strict=True, ge=0)]
-_SHIFT = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+_SHIFT = Annotated[float, Field(strict=True, ge=0.01, le=100)]  # beyond, float32 cannot tell the steps apart
 _ALGORITHM = Literal["dpmsolver++", "sde-dpmsolver++"]
 _NOISE_FORM = "the solvers in noise form divide by √ā_T, which is 0 on these schedules"
 _UNIPC_REFUSED = {  # measured: NaN at the last step, or at every one
     "lower_order_final": "must stay true: in its last step UniPC's higher order divides by σ = 0",
     "predict_x0": "must stay true: the noise form divides by √ā_T, which is 0 on these schedules",
+    "solver_type": "with bh1 the last step, to σ = 0, is NaN: its factor h is infinite there",
 }
 SOLVERS = {
     "DDPMScheduler": Solver(
@@ -53,6 +55,10 @@ SOLVERS = {
         {"variance_type": Literal["fixed_small", "fixed_small_log", "fixed_large"], "steps_offset": _COUNT},
         takes_generator=True,
         is_stochastic=lambda options: True,
+        refused={
+            "variance_type": "learned ones need a network output of double width; fixed_large_log takes the root of "
+            "log β_t, which is below 0"
+        },
     ),
     "DDIMScheduler": Solver(
         DDIMScheduler,
@@ -187,11 +193,7 @@ def check_options(solver: Solver, options: Mapping[str, Any]) -> None:
         where, reason = f"solver_config.{key}", solver.refused.get(key)
         if key not in solver.options:
             raise InputError(where, value, reason or f"choose from {', '.join(solver.options)}")
-        try:
-            TypeAdapter(solver.options[key]).validate_python(value)
-        except ValidationError as error:
-            problem = error.errors()[0]["msg"]
-            raise InputError(where, value, f"{problem}; {reason}" if reason else problem) from None
+        check_value(where, value, solver.options[key], reason)
 
 
 def trim_timesteps(solver: Any, count: int, multistep: bool) -> None:

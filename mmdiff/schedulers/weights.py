@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from mmdiff.errors import InputError
+from mmdiff.schedulers.arguments import check_value
 
 LEARNED_NODES = 16  # parameters of a learned schedule: increments of r on an even grid of log-SNR
 
@@ -78,6 +80,14 @@ def initial_parameters() -> Tensor:
 SHAPES = {"constant": constant, "bump": bump, "early": early, "none": none}
 SCHEDULES = (*SHAPES, "learned")
 DEFAULT_SCALE = 1.5
+_NUMBER = Annotated[float, Field(strict=True, ge=-1e4, le=1e4)]
+_ENTRIES = {  # {key of an entry of a scheduler's `weights`: its type}
+    "schedule": Literal[SCHEDULES],
+    "scale": Annotated[float, Field(strict=True, ge=0, le=1e4)],
+    "parameters": Annotated[list[_NUMBER], Field(min_length=1)],
+    "log_scale": Annotated[float, Field(strict=True, ge=-100, le=100)],
+    "learn_scale": Annotated[bool, Field(strict=True)],
+}
 
 
 def cumulative_weights(
@@ -105,16 +115,13 @@ def checked_weight(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     """One entry of a scheduler's `weights` with its defaults filled in.
 
     Raises:
-        InputError: on an unknown key or schedule, or a negative scale.
+        InputError: on an unknown key, and a value that is not of its type.
     """
-    unknown = set(entry) - {"schedule", "scale", "parameters", "log_scale", "learn_scale"}
-    if unknown:
-        raise InputError(f"weights.{name}.{sorted(unknown)[0]}", entry[sorted(unknown)[0]], "unknown key")
+    for key, value in entry.items():
+        if key not in _ENTRIES:
+            raise InputError(f"weights.{name}.{key}", value, f"unknown key; choose from {', '.join(_ENTRIES)}")
+        check_value(f"weights.{name}.{key}", value, _ENTRIES[key])
     schedule, scale = entry.get("schedule", "constant"), entry.get("scale", DEFAULT_SCALE)
-    if schedule not in SCHEDULES:
-        raise InputError(f"weights.{name}.schedule", schedule, f"choose one of {', '.join(SCHEDULES)}")
-    if not scale >= 0:
-        raise InputError(f"weights.{name}.scale", scale, "the peak of W_t is a number ≥ 0")
     checked = {**entry, "schedule": schedule, "scale": float(scale)}
     if schedule == "learned":
         checked.setdefault("parameters", initial_parameters().tolist())

@@ -6,6 +6,7 @@ import itertools
 import typing
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -107,6 +108,8 @@ def test_every_combination_is_finite(kind: str, solver: str) -> None:
         ("flow_match", DPM, {"flow_shift": 0.0}),
         ("flow_match", DPM, {"flow_shift": -1.0}),
         ("flow_match", DPM, {"flow_shift": float("inf")}),
+        ("flow_match", DPM, {"flow_shift": 1e30}),
+        ("flow_match", UNIPC, {"flow_shift": 1e-30}),
         ("flow_match", "FlowMatchEulerDiscreteScheduler", {"shift": 0}),
         ("flow_match", "FlowMatchEulerDiscreteScheduler", {"shift": "3"}),
     ],
@@ -130,3 +133,85 @@ def test_a_number_of_steps_is_a_whole_number_from_1_to_T(steps: Any) -> None:
 def test_the_clipping_range_is_positive_and_finite(kind: str, value: float) -> None:
     with pytest.raises(InputError, match="^clip_sample_range = "):
         SCHEDULERS[kind](clip_sample_range=value)
+
+
+NAN, INF = float("nan"), float("inf")
+NO_NUMBERS = [None, True, "x", NAN, INF, -INF, [1], {}, 1e300]
+WRONG = {
+    "num_train_timesteps": [0, -1, 2.5, 2**40, *NO_NUMBERS],
+    "clip_sample_range": NO_NUMBERS,
+    "logit_std": [0, *NO_NUMBERS],
+    "logit_mean": [None, True, "x", NAN, INF, [1], {}],
+    "clip_sample": [None, "no", 1, []],
+    "solver": [None, 1, [1], {}],
+    "solver_config": [1, "x", [1], True],
+    "weights": [1, "x", [1], True, {"label": 1}],
+    "timestep_sampling": [None, 1, [1]],
+}
+WRONG_VARIANCES = {
+    "beta_start": [-0.1, *NO_NUMBERS],
+    "beta_end": [1.5, *NO_NUMBERS],
+    "beta_schedule": [None, 1, []],
+    "trained_betas": [1, "x", ["a"] * 50, [NAN] * 50, [-0.1] * 50, [INF] * 50, [0.1]],
+    "rescale_betas_zero_snr": [None, "no", 1],
+}
+WRONG_ENTRIES = {
+    "scale": [-1, *NO_NUMBERS],
+    "schedule": [None, 1, "x", []],
+    "parameters": [None, 1, "x", [], ["a"], [NAN], [1e30]],
+    "log_scale": NO_NUMBERS,
+    "learn_scale": [None, "no", 1],
+    "shape": [1],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "values"),
+    [(kind, *item) for kind in SCHEDULERS for item in WRONG.items()]
+    + [("diffusion", *item) for item in WRONG_VARIANCES.items()],
+)
+def test_an_argument_of_another_type_or_range_is_refused_by_name(kind: str, key: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(InputError) as refusal:
+            SCHEDULERS[kind](**{"num_train_timesteps": 50, key: value})
+        assert refusal.value.key == key, value
+
+
+@pytest.mark.parametrize(("key", "values"), WRONG_ENTRIES.items())
+def test_an_entry_of_the_weights_is_refused_by_name(key: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(InputError) as refusal:
+            SCHEDULERS["flow_match"](50, weights={"label": {"schedule": "learned", key: value}})
+        assert refusal.value.key == f"weights.label.{key}", value
+
+
+def test_numbers_of_numpy_and_torch_are_arguments() -> None:
+    given = {"num_train_timesteps": np.int64(3), "trained_betas": torch.tensor([0.25, 0.5, 0.75])}
+    config = SCHEDULERS["diffusion"](**given, solver=DDIM, solver_config={"eta": np.float32(0.5)}).config
+    assert (config.num_train_timesteps, config.trained_betas, config.solver_config) == (
+        3, [0.25, 0.5, 0.75], {"eta": 0.5},
+    )  # fmt: skip
+
+
+BETAS = [
+    {"beta_schedule": "linear", "beta_start": 0.0, "beta_end": 0.0},
+    {"beta_schedule": "linear", "beta_start": 0.0, "beta_end": 1.0},
+    {"beta_schedule": "linear", "beta_start": 1.0, "beta_end": 1.0},
+    {"beta_schedule": "linear", "beta_start": 0.9, "beta_end": 0.1},
+    {"beta_schedule": "scaled_linear", "beta_start": 1e-9, "beta_end": 1e-8},
+    {"trained_betas": [0.1, 0.0] * 10},
+    {"trained_betas": [0.1] * 19 + [1.0]},
+    {"trained_betas": [0.9999999] * 20},
+    {"trained_betas": [0.5] * 20},
+]
+
+
+@pytest.mark.parametrize("betas", BETAS, ids=str)
+@pytest.mark.parametrize("solver", SCHEDULERS["diffusion"].solvers)
+def test_betas_give_finite_samples_or_are_refused(solver: str, betas: dict[str, Any]) -> None:
+    for zero, prediction in itertools.product((False, True), SCHEDULERS["diffusion"].prediction_types):
+        more = {**betas, "rescale_betas_zero_snr": zero, "prediction_type": prediction}
+        try:
+            finite_or_refused("diffusion", solver, {}, 20, range(1, 21, 6), **more)
+        except InputError as error:
+            assert error.key in ("betas", "prediction_type", "solver")
