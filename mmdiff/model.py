@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mmdiff.backbones import BACKBONES, Backbone, Observation
 from mmdiff.errors import InputError
 from mmdiff.modalities import Modality, Shape, find_modality
-from mmdiff.strangers import refuse_custom, refuse_huge
+from mmdiff.trust import refuse_custom, refuse_huge
 
 _HUB_ARGUMENTS = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
 

@@ -15,18 +15,18 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from mmdiff.batches import in_batches
-from mmdiff.components import check_components, check_names, read_index
-from mmdiff.conditioning import Conditioning, Ways, aggregated_names, conditioning_of, feed_for
 from mmdiff.errors import InputError
 from mmdiff.modalities import Modality
 from mmdiff.model import MTDiffusionModel, complete, dtypes, in_dtype
-from mmdiff.observed import observed_values, weights_of
-from mmdiff.reading import heads, heads_of_noised_anchor, read_levels
-from mmdiff.replacement import renoised, replaced, visits
-from mmdiff.requests import check_finite, generators, plain, scales, switch, whole
+from mmdiff.sampling.arguments import check_finite, generators, plain, scales, switch, whole
+from mmdiff.sampling.batching import in_batches
+from mmdiff.sampling.components import check_components, check_names, read_index
+from mmdiff.sampling.conditioning import Conditioning, Ways, aggregated_names, conditioning_of, feed_for
+from mmdiff.sampling.guidance import branches, fed_encoding, steered
+from mmdiff.sampling.heads import heads, heads_of_noised_anchor, read_levels
+from mmdiff.sampling.observed import observed_values, weights_of
+from mmdiff.sampling.replacement import renoised, replaced, visits
 from mmdiff.schedulers import SCHEDULERS, MTScheduler, as_ours
-from mmdiff.steering import branches, fed_encoding, steered
 
 Generators = torch.Generator | list[torch.Generator] | None
 

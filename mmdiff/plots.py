@@ -168,7 +168,7 @@ def forward_process(
 
 
 def accuracy_by_photos(rows: list[dict[str, Any]], path: Path) -> Path:
-    """Accuracy over the number of photos, of rows of `mmdiff.evaluation.fusion_accuracy`: one panel per task and share
+    """Accuracy over the number of photos, of rows of `mmdiff.benchmarks.fusion.run`: one panel per task and share
     of distractors, bars are 95 % intervals between seeds."""
     single = [row for row in rows if "all" not in (row["photos"], row["distractors"])]
     panels: dict[tuple[str, float], dict[str, list[dict[str, Any]]]] = {}

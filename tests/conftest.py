@@ -180,7 +180,7 @@ class Answer(NamedTuple):
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
     """`cli("train", path, "train.steps=3")` calls the entry point in this process."""
-    from mmdiff.cli import main
+    from mmdiff.cli.app import main
 
     def call(*arguments: object) -> Answer:
         monkeypatch.setattr(sys, "argv", ["mmdiff", *map(str, arguments)])
@@ -340,3 +340,14 @@ def stopped_runs(
     config, *overrides = sixty_steps(one)
     train(load_config(config, overrides))
     return StoppedRuns(one, *one_facts, two, two_resumed, two_whole)
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random SqueezeNet 1.1 with torchvision's names: LPIPS needs nothing else."""
+    from torchvision.models import squeezenet1_1
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "mine.pth"
+    torch.save(squeezenet1_1(weights=None).state_dict(), path)
+    return path

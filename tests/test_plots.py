@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mmdiff import plots, report
+from mmdiff import plots
+from mmdiff.cli import show as report
 from mmdiff.config import SampleConfig, parse_config
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.schedulers import MTDiffusionScheduler

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mmdiff.cli import main
+from mmdiff.cli.app import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

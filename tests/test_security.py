@@ -17,10 +17,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from mmdiff.benchmarks.fusion.settings import load_settings
 from mmdiff.config import load_config, parse_config, parse_overrides, save_config
 from mmdiff.data.embeddings import load_clip
 from mmdiff.errors import InputError, printable
-from mmdiff.evaluation.fusion_settings import load_settings
 from mmdiff.evaluation.judges import find_judge
 from mmdiff.modalities.encoders import ClipTower, build_encoder
 from mmdiff.model import MTDiffusionModel

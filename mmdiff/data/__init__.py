@@ -1,7 +1,7 @@
 """Data: rows of any source become batches {modality name: tensor} with per-sample `present` masks."""
 
-from mmdiff.data import shapes_rules
-from mmdiff.data.sampler import Order
+from mmdiff.data.order import Order
+from mmdiff.data.shapes import readers as shapes_rules
 from mmdiff.data.sources import open_splits
 from mmdiff.data.table import Batch, Holes, Rows, StandIn, Table
 

@@ -16,7 +16,7 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
 from mmdiff.errors import InputError
-from mmdiff.strangers import offline
+from mmdiff.trust import offline
 
 CACHED = "__embedding__"  # the column's name in the cache, which serves any name
 LOCAL_FOLDER = "local-dir:"

@@ -11,8 +11,10 @@ from typing import Any
 
 import datasets
 
-from mmdiff.data import abo, bags, digits, folders, shape_bags
+from mmdiff.data import abo, digits, folders
+from mmdiff.data import image_sets as bags
 from mmdiff.data.files import IMAGE_SUFFIXES
+from mmdiff.data.shapes import image_sets as shape_bags
 from mmdiff.data.source_checks import check_arguments, check_files, check_options, check_saved
 from mmdiff.data.table import ROW, Rows
 from mmdiff.errors import InputError
@@ -40,7 +42,7 @@ _REFUSED = {  # options of `datasets.load_dataset` that change the kind of thing
 
 
 def _bags(hub: bool, /, source: str, **options: Any) -> Mapping[str, Rows]:
-    """Any other source as bags of its views, see `mmdiff.data.bags.load`."""
+    """Any other source as bags of its views, see `mmdiff.data.image_sets.load`."""
     if not isinstance(source, str):
         raise InputError("data.options.source", source, "needs a path or a name as text")
     check_arguments("bags", bags.load, options)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmdiff.data.files import ROW
 from mmdiff.data.masking import known_masks
-from mmdiff.data.sampler import Visit
+from mmdiff.data.order import Visit
 from mmdiff.errors import InputError, at
 from mmdiff.randomness import uniform
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from mmdiff.config import Config
 from mmdiff.data import RULES, Batch
 from mmdiff.errors import InputError, at
-from mmdiff.evaluation.metrics import Judge as NearestNeighbours
+from mmdiff.metrics.neighbours import Judge as NearestNeighbours
 from mmdiff.modalities import Label
 from mmdiff.model import MTDiffusionModel
 from mmdiff.pipeline import MTDiffusionPipeline
-from mmdiff.strangers import check_links
+from mmdiff.trust import check_links
 
 _BATCH = 256
 NEIGHBOURS = 3

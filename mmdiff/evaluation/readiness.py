@@ -8,11 +8,11 @@ from pathlib import Path
 from mmdiff.config import Config, EvaluateConfig
 from mmdiff.data import Table
 from mmdiff.errors import InputError
-from mmdiff.evaluation.features import extractor
 from mmdiff.evaluation.judges import complete, find_judge
-from mmdiff.evaluation.perceptual import Perceptual
-from mmdiff.evaluation.scores import scorer
-from mmdiff.evaluation.zero_shot import KEY, check_captions
+from mmdiff.evaluation.scorers import scorer
+from mmdiff.metrics.clip_zero_shot import KEY, check_captions
+from mmdiff.metrics.features import extractor
+from mmdiff.metrics.lpips import Perceptual
 from mmdiff.modalities import Label
 from mmdiff.model import MTDiffusionModel
 

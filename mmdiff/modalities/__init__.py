@@ -10,12 +10,12 @@ from mmdiff.modalities.dense import Dense
 from mmdiff.modalities.embedding import Embedding
 from mmdiff.modalities.image import Image
 from mmdiff.modalities.image_set import ImageSet
-from mmdiff.modalities.imports import imported
+from mmdiff.modalities.import_path import imported
 from mmdiff.modalities.label import Label
 from mmdiff.modalities.mask import Mask
 from mmdiff.modalities.masked_image import MaskedImage
 from mmdiff.modalities.vector import Vector
-from mmdiff.strangers import is_custom
+from mmdiff.trust import is_custom
 
 MODALITIES: dict[str, type[Modality]] = {
     "dense": Dense,

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from mmdiff.errors import InputError
-from mmdiff.modalities.imports import imported
-from mmdiff.strangers import is_custom
+from mmdiff.modalities.import_path import imported
+from mmdiff.trust import is_custom
 
 POOLS = ("avg", "max", "catavgmax")
 

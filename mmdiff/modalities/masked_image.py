@@ -214,6 +214,17 @@ class MaskedImage(Modality):
         return torch.where(value[:, -1:] > 0, value[:, :-1].to(anchor.dtype), anchor)
 
 
+def mean_fill(pixels: Tensor, known: Tensor) -> Tensor:
+    """The mean of what is known, per image and channel.
+
+    Args:
+        pixels: (n, C, H, W).
+        known: (n, 1, H, W), 0 in the hole.
+    """
+    mean = (pixels * known).sum(dim=(2, 3), keepdim=True) / known.sum(dim=(2, 3), keepdim=True).clamp(min=1)
+    return mean.expand_as(pixels)
+
+
 def smooth_fill(pixels: Tensor, known: Tensor, width: float = 1 / 32) -> Tensor:
     """Means of known pixels, weighted by a Gaussian of the distance, (B, C, H, W); known pixels are blurred, too.
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmdiff.errors import InputError, TrainingError
-from mmdiff.strangers import check_links
 from mmdiff.training.disk import PARTIAL, remove, whole
+from mmdiff.trust import check_links
 
 STATE, PARTS = "state.json", ("weights", "ema", "optimizer", "window")
 _OURS = re.compile(r"step-(0|[1-9][0-9]*)")  # nothing else in the folder is read or deleted

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mmdiff.errors import InputError
 from mmdiff.objective import MTObjective
-from mmdiff.strangers import check_links
 from mmdiff.training.checkpoint import find_checkpoint
+from mmdiff.trust import check_links
 
 KEY = "train.initialize_from"
 _WEIGHTS = Path("model") / "diffusion_pytorch_model.safetensors"

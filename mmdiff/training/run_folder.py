@@ -13,12 +13,12 @@ from accelerate import Accelerator
 from mmdiff.config import Config, first_difference, load_config, save_config
 from mmdiff.errors import InputError
 from mmdiff.resolve import resolve_scheduler
-from mmdiff.strangers import check_links
 from mmdiff.training import lock
 from mmdiff.training.checkpoint import check_names_are_free, checkpoints, clear_leftovers, step_of
 from mmdiff.training.disk import PARTIAL, whole
 from mmdiff.training.learning_rate import knows_its_end
 from mmdiff.training.process import on_main
+from mmdiff.trust import check_links
 
 # what may change between a checkpoint and the run that continues it in the same folder
 RESUMABLE = {

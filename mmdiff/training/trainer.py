@@ -17,7 +17,7 @@ from mmdiff import plots
 from mmdiff.build import Experiment
 from mmdiff.config import SampleConfig, TrainConfig
 from mmdiff.data import Batch, Order
-from mmdiff.data.sampler import MicroBatches
+from mmdiff.data.order import MicroBatches
 from mmdiff.errors import InputError, TrainingError
 from mmdiff.objective import MTObjective, Where
 from mmdiff.pipeline import MTDiffusionPipeline

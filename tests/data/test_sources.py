@@ -17,7 +17,7 @@ from mmdiff.build import build, build_stand_in
 from mmdiff.config import Config, load_config
 from mmdiff.data import Batch, Table, open_splits
 from mmdiff.data.masking import known_masks
-from mmdiff.data.sampler import Visit
+from mmdiff.data.order import Visit
 from mmdiff.errors import InputError
 
 Configure = Callable[..., Config]

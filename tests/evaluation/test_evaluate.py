@@ -17,12 +17,13 @@ from PIL import Image
 
 from mmdiff.build import Experiment, build, build_table, open_rows
 from mmdiff.config import load_config, parse_config
-from mmdiff.data.shapes_rules import read_label
+from mmdiff.data.shapes.readers import read_label
 from mmdiff.errors import InputError
-from mmdiff.evaluation import evaluators, records
-from mmdiff.evaluation.evaluators import Scene
-from mmdiff.evaluation.metrics import Judge
-from mmdiff.evaluation.records import Evaluation, Row
+from mmdiff.evaluation import evaluate as evaluators
+from mmdiff.evaluation import report as records
+from mmdiff.evaluation.evaluate import Scene
+from mmdiff.evaluation.report import Evaluation, Row
+from mmdiff.metrics.neighbours import Judge
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.training import train
 

@@ -28,8 +28,8 @@ from mmdiff.model import MTDiffusionModel
 from mmdiff.objective import Where
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.plots import set_weights
+from mmdiff.sampling.guidance import branches, guided
 from mmdiff.schedulers import MTDiffusionScheduler
-from mmdiff.steering import branches, guided
 from mmdiff.training import train
 
 Cli = Callable[..., Any]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmdiff.build import build_stand_in
 from mmdiff.config import Config, load_config
-from mmdiff.data.sampler import Visit
+from mmdiff.data.order import Visit
 from mmdiff.errors import InputError, TrainingError
 from mmdiff.objective import Where
 from mmdiff.training.dry_run import dry_run

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from mmdiff.config import Config, TrainConfig, load_config
 from mmdiff.data import Order
-from mmdiff.data.sampler import MicroBatches
+from mmdiff.data.order import MicroBatches
 from mmdiff.errors import InputError
 from mmdiff.training import train
 from mmdiff.training.process import make_accelerator

@@ -1,0 +1,1 @@
+"""Comparisons with other methods: reconstruction, image sets, speed."""

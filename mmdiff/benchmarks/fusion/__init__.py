@@ -1,0 +1,1 @@
+"""Questions about image sets, answered by every fusion."""

@@ -1,0 +1,217 @@
+"""The fusion benchmark by classifiers: an encoder, a fusion of what it makes of each photo, and a linear layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image as PILImage
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+
+from mmdiff.benchmarks.fusion.image_sets import Photos, front_views, one_large, square
+from mmdiff.benchmarks.fusion.learning import BEST, FINE_TUNED, SINGLE, ZERO_SHOT, Answers, Cell, Way, fit
+from mmdiff.benchmarks.fusion.settings import Settings
+from mmdiff.modalities.encoders import build_encoder
+from mmdiff.modalities.fusion import FUSIONS, Fused, Fusion, build_fusion
+
+_CHUNK = 256
+
+
+class Classifier(nn.Module):
+    """Images (N, 3, h, w) uint8 -> features (N, d); fused features (B, d) -> logits (B, classes)."""
+
+    def __init__(self, encoder: dict, size: int, classes: int) -> None:
+        super().__init__()
+        self.encoder = build_encoder(encoder, 3, (size, size))
+        self.head = nn.Linear(self.encoder.width, classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """In chunks where nothing is learned."""
+        if torch.is_grad_enabled():
+            return self.encoder(images.float() / 127.5 - 1)
+        return torch.cat([self.encoder(part.float() / 127.5 - 1) for part in images.split(_CHUNK)])
+
+
+class Sets:
+    """``images`` (N, 3, h, w) uint8 of all sets, ``mask`` (B, n), ``places`` (B, n) of each photo in ``images``."""
+
+    def __init__(self, photos: list[Photos]) -> None:
+        counts = torch.tensor([len(members) for members in photos])
+        self.images = torch.stack([_pixels(photo) for members in photos for photo in members])
+        self.mask = torch.arange(int(counts.max())) < counts[:, None]
+        self.places = torch.zeros_like(self.mask, dtype=torch.long).masked_scatter(
+            self.mask, torch.arange(len(self.images))
+        )
+
+    def fuse(self, fusion: Fusion, features: Tensor, rows: Tensor) -> Fused:
+        """Features (N, d) of all photos -> those of some sets, fused."""
+        return fusion(features[self.places[rows]], self.mask[rows])
+
+    def encode_and_fuse(self, model: Classifier, fusion: Fusion, rows: Tensor) -> Fused:
+        """The same with an encoder that learns."""
+        mask = self.mask[rows]
+        found = model.features(self.images[self.places[rows][mask]])  # (members, d)
+        return fusion(found.new_zeros(*mask.shape, found.shape[1]).masked_scatter(mask[..., None], found), mask)
+
+
+class Classifiers(Way):
+    """Pretrained on single photos for each seed; then the fusion learns on bags, and what `Settings.learns` adds to it.
+
+    All photos in one large image are reduced to the size of one, as by a vision-language model's processor; encoder and
+    linear layer are fine-tuned on it, whatever the fusions may learn.
+    """
+
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        super().__init__(settings, folder)
+        self._seen: tuple[int, dict[Cell | None, Tensor]] = (-1, {})  # of one seed
+
+    def answers(self, entry: str, seed: int) -> Iterable[tuple[Cell, dict[str, Answers]]]:
+        model, fusion = self._pretrained(seed), None
+        if entry in FUSIONS:
+            fusion = self._fused(model, entry, seed)
+        elif entry == FINE_TUNED:
+            self._tune_on_large(model, seed)
+        ((task, _),) = self.settings.tasks.items()
+        with torch.no_grad():
+            for cell in self.cells:
+                found = self._by_fusion(model, fusion, cell, seed) if fusion else self._by_image(model, entry, cell)
+                yield cell, {task: found}
+
+    @cached_property
+    def _classes(self) -> list[str]:
+        ((_, answers),) = self.bags.answers.items()
+        return sorted(set(answers))
+
+    def _targets(self, answers: dict[str, list[str]]) -> Tensor:
+        ((_, texts),) = answers.items()
+        return torch.tensor([self._classes.index(text) for text in texts])
+
+    @cached_property
+    def _sets(self) -> dict[Cell | None, Sets]:
+        """The training bags (None), and those of each cell."""
+        return {None: Sets(self.bags.photos), **{cell: Sets(self.test(cell).photos) for cell in self.cells}}
+
+    def _features(self, model: Classifier, cell: Cell | None, seed: int) -> Tensor:
+        """What the frozen encoder of a seed makes of all photos (N, d): all fusions see the same."""
+        if self._seen[0] != seed:
+            self._seen = (seed, {})
+        if cell not in self._seen[1]:
+            with torch.no_grad():
+                self._seen[1][cell] = model.features(self._sets[cell].images)
+        return self._seen[1][cell]
+
+    # ------------------------------------------------------------------------------------------------------- learning
+
+    def _pretrained(self, seed: int) -> Classifier:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = Classifier(self.settings.encoder, self.settings.data.size, len(self._classes))
+        model.encoder.load_initial_weights()
+        path = self.folder / f"classifier-{seed}.safetensors"
+        if not path.is_file():
+            images, targets = Sets(self.single.photos).images, self._targets(self.single.answers)
+
+            def loss(rows: Tensor) -> Tensor:
+                return cross_entropy(model.head(model.features(images[rows])), targets[rows])
+
+            fit(model.parameters(), loss, len(targets), self.settings.pretraining, seed)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_model(model, str(path.with_suffix(".partial")))
+            path.with_suffix(".partial").replace(path)
+        load_model(model, str(path))
+        return model.eval()
+
+    def _fused(self, model: Classifier, kind: str, seed: int) -> Fusion:
+        sets = self._sets[None]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            fusion = build_fusion(kind, model.encoder.width, self.settings.hidden)
+        if self._encoder_learns:
+
+            def fuse(rows: Tensor) -> Tensor:
+                return sets.encode_and_fuse(model, fusion, rows).embedding
+
+        else:
+            features = self._features(model, None, seed)
+
+            def fuse(rows: Tensor) -> Tensor:
+                return sets.fuse(fusion, features, rows).embedding
+
+        self._learn(model, [fusion, *self._parts(model)], fuse, seed)
+        return fusion
+
+    def _tune_on_large(self, model: Classifier, seed: int) -> None:
+        images = torch.stack([_pixels(self._in_one(photos)) for photos in self.bags.photos])
+        self._learn(model, [model.head, model.encoder], lambda rows: model.features(images[rows]), seed)
+
+    def _learn(self, model: Classifier, parts: list[nn.Module], embed: Callable[[Tensor], Tensor], seed: int) -> None:
+        """``embed``: rows of the training bags (B,) -> (B, d)."""
+        targets = self._targets(self.bags.answers)
+        learned = [parameter for part in parts for parameter in part.parameters()]
+
+        def loss(rows: Tensor) -> Tensor:
+            return cross_entropy(model.head(embed(rows)), targets[rows])
+
+        fit(learned, loss, len(targets), self.settings.training, seed)
+
+    @property
+    def _encoder_learns(self) -> bool:
+        return self.settings.learns == "all"
+
+    def _parts(self, model: Classifier) -> list[nn.Module]:
+        """What learns besides a fusion."""
+        return {"fusion": [], "head": [model.head], "all": [model.head, model.encoder]}[self.settings.learns]
+
+    def _in_one(self, photos: Photos) -> PILImage.Image:
+        return square(one_large(photos), self.settings.data.size)
+
+    # ------------------------------------------------------------------------------------------------------ answering
+
+    def _by_fusion(self, model: Classifier, fusion: Fusion, cell: Cell, seed: int) -> Answers:
+        sets = self._sets[cell]
+        features = model.features(sets.images) if self._encoder_learns else self._features(model, cell, seed)
+        fused = sets.fuse(fusion, features, torch.arange(len(sets.mask)))
+        return Answers([[text] for text in self._named(model, fused.embedding)], fused.weights)
+
+    def _by_image(self, model: Classifier, entry: str, cell: Cell) -> Answers:
+        """What single images say: the large one of all photos, the first, or each."""
+        photos = self.test(cell).photos
+        seen = {
+            ZERO_SHOT: lambda members: [self._in_one(members)],
+            FINE_TUNED: lambda members: [self._in_one(members)],
+            SINGLE: lambda members: members[:1],
+            BEST: lambda members: members,
+        }[entry]
+        chosen = [seen(members) for members in photos]
+        texts = iter(self._named(model, model.features(Sets(chosen).images)))
+        return Answers([[next(texts) for _ in members] for members in chosen])
+
+    def _named(self, model: Classifier, features: Tensor) -> list[str]:
+        return [self._classes[index] for index in model.head(features).argmax(dim=1).tolist()]
+
+
+class Retrieval(Classifiers):
+    """Which of the held-out objects is it? The one whose front view is nearest, by the cosine of features.
+
+    Of those objects, and of the sets' photos, training has seen none (``hold_out: objects`` of the source "bags"), and
+    the linear layer is of no use.
+    """
+
+    @cached_property
+    def _fronts(self) -> dict[str, PILImage.Image]:
+        return front_views(self.settings)
+
+    def _named(self, model: Classifier, features: Tensor) -> list[str]:
+        names, images = list(self._fronts), torch.stack([_pixels(front) for front in self._fronts.values()])
+        cosines = normalize(features, dim=1) @ normalize(model.features(images), dim=1).mT  # (B, objects)
+        return [names[index] for index in cosines.argmax(dim=1).tolist()]
+
+
+def _pixels(photo: object) -> Tensor:
+    """(3, h, w) uint8."""
+    return torch.from_numpy(np.array(photo)).permute(2, 0, 1).contiguous()

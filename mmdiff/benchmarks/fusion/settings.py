@@ -1,0 +1,112 @@
+"""Settings of `mmdiff benchmark fusion`: one YAML file is one experiment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from mmdiff.config import parse_arguments, read_plain
+from mmdiff.config.schema import FolderName
+from mmdiff.errors import InputError
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Bagged(_Strict):
+    """Rows with a column of lists of photos."""
+
+    source: str  # "shapes" with bags, "bags", "abo", … see `mmdiff.data`
+    options: dict[str, Any] = {}  # of the source: the law of the training bags, and how many rows there are
+    split: str = "train"
+    validation_split: str = "validation"
+    photos: str = "photos"
+    distractors: str = "distractors"  # lists of bool
+    front: str = "image"  # one more photo of each, in no set, by which it is found (way: retrieval)
+    size: Count = 24  # side of a photo in pixels
+
+
+class Task(_Strict):
+    """What is asked about a set, and how answers are compared."""
+
+    columns: Annotated[list[str], Field(min_length=1)]  # their texts are the answer
+    question: str = "what is it ?"  # to a language model
+    kind: Literal["label", "attributes", "caption"] = "label"  # see `mmdiff.benchmarks.fusion.scores`
+
+
+class Test(_Strict):
+    """The held-out bags."""
+
+    rows: Count = 500
+    views: Annotated[list[Count], Field(min_length=1)] = [1, 2, 4, 6]
+    distractors: Annotated[list[Share], Field(min_length=1)] = [0.0, 0.25, 0.5]
+
+
+class Schedule(_Strict):
+    """Of AdamW with one cycle of the learning rate."""
+
+    steps: Annotated[int, Field(ge=0)]
+    batch_size: Count = 64
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+
+
+class Small(_Strict):
+    """A model of `mmdiff.vlm.small`."""
+
+    kind: str = "llava"
+    patch: Count = 8
+    width: Count = 64
+    layers: Count = 2
+    heads: Count = 4
+    queries: Count = 4
+
+
+class Settings(_Strict):
+    """One experiment of `mmdiff benchmark fusion`."""
+
+    name: FolderName
+    # encoder → fusion → linear layer; the same, but the nearest front view answers; or a vision-language model
+    way: Literal["classifier", "retrieval", "vlm"] = "classifier"
+    seeds: Count = 5
+    data: Bagged
+    tasks: Annotated[dict[str, Task], Field(min_length=1)]
+    test: Test = Test()
+    hidden: Count = 64  # width of the attentions' layer
+    pretraining: Schedule  # on single photos, without distractors; 0 steps for a published model
+    training: Schedule  # on bags
+    encoder: dict[str, Any] = {"kind": "convolutions"}  # of the classifier, see `mmdiff.modalities.encoders`
+    learns: Literal["fusion", "head", "all"] = "fusion"  # on bags, of the classifier: fusion, fusion and head, all
+    small: Small = Small()  # the vision-language model
+    model: str | None = None  # another one by hub name or folder
+    new_tokens: Count = 12  # of an answer
+
+
+def load_settings(path: str | Path, overrides: list[str] | None = None) -> Settings:
+    """Read a YAML file with `key=value` overrides.
+
+    Raises:
+        InputError: one line with the key, the value and the remedy.
+    """
+    return parse_settings(read_plain("EXPERIMENT", path, overrides))
+
+
+def parse_settings(tree: Any) -> Settings:
+    """Check a plain tree.
+
+    Raises:
+        InputError: for what is unknown, missing or of another type.
+    """
+    if not isinstance(tree, dict):
+        raise InputError("EXPERIMENT", tree, "must be a mapping of keys")
+    fields = Settings.model_fields.items()
+    arguments = {name: (field.annotation, ... if field.is_required() else field.default) for name, field in fields}
+    settings = Settings(**parse_arguments("fusion", arguments, tree))
+    if settings.way != "vlm" and len(settings.tasks) > 1:
+        raise InputError("fusion.tasks", list(settings.tasks), "a classifier has one task; way: vlm has several")
+    return settings

@@ -1,0 +1,119 @@
+"""The fusion benchmark by a vision-language model: questions about sets of photos, answered in words."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mmdiff.benchmarks.fusion.image_sets import Bags, Photos, one_large
+from mmdiff.benchmarks.fusion.learning import FINE_TUNED, SINGLE, ZERO_SHOT, Answers, Cell, Way, fit
+from mmdiff.modalities.fusion import FUSIONS
+from mmdiff.vlm import Inputs, Reader, VisionLanguageModel
+from mmdiff.vlm.small import Sizes, make_small
+
+_CHUNK = 100  # sets that are answered at once
+
+
+class LanguageModels(Way):
+    """A small model is pretrained on single photos and all tasks, once per seed; or a published one is taken as it is.
+
+    A fusion learns alone, with all else frozen; mean and max have nothing to learn. The concatenated photos are
+    fine-tuned by all that stands between encoder and language model, which is more than a fusion's weights.
+    """
+
+    def answers(self, entry: str, seed: int) -> Iterable[tuple[Cell, dict[str, Answers]]]:
+        model, reader = self._pretrained(entry if entry in FUSIONS else "mean", seed)
+        if entry in FUSIONS:
+            self._learn(model, reader, "fusion", self.bags, seed)
+        elif entry == FINE_TUNED:
+            self._learn(model, reader, "connector", self._large, seed)
+        model.eval()
+        for cell in self.cells:
+            photos = self.test(cell).photos
+            yield cell, {task: self._asked(model, reader, entry, task, photos) for task in self.settings.tasks}
+
+    @cached_property
+    def _large(self) -> Bags:
+        """The training bags, of one large image each."""
+        return self.bags._replace(photos=[[one_large(photos)] for photos in self.bags.photos])
+
+    # ------------------------------------------------------------------------------------------------------- learning
+
+    def _pretrained(self, fusion: str, seed: int) -> tuple[VisionLanguageModel, Reader]:
+        folder = self.settings.model or self._small(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = VisionLanguageModel.from_pretrained(folder, fusion, self.settings.hidden)
+        return model, Reader(model)
+
+    def _small(self, seed: int) -> Path:
+        folder, settings = self.folder / f"model-{seed}", self.settings
+        if folder.is_dir():
+            return folder
+        partial = folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)  # of an earlier call that was interrupted
+        texts = [text for answers in self.single.answers.values() for text in answers]
+        questions = [task.question for task in settings.tasks.values()]
+        small = settings.small
+        sizes = Sizes(settings.data.size, small.patch, small.width, small.layers, small.heads, small.queries)
+        make_small(partial, small.kind, [*texts, *questions], sizes, seed)
+        model = VisionLanguageModel.from_pretrained(partial, "mean")
+        self._learn(model, Reader(model), "all", self.single, seed)
+        model.model.save_pretrained(partial)
+        partial.replace(folder)
+        return folder
+
+    def _learn(self, model: VisionLanguageModel, reader: Reader, part: str, bags: Bags, seed: int) -> None:
+        """Row k is asked the k-th of all tasks, in turn."""
+        schedule = self.settings.pretraining if part == "all" else self.settings.training
+        learned, rows = model.learn(part), range(len(bags.photos))
+        if not learned or not schedule.steps:
+            return
+        names = list(self.settings.tasks)
+        tasks = [names[row % len(names)] for row in rows]
+        answers = [bags.answers[task][row] for row, task in enumerate(tasks)]
+        inputs = reader(bags.photos, [self.settings.tasks[task].question for task in tasks], answers)
+
+        def loss(picks: Tensor) -> Tensor:
+            found = model(*(tensor[picks] for tensor in inputs)).loss
+            assert found is not None
+            return found
+
+        fit(learned, loss, len(rows), schedule, seed)
+
+    # ------------------------------------------------------------------------------------------------------ answering
+
+    def _asked(
+        self, model: VisionLanguageModel, reader: Reader, entry: str, task: str, photos: list[Photos]
+    ) -> Answers:
+        question = self.settings.tasks[task].question
+        if entry in FUSIONS:
+            texts, weights = self._generated(model, reader, photos, question)
+            return Answers([[text] for text in texts], weights)
+        if entry in (ZERO_SHOT, FINE_TUNED):
+            photos = [[one_large(members)] for members in photos]
+        elif entry == SINGLE:
+            photos = [members[:1] for members in photos]
+        flat = [[photo] for members in photos for photo in members]
+        texts, _ = self._generated(model, reader, flat, question)
+        rest = iter(texts)
+        return Answers([[next(rest) for _ in members] for members in photos])
+
+    def _generated(
+        self, model: VisionLanguageModel, reader: Reader, photos: list[Photos], question: str
+    ) -> tuple[list[str], Tensor]:
+        """(texts of B sets, weights (B, n))."""
+        texts, weights = [], []
+        most = max(map(len, photos))
+        for start in range(0, len(photos), _CHUNK):
+            part = photos[start : start + _CHUNK]
+            inputs: Inputs = reader(part, [question] * len(part))
+            found = model.generate(*inputs[:4], max_new_tokens=self.settings.new_tokens, do_sample=False)
+            texts += [" ".join(text.split()) for text in reader.texts(found.tokens)]
+            weights.append(torch.nn.functional.pad(found.weights, (0, most - found.weights.shape[1])))
+        return texts, torch.cat(weights)

@@ -1,0 +1,1 @@
+"""Masked reconstruction: every method fills the same holes of the same images."""

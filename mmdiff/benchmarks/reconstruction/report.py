@@ -1,0 +1,276 @@
+"""What the restoration benchmark found: rows with intervals, paired differences, one table, one JSON, one picture."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image as PILImage
+from torch import Tensor
+
+from mmdiff.benchmarks.reconstruction.methods import Trained
+from mmdiff.benchmarks.reconstruction.run import RAW, Benchmark, Entry, Result
+from mmdiff.errors import InputError
+from mmdiff.evaluation.report import circumstances
+from mmdiff.metrics.bootstrap import interval, scored
+
+ALL = "all"  # laws together: means over them, image by image
+PAIRED = ("LPIPS, hole", "PSNR, hole", "SSIM, hole")
+PICTURED = 8  # rows of the picture, at least
+SHOWN = {  # columns of the text: the rest stands in the JSON
+    "LPIPS hole": "LPIPS, hole",
+    "whole": "LPIPS, whole",
+    "PSNR hole": "PSNR, hole",
+    " whole": "PSNR, whole",
+    "SSIM hole": "SSIM, hole",
+    "  whole": "SSIM, whole",
+    "not pasted: LPIPS hole": f"LPIPS, hole, {RAW}",
+    "LPIPS whole": f"LPIPS, whole, {RAW}",
+    "PSNR whole": f"PSNR, whole, {RAW}",
+}
+Group = list[Result]  # of one entry and ratio: one law's, or all laws'
+
+
+def tree(benchmark: Benchmark, results: Sequence[Result], reference: str | None = None) -> dict[str, Any]:
+    """{"manifest", "rows", "differences"}, plain dicts and lists.
+
+    Args:
+        benchmark, results: what was asked, and `Benchmark.results`.
+        reference: the label of the entry that all others are compared with; default: the first that draws given the
+            masked image in channels by a model that also has a head, else the first of a run.
+
+    Raises:
+        InputError: for a reference that is no label.
+    """
+    chosen = _reference([result.entry for result in results], reference)
+    groups = list(_groups(results))
+    rows = [_row(law, group) for law, group in groups]
+    return {
+        "manifest": _manifest(benchmark, results) | {"compared with": chosen},
+        "rows": rows,
+        "differences": list(_differences(groups, chosen)),
+    }
+
+
+def text(found: dict[str, Any], each_law: bool = True) -> str:
+    """The table, and the differences; long lines.
+
+    Args:
+        found: of `tree`.
+        each_law: tell every law by itself, too, where there are several.
+    """
+    if not each_law and any(row["law"] == ALL for row in found["rows"]):
+        kept = {name: [row for row in found[name] if row["law"] == ALL] for name in ("rows", "differences")}
+        found = {**found, **kept}
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in found["manifest"].items()]
+    for (ratio, law), rows in _by_place(found["rows"]):
+        title = f"holes {law}, {ratio:g} of the pixels, {rows[0]['images']} images"
+        seeds = max(len(row["seeds"]) for row in rows)
+        cells = [["method", *SHOWN, "diversity", "s/image", "evaluations"], *map(_cells, rows)]
+        lines += ["", f"{title}, {seeds} seed{'s' * (seeds > 1)}; ± half of the 95 % interval", *_aligned(cells)]
+    for (ratio, law), rows in _by_place(found["differences"]):
+        cells = [["method", *(f"{name}: difference" for name in PAIRED)]]
+        cells += [[row["method"], *(_difference(row[name]) for name in PAIRED)] for row in rows]
+        title = f"minus {found['manifest']['compared with']}, image by image: holes {law}, {ratio:g}"
+        lines += ["", title, *_aligned(cells)]
+    return "\n".join(lines)
+
+
+def pictures(benchmark: Benchmark, results: Sequence[Result]) -> tuple[list[str], list[list[PILImage.Image]]]:
+    """(titles of the columns, rows): source, masked, and the pasted fill of each entry; a row shows one set of holes,
+    and the rows show different images."""
+    sets, truth = benchmark.masks, benchmark.truth
+    image = benchmark.runs[0].pipeline.model.modalities[benchmark.config.anchor]
+    by = {(result.entry.label, result.masks.law, result.masks.ratio): result.cells[0] for result in results}
+    labels = list(dict.fromkeys(result.entry.label for result in results if result.entry.method != "masked"))
+    rows = []
+    for row in range(max(PICTURED, len(sets))):
+        masks, index = sets[row * len(sets) // max(PICTURED, len(sets))], row % len(truth)
+        known = masks.known[index]  # (1, H, W)
+        fills = (by[label, masks.law, masks.ratio].fills[index].float() / 127.5 - 1 for label in labels)
+        filled = [torch.where(known > 0, truth[index], fill) for fill in fills]
+        rows.append(image.postprocess(torch.stack([truth[index], truth[index] * known, *filled])))
+    return ["source", "masked", *labels], rows
+
+
+# --------------------------------------------------------------------------------------------------------------- rows
+
+
+def _groups(results: Sequence[Result]) -> Iterable[tuple[str, Group]]:
+    """(law, results) of every ratio and entry: each law, and where there are several all of them together."""
+    order = {}
+    for result in results:
+        order.setdefault(result.masks.ratio, {}).setdefault(result.entry.label, []).append(result)
+    for by_entry in order.values():
+        laws = [result.masks.law for result in next(iter(by_entry.values()))]
+        for group in by_entry.values() if len(laws) > 1 else ():
+            yield ALL, group
+        for index, law in enumerate(laws):
+            for group in by_entry.values():
+                yield law, [group[index]]
+
+
+def _scores(group: Group, name: str) -> np.ndarray:
+    """(seeds, n): means over laws."""
+    cells = [[cell.scores[name].double().numpy() for cell in result.cells] for result in group]
+    return np.asarray(cells).mean(axis=0)
+
+
+def _row(law: str, group: Group) -> dict[str, Any]:
+    entry, cells = group[0].entry, [cell for result in group for cell in result.cells]
+    scores: dict[str, Any] = {}
+    for name in cells[0].scores:
+        values = _scores(group, name)  # (seeds, n)
+        scores |= scored(name, values.mean(axis=0))
+        scores[f"{name}, by seed"] = values.mean(axis=1).tolist()
+    return {
+        **_place(law, group),
+        "run": entry.run.name if entry.run else None,
+        "by": entry.method,
+        "setting": entry.setting,
+        "images": len(cells[0].fills),
+        "seeds": list(range(len(group[0].cells))),
+        "hidden share": float(np.mean([1 - result.masks.known.mean() for result in group])),
+        **scores,
+        "diversity": _mean_or_none([diversity(result) for result in group]),
+        "seconds per image": float(np.mean([cell.seconds for cell in cells])),
+        "evaluations per image": float(np.mean([cell.evaluations for cell in cells])),
+    }
+
+
+def _place(law: str, group: Group) -> dict[str, Any]:
+    return {"method": group[0].entry.label, "law": law, "ratio": group[0].masks.ratio}
+
+
+def diversity(result: Result) -> float | None:
+    """Mean squared difference on the hole, in [−1, 1], of pairs of seeds, averaged over pairs and images."""
+    pairs = list(itertools.combinations([cell.fills.float() / 127.5 for cell in result.cells], 2))
+    if not pairs:
+        return None
+    hole = 1 - result.masks.known  # (n, 1, H, W)
+    return float(np.mean([_mean_on((one - other) ** 2, hole) for one, other in pairs]))
+
+
+def _mean_on(values: Tensor, where: Tensor) -> float:
+    """(n, C, H, W): means over channels and the pixels that count, then over images."""
+    per_image = (values.mean(dim=1, keepdim=True) * where).sum(dim=(1, 2, 3)) / where.sum(dim=(1, 2, 3))
+    return float(per_image.mean())
+
+
+def _mean_or_none(values: list[float | None]) -> float | None:
+    return None if None in values else float(np.mean(values))
+
+
+def _differences(groups: list[tuple[str, Group]], reference: str) -> Iterable[dict[str, Any]]:
+    """Every entry minus the reference, image by image, with a bootstrap interval of the mean over images."""
+    of_reference = {(law, group[0].masks.ratio): group for law, group in groups if group[0].entry.label == reference}
+    for law, group in groups:
+        if group[0].entry.label != reference:
+            base, found = of_reference[law, group[0].masks.ratio], _place(law, group)
+            for name in PAIRED:
+                values = _scores(group, name).mean(axis=0) - _scores(base, name).mean(axis=0)  # (n,)
+                found[name] = {"mean": float(values.mean()), "95 %": list(interval(values))}
+            yield found
+
+
+def _reference(entries: list[Entry], asked: str | None) -> str:
+    labels = list(dict.fromkeys(entry.label for entry in entries))
+    if asked is not None:
+        if asked not in labels:
+            raise InputError("--reference", asked, f"choose one of {'; '.join(labels)}")
+        return asked
+    own = [entry.label for entry in entries if entry.run and entry.run.has_head and entry.method == "channels"]
+    return (own or [entry.label for entry in entries if entry.run] or labels)[0]
+
+
+# ----------------------------------------------------------------------------------------------------------- manifest
+
+
+def _manifest(benchmark: Benchmark, results: Sequence[Result]) -> dict[str, Any]:
+    """What a reader needs to believe a number, and to make it again."""
+    seconds = sum(cell.seconds * len(cell.fills) for result in results for cell in result.cells)
+    return circumstances(benchmark.device) | {
+        "data": benchmark.config.data.source,
+        "images": f"the first {len(benchmark.truth)} held-out rows, sha256 {benchmark.images_digest}",
+        "masks": {f"{masks.law} {masks.ratio:g}": masks.facts() for masks in benchmark.masks},
+        "sampling seeds": list(benchmark.seeds),
+        **benchmark.perceptual.facts(),
+        "LPIPS on the hole": "the spatial map, upsampled to the (enlarged) image, averaged over the hole's pixels",
+        "SSIM on the hole": "the map's mean over the hole's pixels",
+        "paste-back": "known pixels of every method's 8-bit output are replaced by the truth's, the same way for all",
+        "intervals": "95 % bootstrap over images (percentiles, 2000 draws) of means over seeds and laws",
+        "diversity": "mean squared difference on the hole, in [-1, 1], between pairs of seeds",
+        "evaluations": "of the backbone per image, counted; guidance's branches count",
+        "chosen on training images": benchmark.chosen,
+        "runs": {run.name: _trained(run) for run in benchmark.runs},
+        "sampling hours": round(seconds / 3600, 4),
+    }
+
+
+def _trained(run: Trained) -> dict[str, Any]:
+    train, sweep = run.config.train, run.folder / "sweep.json"
+    return {
+        "pipeline sha256": run.digest,
+        "parameters": sum(parameter.numel() for parameter in run.pipeline.model.parameters()),
+        "steps": train.steps,
+        "samples seen": train.steps * train.batch_size,
+        "optimizer": train.optimizer,
+        "learning rate": train.learning_rate,
+        "EMA": train.ema_decay,
+        "training seconds": _training_seconds(run.folder / "metrics.jsonl", train.batch_size),
+        "solver": run.pipeline.scheduler.config.solver,
+        "sweep": json.loads(sweep.read_text()) if sweep.is_file() else None,
+    }
+
+
+def _training_seconds(path: Path, batch_size: int) -> float | None:
+    """From the images per second of metrics.jsonl."""
+    if not path.is_file():
+        return None
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    steps = np.diff([0, *(line["step"] for line in lines)])
+    return round(float(sum(s * batch_size / line["images_per_second"] for s, line in zip(steps, lines))), 1)
+
+
+# --------------------------------------------------------------------------------------------------------------- text
+
+
+def _by_place(rows: list[dict[str, Any]]) -> Iterable[tuple[tuple[float, str], list[dict[str, Any]]]]:
+    places: dict[tuple[float, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        places.setdefault((row["ratio"], row["law"]), []).append(row)
+    return places.items()
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    first, *rest = SHOWN.values()
+    low, high = row[f"{first}, 95 %"]
+    seeds = row[f"{first}, by seed"]
+    spread = f" (seeds {min(seeds):.3f}…{max(seeds):.3f})" if len(seeds) > 1 else ""
+    cells = [row["method"], f"{row[first]:.3f} [{low:.3f}, {high:.3f}]{spread}"]
+    for name in rest:
+        low, high = row[f"{name}, 95 %"]
+        digits = 2 if name.startswith("PSNR") else 3
+        cells.append(f"{row[name]:.{digits}f} ±{(high - low) / 2:.{digits}f}")
+    shown = row["diversity"]
+    return [
+        *cells,
+        "–" if shown is None else f"{shown:.4f}",
+        f"{row['seconds per image']:.3f}",
+        f"{row['evaluations per image']:g}",
+    ]
+
+
+def _difference(found: dict[str, Any]) -> str:
+    low, high = found["95 %"]
+    return f"{found['mean']:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
+def _aligned(cells: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells]

@@ -1,0 +1,178 @@
+"""`mmdiff benchmark …`: its commands. Heavy imports wait until one runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmdiff.cli.options import ConfigPath, Overrides, Trust, echo, integers, numbers
+from mmdiff.errors import InputError
+from mmdiff.trust import refuse_custom, stay_offline
+
+benchmark = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure against peers.")
+
+
+@benchmark.command()
+def speed(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    rounds: Annotated[int, typer.Option(help="interleaved rounds", min=1)] = 5,
+    steps: Annotated[int, typer.Option(help="steps per round", min=1)] = 10,
+    against: Annotated[str, typer.Option(help="bare, anchor or solver")] = "bare",
+) -> None:
+    """A training step of mmdiff against a bare PyTorch loop, or against the same experiment with its anchor alone; or
+    a sampling step against the bare solver."""
+    from mmdiff.config import load_config
+
+    loaded = load_config(config, overrides)
+    from mmdiff.benchmarks.speed import compare
+
+    echo(compare(loaded, rounds, steps, against))
+
+
+@benchmark.command()
+def restoration(
+    runs: Annotated[
+        list[str],
+        typer.Argument(help="run folders, or experiments' YAML files, which are trained first; and key=value"),
+    ],
+    data: Annotated[str | None, typer.Option(help="another data.source than the runs'")] = None,
+    masks: Annotated[str, typer.Option(help="laws of the holes: squares,box,half,checkerboard,free-form")] = "squares",
+    ratios: Annotated[str, typer.Option(help="shares of hidden pixels: 0.1,0.25,0.5,0.75")] = "0.5",
+    images: Annotated[int, typer.Option(help="held-out images", min=2)] = 64,
+    seeds: Annotated[int, typer.Option(help="sampling seeds", min=1)] = 1,
+    steps: Annotated[str, typer.Option(help="solver steps of mmdiff's draws; several make several rows")] = "20",
+    guidance: Annotated[str, typer.Option(help="classifier-free guidance of mmdiff's draws: 1,1.5")] = "1",
+    methods: Annotated[
+        str | None, typer.Option(help="some of them only: channels,head,repaint …; default: all that the runs can do")
+    ] = None,
+    repaint: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="jump_length,jump_n_sample,steps; may be repeated: 5,3,20 is 50 evaluations (the default), 10,6,50 "
+            "is 250, the published 10,10,250 is 2410"
+        ),
+    ] = None,
+    sdedit: Annotated[str, typer.Option(help="evaluations of SDEdit")] = "50",
+    sweep: Annotated[
+        str, typer.Option(help="learning rates of the short runs that a YAML file is tried with, times its own")
+    ] = "1,2,4",
+    reference: Annotated[
+        str | None, typer.Option(help="the row that all others are compared with, by its name in the table")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="runs, parts and results; called again it goes on")] = Path(
+        "runs/restoration"
+    ),
+    trust: Trust = False,
+) -> None:
+    """Fill the holes of held-out images by every method that the runs can do, and by floors that need no model: LPIPS,
+    PSNR and SSIM with intervals, paired differences, time and network evaluations."""
+    from mmdiff.config import load_config
+
+    given = [text for text in runs if "=" not in text or Path(text).exists()]
+    overrides = [text for text in runs if text not in given] + ([f"data.source={data}"] if data else [])
+    if not given:
+        raise InputError("RUN", None, "name a run folder or an experiment's YAML file")
+    experiments = {text: load_config(text, overrides) for text in given if text.endswith((".yaml", ".yml"))}
+    jumps = [integers("--repaint", text) for text in repaint or ["5,3,20"]]
+    for jump in jumps:
+        if len(jump) != 3 or min(jump) < 1:
+            raise InputError("--repaint", jump, "write jump_length,jump_n_sample,steps, each >= 1: 10,10,250")
+    if not experiments and not trust:
+        stay_offline()
+    factors, shares = numbers("--sweep", sweep), numbers("--ratios", ratios)
+    counts, scales, evaluations = (
+        integers("--steps", steps),
+        numbers("--guidance", guidance),
+        integers("--sdedit", sdedit),
+    )
+    from mmdiff.benchmarks.reconstruction import report as standings
+    from mmdiff.benchmarks.reconstruction.methods import Options, Trained
+    from mmdiff.benchmarks.reconstruction.run import Benchmark
+    from mmdiff.benchmarks.reconstruction.sweep import swept
+    from mmdiff.evaluation.report import make_room
+    from mmdiff.plots import titled
+    from mmdiff.runs import load
+
+    folders = [swept(experiments[text], factors, out) if text in experiments else Path(text) for text in given]
+    trained = []
+    for folder in folders:
+        pipeline = load(folder, trust=trust)
+        pipeline.set_progress_bar_config(disable=True)
+        if not (folder / "config.yaml").is_file():
+            raise InputError("RUN", str(folder), "is no run folder: it has no config.yaml")
+        own = load_config(folder / "config.yaml", overrides)
+        if not trust:
+            refuse_custom(own.model_dump()["modalities"])
+        trained.append(Trained(folder.name, own, pipeline, folder))
+    options = Options(counts, scales, tuple(jumps), evaluations)
+    chosen = methods.split(",") if methods else None
+    scene = Benchmark(trained, out, masks.split(","), shares, images, seeds, chosen, options)
+    results = scene.results()
+    found = standings.tree(scene, results, reference)
+    table, columns = standings.text(found), standings.pictures(scene, results)
+    files = [out / f"restoration{suffix}" for suffix in (".json", ".txt", ".png")]
+    for file in files:
+        make_room(file)
+    files[0].write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    files[1].write_text(table + "\n")
+    titled(*columns, files[2])
+    echo(standings.text(found, each_law=False) + "\n" + "\n".join(f"wrote {file}" for file in files))
+
+
+@benchmark.command("fusion-speed")
+def fusion_speed(
+    sets: Annotated[int, typer.Option(help="sets in the batch", min=1)] = 64,
+    largest: Annotated[int, typer.Option(help="members of the largest; the sizes run from 1 to it", min=1)] = 20,
+    dim: Annotated[int, typer.Option(help="numbers of a member", min=1)] = 512,
+    rounds: Annotated[int, typer.Option(help="rounds; medians are shown", min=1)] = 20,
+    threads: Annotated[int, typer.Option(help="CPU threads", min=1)] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+) -> None:
+    """The fusions of image sets on a ragged batch, against a loop over its sets."""
+    from mmdiff.benchmarks.fusion.speed import compare_fusions
+
+    echo(compare_fusions(sets, largest, dim, rounds, threads, device))
+
+
+@benchmark.command()
+def fusion(
+    experiments: Annotated[
+        list[str], typer.Argument(help="YAML files, for example experiments/fusion/accuracy_shapes.yaml; and key=value")
+    ],
+    out: Annotated[Path, typer.Option(help="parts and results; called again it goes on")] = Path("runs/fusion"),
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's", min=1)] = None,
+) -> None:
+    """Answer questions about sets of photos by the four fusions, by one large image of all photos and by single images:
+    accuracy, precision and recall against the number of photos and the share of distractors, by seed."""
+    from mmdiff.benchmarks.fusion.settings import load_settings
+
+    given = [text for text in experiments if "=" not in text or Path(text).exists()]
+    overrides = [text for text in experiments if text not in given]
+    if not given:
+        raise InputError("EXPERIMENT", None, "name an experiment's YAML file")
+    settings = [load_settings(text, overrides) for text in given]
+    names = [one.name for one in settings]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError("EXPERIMENT", name, "is the name of two experiments")
+    import torch
+
+    from mmdiff.benchmarks.fusion import run as fusion_accuracy
+    from mmdiff.evaluation.report import make_room
+    from mmdiff.plots import accuracy_by_photos
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    for one in settings:
+        found = fusion_accuracy.tree(one, fusion_accuracy.results(one, out))
+        files = [out / f"{one.name}{suffix}" for suffix in (".json", ".txt", ".png")]
+        for file in files:
+            make_room(file)
+        files[0].write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        files[1].write_text(fusion_accuracy.text(found) + "\n")
+        accuracy_by_photos(found["rows"], files[2])
+        echo(fusion_accuracy.text(found) + "\n" + "\n".join(f"wrote {file}" for file in files))

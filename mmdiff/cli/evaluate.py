@@ -1,0 +1,67 @@
+"""`mmdiff evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mmdiff.cli.options import Overrides, RunPath, Trust, echo, integers, read_only
+from mmdiff.trust import check_links, refuse_custom
+
+if TYPE_CHECKING:
+    from mmdiff.config import Config
+
+
+def evaluate(
+    run: RunPath,
+    overrides: Overrides = None,
+    steps: Annotated[str | None, typer.Option(help="numbers of solver steps to compare: 10,20,200")] = None,
+    solver: Annotated[str | None, typer.Option(help="another solver than the run's")] = None,
+    feed: Annotated[str | None, typer.Option(help="unknown modalities: draw, mean or mode")] = None,
+    conditioning: Annotated[
+        str | None, typer.Option(help="ways to compare: channels,plug-in,self-guidance,replacement,channels+plug-in …")
+    ] = None,
+    subsets: Annotated[
+        bool, typer.Option("--subsets", help="score every subset of observed modalities instead")
+    ] = False,
+    trust: Trust = False,
+) -> None:
+    """Score every modality and direction of a run; writes evaluation.json and prints the table."""
+    read_only(trust)
+    ways = tuple(conditioning.split(",")) if conditioning else ()
+    evaluate_run(run, overrides or [], integers("--steps", steps), solver, feed, trust, trust, ways, subsets)
+
+
+def evaluate_run(
+    run: Path,
+    overrides: list[str],
+    steps: tuple[int, ...],
+    solver: str | None,
+    feed: str | None,
+    trust: bool,
+    trust_judges: bool,
+    conditioning: tuple[str, ...] = (),
+    subsets: bool = False,
+) -> None:
+    from mmdiff.config import load_config
+
+    check_links("run", run)
+    config: Config = load_config(run / "config.yaml", overrides)
+    if not trust:
+        refuse_custom(config.model_dump()["modalities"])
+    from mmdiff.build import build_table, open_rows
+    from mmdiff.evaluation import evaluate as evaluators
+    from mmdiff.evaluation import report as records
+    from mmdiff.plots import side_by_side
+    from mmdiff.runs import load
+
+    records.read(run / "evaluation.json")  # a broken one is named before the work
+    pipeline = load(run, solver, trust)
+    train, validation = (build_table(config, pipeline.model, rows) for rows in open_rows(config, hub=trust))
+    result = evaluators.evaluate(pipeline, config, train, validation, steps, feed, trust_judges, conditioning, subsets)
+    records.save(result, run / "evaluation.json")
+    echo(records.table(result))
+    for name, rows in result.pictures.items():
+        echo(f"wrote {side_by_side(rows, run / 'samples' / f'evaluation-{name}.png')}")

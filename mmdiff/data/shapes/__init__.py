@@ -1,0 +1,1 @@
+"""A procedural data set with exact truth for every modality."""

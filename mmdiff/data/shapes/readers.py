@@ -1,0 +1,94 @@
+"""The inverse of the renderer in `shapes`: exact rules, nothing trained, that read modalities off generated images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor
+
+from mmdiff.data.shapes.render import COLORS, RGB, SHAPES, Thing, coverage, mean_direction
+
+_CHROMA = ((RGB - RGB.mean(axis=1, keepdims=True)) / 127.5).astype(np.float32)  # (6, 3); greys have none
+# area of every shape and how far its centre of mass lies below its middle, in units of its radius
+_AREA = np.array([np.pi, 4.0, 2.0, 20 / 9, 0.75 * np.pi])
+_SHIFT = np.array([0.0, 0.0, 1 / 3, 0.0, 0.0])
+
+
+def read_mask(images: Tensor) -> Tensor:
+    """Images (n, 3, H, W) in [−1, 1] -> (n, H, W) int64: 0 = background, 1 + the colour nearest to the pixel's."""
+    return torch.from_numpy(_mask(_chroma(images))).to(images.device)
+
+
+def read_label(images: Tensor) -> Tensor:
+    """Images (n, 3, H, W) in [−1, 1] -> (n,) int64, the shape whose silhouette fits best."""
+    return torch.from_numpy(read_object(images).label).to(images.device)
+
+
+def read_kind(images: Tensor) -> Tensor:
+    """Images (n, 3, H, W) in [−1, 1] -> (n,) int64, shape and colour in one: label · 6 + colour."""
+    found = read_object(images)
+    return torch.from_numpy(found.label * len(COLORS) + found.color).to(images.device)
+
+
+def read_embedding(images: Tensor) -> Tensor:
+    """Images (n, 3, H, W) in [−1, 1] -> (n, 32) float32, the mean direction of what is seen, a unit vector."""
+    return torch.from_numpy(mean_direction(read_object(images)).astype(np.float32)).to(images.device)
+
+
+RULES: dict[str, Callable[[Tensor], Tensor]] = {
+    "mask": read_mask,
+    "label": read_label,
+    "kind": read_kind,
+    "embedding": read_embedding,
+}
+
+
+def read_object(images: Tensor) -> Thing:
+    """Images (n, 3, H, W) in [−1, 1] -> the attributes of the object in each: arrays (n,).
+
+    Area and centre of mass of what has the object's colour place the silhouette of every shape; the best fit wins. An
+    image without an object gets arbitrary attributes.
+    """
+    chroma = _chroma(images)
+    mask = _mask(chroma)  # (n, H, W)
+    count = np.stack([(mask == color + 1).sum(axis=(1, 2)) for color in range(len(COLORS))], axis=1)
+    color = count.argmax(axis=1)  # (n,)
+    own = _CHROMA[color]  # (n, 3)
+    alpha = np.einsum("nchw,nc->nhw", chroma, own) / (own**2).sum(axis=1)[:, None, None]
+    near = ndimage.binary_dilation(mask == color[:, None, None] + 1, np.ones((1, 3, 3)))
+    alpha = np.where(near, alpha, 0.0)  # the noise of the whole background would spoil the moments
+    places = _places(alpha)
+    errors = [_misfit(alpha, label, *places[label]) for label in range(len(SHAPES))]
+    label = np.argmin(errors, axis=0)  # (n,)
+    x, y, radius = np.array(places)[label, :, np.arange(len(label))].T
+    return Thing(label, color, x, y, radius)
+
+
+def _chroma(images: Tensor) -> np.ndarray:
+    """What makes pixels differ from grey: (n, 3, H, W)."""
+    pixels = images.detach().cpu().float().numpy()
+    return pixels - pixels.mean(axis=1, keepdims=True)
+
+
+def _mask(chroma: np.ndarray) -> np.ndarray:
+    # nearest of grey (0) and the six colours c: the largest of 0 and <pixel, c> − |c|²/2
+    scores = np.einsum("nchw,kc->nkhw", chroma, _CHROMA) - (_CHROMA**2).sum(axis=1)[:, None, None] / 2
+    return np.where(scores.max(axis=1) > 0, scores.argmax(axis=1) + 1, 0)
+
+
+def _places(alpha: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """x, y and radius, (n,) each, that every shape needs to have the mass and the centre of mass of alpha (n, H, W)."""
+    height, width = alpha.shape[1:]
+    area = np.maximum(alpha.sum(axis=(1, 2)), 1.0)  # pixels
+    x = alpha.sum(axis=1) @ ((np.arange(width) + 0.5) / width) / area
+    y = alpha.sum(axis=2) @ ((np.arange(height) + 0.5) / height) / area
+    radii = [np.sqrt(area / (height * width * unit)) for unit in _AREA]
+    return [(x, y - shift * radius, radius) for shift, radius in zip(_SHIFT, radii)]
+
+
+def _misfit(alpha: np.ndarray, label: int, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
+    """Squared difference between alpha (n, size, size) and a shape's silhouettes: (n,)."""
+    return ((alpha - coverage(label, x, y, radius, alpha.shape[-1])) ** 2).sum(axis=(1, 2))

@@ -1,0 +1,117 @@
+"""Restored images against the truth, in the hole and on the whole, for fixed sets of masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmdiff.config import Config, MaskingConfig
+from mmdiff.data import Table
+from mmdiff.data.masking import known_masks
+from mmdiff.errors import InputError
+from mmdiff.evaluation.judges import complete
+from mmdiff.metrics.bootstrap import scored
+from mmdiff.metrics.image import psnr, ssim
+from mmdiff.metrics.lpips import Perceptual
+from mmdiff.modalities.masked_image import mean_fill
+
+SEED = 0  # of the masks: the same for every model
+FLOORS = ("mean fill", "head")  # ways that depend neither on solver steps nor on a seed
+Draw = Callable[..., dict[str, Tensor]]
+
+
+class HoleScores:
+    """Scores of restored held-out images.
+
+    Args:
+        config: `evaluate.masks` (default: the modality's own holes), `evaluate.num_samples`, `evaluate.lpips`.
+        held_out: real rows.
+        anchor: name of the image.
+    """
+
+    def __init__(self, config: Config, held_out: Table, anchor: str) -> None:
+        self.config, self.anchor = config, anchor
+        rows = held_out.all(min(config.evaluate.num_samples, len(held_out)))
+        (self.truth,) = complete(rows, anchor)
+        self.positions = rows.present[anchor].nonzero()[:, 0]  # a row keeps its hole whatever else is missing
+        for title, law in config.evaluate.masks.items():  # refused before anything is sampled
+            self._known(f"evaluate.masks.{title}", law)
+        self.perceptual, self.facts = self._perceptual()
+        self.facts |= {"mask seed": SEED, "restored images": len(self.truth)}
+
+    def _perceptual(self) -> tuple[Perceptual | None, dict[str, Any]]:
+        lpips = self.config.evaluate.lpips
+        try:
+            found = Perceptual(lpips.net, lpips.backbone, lpips.heads)
+        except InputError as error:
+            if lpips.backbone or lpips.heads:
+                raise
+            return None, {"LPIPS": f"not measured: {error.remedy}"}  # torchvision's weights are not here
+        return found, found.facts()
+
+    def ways(
+        self, name: str, draw: Draw, by: tuple[str, ...] = (*FLOORS, "samples")
+    ) -> Iterator[tuple[dict[str, Any], Tensor, Tensor, Tensor]]:
+        """(setting, masked value, known pixels, restored images) of every set of masks and every way to restore.
+
+        Args:
+            name: of the masked image.
+            draw: (count, observed=…, …) -> samples.
+            by: which of the mean fill, the head and samples; those are left out that were not trained.
+        """
+        states, own = self.config.states, self.config.data.masking.get(name, MaskingConfig())
+        for title, law in (self.config.evaluate.masks or {name: own}).items():
+            known = self._known(f"evaluate.masks.{title}", law)
+            value = torch.cat([self.truth * known, known], dim=1)
+            ways = {}
+            if "mean fill" in by:
+                ways["mean fill"] = mean_fill(self.truth, known)
+            if "head" in by and states.anchor_hidden > 0:
+                ways["head"] = draw(len(value), observed={name: value}, num_inference_steps=0)[self.anchor]
+            if "samples" in by and states.anchor_hidden < 1:
+                ways["samples"] = draw(len(value), observed={name: value})[self.anchor]
+            for way, images in ways.items():
+                about = {"masks": title, "law": law.law, "ratio": list(law.ratio), "by": way}
+                yield about, value, known, pasted(images, self.truth, known)
+
+    def _known(self, key: str, law: MaskingConfig) -> Tensor:
+        """(n, 1, H, W), 1 = known."""
+        try:
+            return known_masks(law.law, law.ratio, *self.truth.shape[2:], SEED, self.positions)
+        except InputError as error:
+            raise InputError(f"{key}.{error.key}", error.value, error.remedy) from None
+
+    def scores(self, restored: Tensor, known: Tensor) -> dict[str, Any]:
+        """LPIPS, PSNR and SSIM, in the hole and on the whole (of which all but the hidden share is the truth)."""
+        found = {"n": len(restored), "hidden share": float(1 - known.mean())}
+        for name, values in per_image(restored, self.truth, known, self.perceptual).items():
+            found |= scored(name, values)
+        return found
+
+
+def pasted(images: Tensor, truth: Tensor, known: Tensor) -> Tensor:
+    """Images (n, C, H, W) of any method, clipped to [−1, 1], with the known pixels of the truth bit by bit."""
+    restored = torch.where(known > 0, truth, images.to(truth.dtype).clamp(-1, 1))
+    assert torch.equal(restored * known, truth * known)
+    return restored
+
+
+def per_image(restored: Tensor, truth: Tensor, known: Tensor, perceptual: Perceptual | None) -> dict[str, Tensor]:
+    """{"LPIPS, hole": (n,), …}: LPIPS (where there are weights), PSNR and SSIM, on the hole and on the whole.
+
+    Args:
+        restored, truth: (n, C, H, W) in [−1, 1].
+        known: (n, 1, H, W), 0 in the hole.
+        perceptual: the LPIPS to use, or None.
+    """
+    hole, found = 1 - known, {}
+    if perceptual is not None:
+        found["LPIPS, hole"] = perceptual.hole(restored, truth, hole)
+        found["LPIPS, whole"] = perceptual.whole(restored, truth)
+    for title, where in (("hole", hole), ("whole", None)):
+        found[f"PSNR, {title}"] = psnr(restored, truth, where)
+        found[f"SSIM, {title}"] = ssim(restored, truth, where)
+    return found

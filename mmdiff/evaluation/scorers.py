@@ -1,0 +1,49 @@
+"""How values of a kind are compared: one scorer per modality class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from mmdiff.metrics.bootstrap import scored
+from mmdiff.metrics.classification import classification, retrieval
+from mmdiff.metrics.image import psnr, ssim
+from mmdiff.metrics.segmentation import segmentation
+from mmdiff.modalities import Dense, Embedding, Image, Label, Mask, Modality
+
+Scorer = Callable[[Modality, Tensor, Tensor], dict[str, Any]]
+
+
+def label(modality: Label, found: Tensor, truth: Tensor) -> dict[str, Any]:
+    """Accuracy, macro precision and macro recall."""
+    return classification(found, truth, modality.num_classes)
+
+
+def mask(modality: Mask, found: Tensor, truth: Tensor) -> dict[str, Any]:
+    """mIoU and pixel accuracy over labelled pixels."""
+    return segmentation(found, truth, modality.num_classes, modality.ignore)
+
+
+def embedding(modality: Embedding, found: Tensor, truth: Tensor) -> dict[str, Any]:
+    """Cosine and retrieval@1."""
+    return retrieval(found, truth)
+
+
+def dense(modality: Dense, found: Tensor, truth: Tensor) -> dict[str, Any]:
+    """Root mean squared error per sample, in the data's own units."""
+    return scored("RMSE", (found - truth).square().flatten(1).mean(dim=1).sqrt())
+
+
+def image(modality: Image, found: Tensor, truth: Tensor) -> dict[str, Any]:
+    """PSNR and SSIM."""
+    return scored("PSNR", psnr(found, truth)) | scored("SSIM", ssim(found, truth))
+
+
+SCORERS: dict[type[Modality], Scorer] = {Label: label, Mask: mask, Embedding: embedding, Dense: dense, Image: image}
+
+
+def scorer(modality: Modality) -> Scorer | None:
+    """That of the modality's class or of the nearest class above it; None where values of it are not compared."""
+    return next((SCORERS[cls] for cls in type(modality).__mro__ if cls in SCORERS), None)

@@ -1,0 +1,1 @@
+"""Numbers from tensors: classification, segmentation, image distances, bootstrap intervals."""

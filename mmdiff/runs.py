@@ -1,0 +1,185 @@
+"""`mmdiff sample`: observed values from what a person types, grids of what was drawn, and a file per sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import logging
+from PIL import Image
+from safetensors import SafetensorError
+
+from mmdiff.errors import InputError
+from mmdiff.model import MTDiffusionModel
+from mmdiff.pipeline import MTDiffusionPipeline
+from mmdiff.plots import set_weights, tile
+from mmdiff.randomness import fold
+from mmdiff.training.process import set_threads
+from mmdiff.trust import check_links
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DAMAGE = (OSError, ValueError, RuntimeError, SafetensorError, LookupError, TypeError, AttributeError, MemoryError)
+_LONGEST = 2000  # characters of what is printed per modality
+
+
+def load(run: Path, solver: str | None = None, trust: bool = False) -> MTDiffusionPipeline:
+    """The pipeline of a run folder, or a pipeline folder itself, on the accelerator if there is one.
+
+    Args:
+        run: the folder.
+        solver: another one than the run's.
+        trust: import the modalities and encoders that it names by import path.
+
+    Raises:
+        InputError: it holds no finished pipeline, or a damaged one.
+    """
+    folder = run / "pipeline" if (run / "pipeline").is_dir() else run
+    if not (folder / "model_index.json").is_file():
+        raise InputError("run", str(run), "holds no finished pipeline; train it to the end, or name another folder")
+    check_links("run", run)
+    set_threads(0)
+    logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said below, in one line
+    try:
+        pipeline = MTDiffusionPipeline.from_pretrained(folder, trust_custom_modalities=trust)
+    except InputError:
+        raise
+    except _DAMAGE as error:
+        raise InputError("run", str(run), f"its pipeline is damaged, {type(error).__name__}: {error}") from None
+    if solver is not None:
+        scheduler = pipeline.scheduler
+        pipeline.scheduler = type(scheduler).from_config(scheduler.config, solver=solver, solver_config=None)
+    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def sample(
+    pipeline: MTDiffusionPipeline,
+    observe: list[str],
+    num: int,
+    seed: int,
+    out: Path,
+    each: Path | None,
+    guidance: str | Callable[[Iterable[str]], dict[str, float]],
+    settings: dict[str, Any],
+) -> list[str]:
+    """Draw, and write one grid per modality that can be seen; every sample has a generator of its own.
+
+    Args:
+        pipeline: the model and its solver.
+        observe: `modality=value` texts, see each modality's `parse`.
+        num: how many samples.
+        seed: sample k depends on (seed, k) alone: not on ``num`` and not on the batch.
+        out: the anchor's grid; those of other modalities are named after it.
+        each: a folder for one file per modality and sample, or None.
+        guidance: a number, or `modality=number,…`, or what gives {modality: scale} of those that are observed.
+        settings: further arguments of the pipeline.
+
+    Returns:
+        Lines that say what was written, and what can be printed.
+
+    Raises:
+        InputError: before anything is drawn, when an input does not fit or a file would be overwritten.
+    """
+    grids = _grid_paths(pipeline.model, out)
+    if each is not None and each.exists() and (not each.is_dir() or any(each.iterdir())):
+        raise InputError("--save-each", str(each), "exists; choose another folder")
+    observed = {name: [raw] for name, raw in read_observed(pipeline.model, observe).items()}  # one value for all
+    shown = set(observed) & set(pipeline.model.observable) - {pipeline.model.anchor}
+    scales = read_guidance(guidance) if isinstance(guidance, str) else guidance(shown)
+    output = pipeline(num, observed, guidance_scale=scales, generator=generators(seed, num), **settings)
+    lines = []
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for name, values in output.samples.items():
+        if name in output.weights:  # one set was typed for all samples
+            set_weights(values[:1], output.weights[name][:1], grids[name])
+            lines.append(f"wrote {grids[name]}, each image with its weight")
+        elif isinstance(values[0], Image.Image):
+            tile(values, columns=max(1, round(num**0.5)), zoom=max(1, 48 // values[0].height)).save(grids[name])
+            lines.append(f"wrote {grids[name]}")
+        else:
+            text = " ".join(str(value) for value in values)
+            lines.append(f"{name}: {text if len(text) <= _LONGEST else text[:_LONGEST] + ' … (see --save-each)'}")
+    return lines if each is None else [*lines, *_save_each(pipeline.model, output.samples, each)]
+
+
+def prepare(pipeline: MTDiffusionPipeline, dtype: str, compiled: bool) -> None:
+    """Choose the precision of the networks, and compile the backbone in place.
+
+    Args:
+        pipeline: that is changed.
+        dtype: one of `PRECISIONS`; z_t, the solver and the heads' likelihoods stay in float32.
+        compiled: whether to compile; needs a C++ compiler, on a GPU Triton.
+    """
+    if dtype not in PRECISIONS:
+        raise InputError("--dtype", dtype, f"choose one of {', '.join(PRECISIONS)}")
+    pipeline.to(PRECISIONS[dtype])
+    if compiled:
+        pipeline.model.backbone.compile()
+
+
+def read_observed(model: MTDiffusionModel, items: list[str]) -> dict[str, Any]:
+    """`modality=value` texts as {modality: raw value}."""
+    observed: dict[str, Any] = {}
+    for item in items:
+        name, separator, text = item.partition("=")
+        if not separator:
+            raise InputError("--observe", item, "write modality=value, for example label=3")
+        if name not in model.names:
+            raise InputError("--observe", item, f"no such modality; choose from {', '.join(model.names)}")
+        if name in observed:
+            raise InputError("--observe", item, f"{name} is observed twice; leave one out")
+        try:
+            observed[name] = model.modalities[name].parse(text)
+        except InputError as error:
+            raise InputError(f"observed.{name}", error.value, error.remedy) from None
+    return observed
+
+
+def read_guidance(text: str) -> float | dict[str, float]:
+    """`2`, or `label=2,embedding=1.5` as {modality: scale}."""
+    parts = text.split(",")
+    if len(parts) == 1 and "=" not in text:
+        return _scale(text)
+    scales: dict[str, float] = {}
+    for part in parts:
+        name, separator, number = part.partition("=")
+        if not separator or not name or name in scales:
+            raise InputError("--guidance", text, "write one number, or modality=number, each modality once: label=2")
+        scales[name] = _scale(number)
+    return scales
+
+
+def _scale(text: str) -> float:
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = math.nan
+    if not (math.isfinite(scale) and scale >= 0):
+        raise InputError("--guidance", text, "is no number ≥ 0; write 2, or label=2,embedding=1.5")
+    return scale
+
+
+def generators(seed: int, count: int) -> list[torch.Generator]:
+    """One per sample; consecutive seeds, as torch's CPU generator keeps only 32 of a seed's bits."""
+    first = fold(seed, 0, "sample") >> 1
+    return [torch.Generator().manual_seed(first + index) for index in range(count)]
+
+
+def _grid_paths(model: MTDiffusionModel, out: Path) -> dict[str, Path]:
+    if out.suffix.lower() != ".png":
+        raise InputError("--out", str(out), "is no PNG; choose a name that ends in .png")
+    paths = {name: out.with_stem(f"{out.stem}-{name}") for name in model.auxiliary} | {model.anchor: out}
+    if taken := [str(path) for path in paths.values() if path.exists()]:
+        raise InputError("--out", taken[0], "exists; choose another file")
+    return paths
+
+
+def _save_each(model: MTDiffusionModel, samples: dict[str, list[Any]], folder: Path) -> list[str]:
+    """One file per modality and sample, `folder/modality/0000.*`, that `--observe` reads back."""
+    for name, values in samples.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for index, shown in enumerate(values):
+            model.modalities[name].save(shown, folder / name / f"{index:04d}")
+    return [f"wrote {len(next(iter(samples.values())))} samples to {folder}"]

@@ -1,0 +1,161 @@
+"""One evaluation of the network in a reverse step: branches, classifier-free guidance, self-guidance, feedback.
+
+Self-guidance adds the gradient of the model's own log p_θ(x_i | z_t): with z_t = signal · z_0 + c + noise · ε,
+Tweedie's formula (Efron, 2011) and Bayes' rule give E[z_0 | z_t, x_i] from E[z_0 | z_t].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmdiff.backbones import Observation
+from mmdiff.modalities import Modality
+from mmdiff.model import MTDiffusionModel
+from mmdiff.sampling.conditioning import Conditioning
+from mmdiff.schedulers import MTScheduler
+
+MIN_SIGNAL = (
+    1e-2  # √ā_t below which there is no self-guidance: z_t says nothing of z_0, and its gradient is divided by it
+)
+
+
+class Branches(NamedTuple):
+    """What the network is told beside z_t, the branches along the batch: all that is shown, then all but one each.
+
+    ``observation`` is (K · B, …) for 1 + len(``left_out``) = K branches.
+    """
+
+    observation: Observation
+    left_out: tuple[str, ...]
+
+
+class Evaluation(NamedTuple):
+    """``prediction`` (B, C, H, W) and ``params`` by modality, of the branch with all; ``unseen`` {name: its params in
+    the branch that leaves it out}, of those that have a head."""
+
+    prediction: Tensor
+    params: dict[str, Tensor]
+    unseen: dict[str, Tensor]
+
+
+def branches(
+    model: MTDiffusionModel,
+    values: Mapping[str, Tensor],
+    aggregated: Iterable[str],
+    shown: Iterable[str],
+    left_out: tuple[str, ...],
+    like: Tensor,
+) -> Branches:
+    """The same for every step of a run.
+
+    Args:
+        model: the networks.
+        values: of the observed modalities.
+        aggregated, shown: names of those in c_t, and in the observation channels.
+        left_out: one further branch each.
+        like: z_t (B, C, H, W).
+    """
+    everywhere = torch.ones(len(like), dtype=torch.bool, device=like.device)
+    flags = dict.fromkeys(aggregated, everywhere)
+    parts = [
+        model.observation(values, flags, dict.fromkeys(set(shown) - {name}, everywhere), like=like)
+        for name in (None, *left_out)
+    ]
+    return Branches(Observation(*(torch.cat(part) for part in zip(*parts, strict=True))), left_out)
+
+
+def guided(
+    model: MTDiffusionModel, sample: Tensor, timesteps: Tensor, told: Branches, scales: Mapping[str, float]
+) -> Evaluation:
+    """Classifier-free guidance, every branch in one batch: full + Σ_i (s_i − 1) (full − full without i).
+
+    With one observed modality this is the usual absent + s (observed − absent). The heads are those of the full branch.
+    """
+    count = 1 + len(told.left_out)
+    if count == 1:
+        output = model(sample, timesteps, told.observation)
+        return Evaluation(output.prediction, output.params, {})
+    output = model(sample.repeat(count, 1, 1, 1), timesteps.repeat(count), told.observation)
+    full, *without = output.prediction.chunk(count)
+    pairs = [(scales[name], part) for name, part in zip(told.left_out, without, strict=True) if name in scales]
+    heads = {name: params.chunk(count) for name, params in output.params.items()}
+    return Evaluation(
+        prediction=full + sum((scale - 1.0) * (full - part) for scale, part in pairs),
+        params={name: parts[0] for name, parts in heads.items()},
+        unseen={name: heads[name][k] for k, name in enumerate(told.left_out, start=1) if name in heads},
+    )
+
+
+def steered(
+    model: MTDiffusionModel,
+    scheduler: MTScheduler,
+    sample: Tensor,
+    timesteps: Tensor,
+    now: int,
+    told: Branches,
+    plan: Conditioning,
+    values: Mapping[str, Tensor],
+    plugged: Mapping[str, Tensor],
+) -> Evaluation:
+    """One evaluation with every guidance that was asked for.
+
+    Args:
+        model, scheduler: of the pipeline.
+        sample: z_t.
+        timesteps: (B,), and the same as a Python number in ``now``.
+        told: see `branches`.
+        plan: the call's.
+        values: of the observed modalities.
+        plugged: encodings of the observed modalities in c_t.
+    """
+    signal, noise = scheduler.signal_and_noise(now) if plan.guides else (0.0, 1.0)
+    if signal < MIN_SIGNAL:
+        return guided(model, sample, timesteps, told, plan.scales)
+    with torch.enable_grad():
+        z_t = sample.detach().requires_grad_()
+        found = guided(model, z_t, timesteps, told, plan.scales)
+        heads = found.params | found.unseen
+        total = sum(s * _log_likelihood(model.modalities[n], heads[n], values[n]) for n, s in plan.guides.items())
+        (score,) = torch.autograd.grad(total, z_t)
+    prediction, params = found.prediction.detach(), {name: p.detach() for name, p in found.params.items()}
+    shift = (noise**2 / signal) * score
+    if blind := [name for name in sorted(plan.guides) if name in plugged and name not in plan.channels]:
+        known = {name: plugged[name] for name in blind}
+        mean = {name: model.modalities[name].expected_encoding(params[name]) for name in blind}
+        shift = shift + _recentred(scheduler, prediction, now, sample, known, mean)
+    return Evaluation(scheduler.shifted_prediction(prediction, now, shift), params, {})
+
+
+def _log_likelihood(modality: Modality, params: Tensor, value: Tensor) -> Tensor:
+    """Σ over the batch of log p_θ(x_i | z_t), in nats: a sample's gradient is its own."""
+    return -modality.dimensions * modality.nll(params.float() if params.dtype != torch.float64 else params, value).sum()
+
+
+def _recentred(
+    scheduler: MTScheduler,
+    prediction: Tensor,
+    now: int,
+    sample: Tensor,
+    known: Mapping[str, Tensor],
+    mean: Mapping[str, Tensor],
+) -> Tensor:
+    """The z_0 that a network means which does not know x_i, minus the z_0 that the solver will read off.
+
+    Such a network predicts means over p_θ(x_i | z_t), c_t's too; the solver subtracts c_t of the observed x_i.
+    """
+    signal, _ = scheduler.signal_and_noise(now)
+    meant = scheduler.predict_original_sample(prediction, now, sample, mean)
+    read = scheduler.predict_original_sample(prediction, now, sample, known)
+    moved = scheduler.aggregate(mean, now, sample) - scheduler.aggregate(known, now, sample)
+    return meant - read + moved / signal
+
+
+def fed_encoding(modality: Modality, params: Tensor, feed: str, drawn: Tensor) -> Tensor:
+    """The encoding of an unknown modality from its head: E(draw), Σ_k p(k) E(k), or E(mode)."""
+    if feed == "mean":
+        return modality.expected_encoding(params)
+    return modality.encode(drawn if feed == "draw" else modality.mode(params))

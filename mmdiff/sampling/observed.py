@@ -1,0 +1,107 @@
+"""Observed values of a call to the pipeline: raw things as tensors of one batch size, and what mattered in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmdiff.errors import InputError
+from mmdiff.modalities import Modality
+from mmdiff.model import MTDiffusionModel
+from mmdiff.sampling.arguments import plain
+
+
+def observed_values(model: MTDiffusionModel, observed: Mapping[str, Any], batch_size: int | None) -> dict[str, Tensor]:
+    """{modality: values (B, …)}, on the model's device.
+
+    Args:
+        model: the networks.
+        observed: {modality: one raw value, a list of them, or a tensor of values}; single values are broadcast.
+        batch_size: B, or None: what the values have.
+
+    Raises:
+        InputError: naming the modality.
+    """
+    if not isinstance(observed, Mapping):
+        raise InputError("observed", observed, "needs {modality: value}")
+    values = {}
+    for name, raw in observed.items():
+        if name not in model.names:
+            raise InputError(f"observed.{name}", raw, f"choose from {', '.join(model.names)}")
+        values[name] = _values(model, name, raw)
+    counts = {name: len(value) for name, value in values.items() if len(value) != 1}
+    count = batch_size or max(counts.values(), default=1)
+    for name, found in counts.items():
+        if found != count:
+            raise InputError(f"observed.{name}", f"{found} values", f"does not match {count} samples")
+    return {name: value.expand(count, *value.shape[1:]) if len(value) == 1 else value for name, value in values.items()}
+
+
+def _values(model: MTDiffusionModel, name: str, raw: Any) -> Tensor:
+    modality: Modality = model.modalities[name]
+    try:
+        raw = _stacked(raw)
+        if isinstance(raw, Tensor):
+            value = _as_batch(name, raw, modality)
+            modality.check(value)
+            modality.check_observed(value)
+        else:
+            many = _separate(raw, len(modality.value_shape))
+            if not many:
+                raise InputError(name, raw, "is empty; leave the modality out to draw it")
+            value = torch.stack([modality.preprocess(plain(name, item)) for item in many])
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise InputError(name, "NaN or infinity", "every number must be finite")
+    except InputError as error:
+        raise InputError(f"observed.{name}", error.value, error.remedy) from None
+    return value.to(model.device, model.value_dtype if value.is_floating_point() else None)
+
+
+def _stacked(raw: Any) -> Any:
+    """A list of tensors of one shape as one tensor."""
+    many = isinstance(raw, list | tuple) and raw and all(isinstance(item, Tensor) for item in raw)
+    return torch.stack(list(raw)) if many and len({item.shape for item in raw}) == 1 else raw
+
+
+def _as_batch(name: str, raw: Tensor, modality: Modality) -> Tensor:
+    """(B, …), whole numbers of any width as int64.
+
+    Raises:
+        InputError: where nothing can be read from it.
+    """
+    if raw.is_meta or raw.layout != torch.strided:
+        raise InputError(name, f"a {raw.device.type} tensor, {raw.layout}", "needs a dense tensor with values")
+    if not raw.numel():
+        raise InputError(name, f"a tensor of shape {tuple(raw.shape)}", "is empty; leave the modality out to draw it")
+    value = raw if raw.ndim > len(modality.value_shape) else raw[None]
+    whole = not (raw.is_floating_point() or raw.is_complex() or raw.dtype == torch.bool)
+    return value.to(modality.placeholder().dtype) if whole and not modality.placeholder().is_floating_point() else value
+
+
+def _separate(raw: Any, dimensions: int) -> list[Any]:
+    """The raw values of a batch: of a list of things, of an array (B, …), or of one thing alone."""
+    if isinstance(raw, np.ndarray):
+        return list(raw) if raw.ndim > max(dimensions, 0) else [raw]
+    if isinstance(raw, list | tuple):
+        return [raw] if 0 < _depth(raw) <= dimensions else list(raw)
+    return [raw]
+
+
+def _depth(raw: Any) -> int:
+    """How deep numbers lie in nested lists; 0 where something else does."""
+    if isinstance(raw, list | tuple):
+        inner = _depth(raw[0]) if raw else 0
+        return inner + 1 if inner or (raw and isinstance(raw[0], int | float | np.number)) else 0
+    return 0
+
+
+def weights_of(model: MTDiffusionModel, values: Mapping[str, Tensor], size: int | None = None) -> dict[str, Tensor]:
+    """{modality: how much each part of its values matters (B, n)}, of those that have parts, ``size`` rows at once."""
+    found = {
+        name: [model.modalities[name].weights(part) for part in v.split(size or len(v))] for name, v in values.items()
+    }
+    return {name: torch.cat(parts) for name, parts in found.items() if parts[0] is not None}

@@ -1,0 +1,268 @@
+"""`mmdiff benchmark fusion`: bags at any law, scores by hand, what learns, and a benchmark that goes on."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+from torch.nn.functional import cross_entropy
+
+from mmdiff.benchmarks.fusion import run as fusion_accuracy
+from mmdiff.benchmarks.fusion.classifier import Classifiers, Retrieval
+from mmdiff.benchmarks.fusion.image_sets import front_views, held_out_bags, one_large, single_photos, training_bags
+from mmdiff.benchmarks.fusion.learning import ENTRIES, FINE_TUNED, ZERO_SHOT, fit
+from mmdiff.benchmarks.fusion.scores import best, between_seeds, mass, scores
+from mmdiff.benchmarks.fusion.settings import Schedule, Settings, load_settings
+from mmdiff.benchmarks.fusion.vlm import LanguageModels
+from mmdiff.errors import InputError
+from mmdiff.modalities.fusion import FUSIONS, build_fusion
+
+Cli = Callable[..., Any]
+ROOT = Path(__file__).parents[3]
+EXPERIMENTS = sorted(path for path in (ROOT / "experiments" / "fusion").glob("*.yaml") if "\nway: " in path.read_text())
+TOY = [
+    *("data.options.rows=24", "data.options.validation_rows=8", "seeds=2", "hidden=4"),
+    *("test.rows=6", "test.views=[1,3]", "test.distractors=[0,0.5]", "pretraining.steps=2", "training.steps=1"),
+]
+SMALL = ["small.width=16", "small.layers=1", "small.patch=12"]
+DIGITS = {
+    stem: ["data.options.source=digits", "data.options.object=label", f"tasks.{task}.columns=[label]"]
+    for stem, task in (("accuracy_coil", "category"), ("retrieval_coil", "object"))
+}
+
+
+def toy(stem: str, *more: str) -> Settings:
+    chosen = [*TOY, *DIGITS.get(stem, []), *more]
+    return load_settings(ROOT / "experiments" / "fusion" / f"{stem}.yaml", chosen)
+
+
+# --------------------------------------------------------------------------------------------------------------- scores
+
+
+def test_labels_are_scored_as_by_hand() -> None:
+    found = scores("label", ["a", "a", "b", "nonsense"], ["a", "b", "b", "c"])
+    precision, recall = (1 / 2 + 1 / 1 + 0) / 3, (1 / 1 + 1 / 2 + 0) / 3  # of a, b, c
+    assert found == pytest.approx({"accuracy": 0.5, "precision": precision, "recall": recall})
+
+
+def test_attributes_are_scored_each() -> None:
+    found = scores("attributes", ["circle , red", "red", "blue, ring"], ["red , circle", "red , ring", "blue , ring"])
+    precision, recall = 1.0, (1 + 1 + 1 + 1 / 2) / 4  # of blue, circle, red, ring
+    assert found == pytest.approx({"accuracy": 2 / 3, "precision": precision, "recall": recall})
+
+
+def test_captions_are_scored_by_words() -> None:
+    found = scores("caption", ["a red ring", "a big blue ring"], ["a red ring", "a blue circle"])
+    assert found == pytest.approx({"accuracy": 0.5, "precision": (1 + 2 / 4) / 2, "recall": (1 + 2 / 3) / 2})
+
+
+def test_the_best_answer_is_the_nearest() -> None:
+    candidates = [["a blue ring", "a red circle", "a red ring"], ["x"]]
+    assert best("caption", candidates, ["a red square ring", "y"]) == ["a red ring", "x"]
+    assert best("label", [["b", "a"]], ["a"]) == ["a"]
+
+
+def test_the_mass_on_distractors_is_compared_with_an_even_one() -> None:
+    weights = torch.tensor([[0.5, 0.25, 0.25], [0.9, 0.1, 0.0], [1.0, 0.0, 0.0]])
+    found = mass(weights, [[False, True, True], [False, True], [False]])
+    assert found == pytest.approx({"weight on distractors": 0.3, "1/n on distractors": (2 / 3 + 1 / 2) / 2})
+    assert mass(weights[2:], [[False]]) == {}
+
+
+def test_seeds_have_students_interval() -> None:
+    values = [0.5, 0.6, 0.8]
+    expected = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
+    assert between_seeds(values)["95 %"] == pytest.approx(expected)
+    assert between_seeds([0.5])["95 %"] is None
+
+
+# ----------------------------------------------------------------------------------------------------------------- bags
+
+
+@pytest.mark.parametrize("stem", ["accuracy_shapes", "accuracy_coil"])
+def test_bags_follow_the_law_that_is_asked_for(stem: str) -> None:
+    settings = toy(stem)
+    assert {len(photos) for photos in single_photos(settings).photos} == {1}
+    held_out = held_out_bags(settings, 4, 0.5)
+    assert len(held_out.photos) == 6 and all(len(photos) == 4 for photos in held_out.photos)
+    assert [sum(flags) for flags in held_out.distractors] == [2] * 6
+    assert held_out.photos[0][0].size == (settings.data.size,) * 2
+    assert max(map(len, training_bags(settings).photos)) > 3
+    assert held_out.answers == held_out_bags(settings, 1, 0.0).answers  # the same objects at every law
+
+
+def test_answers_are_the_texts_of_columns() -> None:
+    answers = held_out_bags(toy("accuracy_shapes_llava"), 1, 0.0).answers
+    for kind, attributes, caption in zip(*(answers[task] for task in ("category", "attributes", "caption"))):
+        color, shape = kind.split()
+        assert (attributes, caption) == (f"{color} , {shape}", f"a {color} {shape}")
+
+
+@pytest.mark.parametrize(("count", "side"), [(1, 1), (2, 2), (4, 2), (5, 3)])
+def test_one_large_image_holds_all_photos(count: int, side: int) -> None:
+    photos = [Image.new("RGB", (4, 4), (index + 1, 0, 0)) for index in range(count)]
+    large = np.asarray(one_large(photos))[..., 0]
+    assert large.shape == (4 * side, 4 * side)
+    blocks = large.reshape(side, 4, side, 4)[:, 0, :, 0].flatten().tolist()
+    assert blocks == [*range(1, count + 1), *[128] * (side**2 - count)]
+
+
+# ------------------------------------------------------------------------------------------------------------- learning
+
+
+def test_attention_learns_to_leave_distractors_out() -> None:
+    torch.manual_seed(0)
+    stranger = torch.arange(5) < torch.randint(1, 4, (64, 1))  # (B, n)
+    targets = torch.randint(3, (64,))
+    shown = torch.where(stranger, torch.randint(3, (64, 5)), targets[:, None])
+    members = torch.cat([torch.nn.functional.one_hot(shown, 3), stranger[..., None]], dim=-1).float()
+    fusion, head = build_fusion("attention", 4, 8), torch.nn.Linear(4, 3)
+    mask = torch.ones(64, 5, dtype=torch.bool)
+    before = mass(fusion(members, mask).weights.detach(), stranger.tolist())
+
+    def loss(rows: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(head(fusion(members[rows], mask[rows]).embedding), targets[rows])
+
+    fit([*fusion.parameters(), *head.parameters()], loss, 64, Schedule(steps=150, learning_rate=0.05), seed=0)
+    after = mass(fusion(members, mask).weights.detach(), stranger.tolist())
+    assert before["weight on distractors"] > 0.3 and after["weight on distractors"] < 0.1
+
+
+@pytest.mark.parametrize(("learns", "parts"), [("fusion", ""), ("head", "head"), ("all", "encoder head")])
+def test_besides_the_fusion_only_what_shall_learns(tmp_path: Path, learns: str, parts: str) -> None:
+    way = Classifiers(toy("accuracy_shapes", f"learns={learns}"), tmp_path)
+    model = way._pretrained(0)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    way._fused(model, "attention", 0)
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert {name.partition(".")[0] for name in moved} == set(parts.split())
+
+
+def test_an_object_never_seen_is_found_by_its_front_view(tmp_path: Path) -> None:
+    """Each front view finds itself, in whatever order; training has none of these objects, no set a front view."""
+    settings = toy("retrieval_coil", "test.rows=8")
+    way, fronts = Retrieval(settings, tmp_path), front_views(settings)
+    assert set(fronts) == set(held_out_bags(settings, 1, 0.0).answers["object"]) and len(fronts) > 1
+    assert not set(fronts) & set(training_bags(settings).answers["object"])
+    shown = {photo.tobytes() for photos in held_out_bags(settings, 4, 0.5).photos for photo in photos}
+    assert not shown & {front.tobytes() for front in fronts.values()}
+    model, pixels = way._pretrained(0), [torch.from_numpy(np.array(front)) for front in fronts.values()]
+    with torch.no_grad():
+        features = model.features(torch.stack(pixels).permute(0, 3, 1, 2)).flip(0)
+        assert way._named(model, 3.0 * features) == list(fronts)[::-1]
+
+
+@pytest.mark.parametrize("stem", ["accuracy_shapes_llava", "accuracy_shapes_blip2"])
+def test_a_language_model_learns_its_answers(tmp_path: Path, stem: str) -> None:
+    """It says by heart what it has seen often: three sets, a task each."""
+    more = ["data.options.rows=3", "data.options.bags.views=1", "data.options.bags.distractors=0"]
+    more += ["pretraining.steps=60", "pretraining.learning_rate=5e-3", *SMALL]
+    way = LanguageModels(toy(stem, *more), tmp_path)
+    model, reader = way._pretrained("attention", 0)
+    for row, task in enumerate(way.settings.tasks):
+        found = way._asked(model, reader, "attention", task, way.single.photos[row : row + 1])
+        assert found.texts == [[way.single.answers[task][row]]]
+
+
+# ------------------------------------------------------------------------------------------------------------ the whole
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_an_experiment_is_a_record_named_after_its_file(path: Path) -> None:
+    assert load_settings(path).name == path.stem
+    header = path.read_text().split("\nname:")[0]
+    assert all(line.startswith("#") for line in header.splitlines())
+    for entry in ("command", "data", "hardware", "time", "expected", "measured"):
+        assert re.search(rf"^# {entry} ", header, flags=re.MULTILINE), entry
+    assert path.relative_to(ROOT).as_posix() in header
+
+
+@pytest.mark.parametrize(
+    "stem",
+    [
+        "accuracy_shapes",
+        "accuracy_shapes_llava",
+        pytest.param("accuracy_coil", marks=pytest.mark.slow),
+        pytest.param("retrieval_coil", marks=pytest.mark.slow),
+        pytest.param("accuracy_shapes_blip2", marks=pytest.mark.slow),
+    ],
+)
+def test_the_command_leaves_a_table_and_goes_on(stem: str, cli: Cli, tmp_path: Path) -> None:
+    more = [*TOY, *SMALL, "new_tokens=2", "seeds=1", "test.distractors=[0.5]", "test.rows=3"]
+    more += DIGITS.get(stem, [])
+    call = ("benchmark", "fusion", ROOT / "experiments" / "fusion" / f"{stem}.yaml", *more, "--out", tmp_path)
+    answer = cli(*call)
+    assert answer.code == 0, answer.err
+    for name in (*ENTRIES, "weight on distractors (1/n)", "accuracy minus that of"):
+        assert name in answer.out
+    found = json.loads((tmp_path / f"{stem}.json").read_text())
+    tasks = found["manifest"]["settings"]["tasks"]
+    assert len(found["rows"]) == len(tasks) * len(ENTRIES) * (1 + 2 + 1 + 2)
+    assert {(row["task"], row["entry"]) for row in found["gains"]} == {
+        (task, kind) for task in tasks for kind in FUSIONS
+    }
+    assert found["manifest"]["seeds"] == [0] and "mmdiff benchmark fusion" in found["manifest"]["command"]
+    assert (tmp_path / f"{stem}.png").stat().st_size > 1000
+    parts = sorted(tmp_path.glob(f"{stem}-*/parts/*.json"))
+    assert len(parts) == len(ENTRIES)
+    lost, kept = parts[0], {path: path.stat().st_mtime_ns for path in parts[1:]}
+    scores_before = json.loads(lost.read_text())["scores"]
+    lost.unlink()
+    assert cli(*call).code == 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert json.loads(lost.read_text())["scores"] == scores_before
+
+
+def test_means_and_gains_are_of_the_parts(tmp_path: Path) -> None:
+    settings = toy("accuracy_shapes")
+    accuracy = {"mean": 0.5, ZERO_SHOT: 0.2, FINE_TUNED: 0.3}
+
+    def cell(entry: str, seed: int, views: int, share: float) -> dict[str, Any]:
+        own = accuracy.get(entry, 0.1) + 0.01 * seed + (0.3 if views == 1 else 0.0) - 0.1 * share
+        return {"task": "category", "views": views, "distractors": share, "sets": 6, "answers": 3} | dict.fromkeys(
+            ("accuracy", "precision", "recall"), own
+        )
+
+    parts = [
+        {"entry": entry, "seed": seed, "seconds": 1.0, "scores": [cell(entry, seed, *c) for c in cells]}
+        for entry in ENTRIES
+        for seed in range(2)
+        for cells in [[(views, share) for share in (0.0, 0.5) for views in (1, 3)]]
+    ]
+    found = fusion_accuracy.tree(settings, parts)
+    row = next(r for r in found["rows"] if (r["entry"], r["photos"], r["distractors"]) == ("mean", "all", "all"))
+    assert row["accuracy"]["by seed"] == pytest.approx([0.475, 0.485])  # of three photos, both shares
+    gain = next(r for r in found["gains"] if r["entry"] == "mean")
+    assert gain[ZERO_SHOT]["mean"] == pytest.approx(0.3) and gain[FINE_TUNED]["mean"] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("test.veiws=[1]", "did you mean views"),
+        ("way=retrieval data.front=back", "fusion.data = 'back': the source has the columns"),
+        ("data.photos=pictures", "fusion.data = 'pictures': the source has the columns"),
+        ("way=oracle", "way"),
+        ("tasks.more.columns=[label]", "a classifier has one task"),
+        ("test.distractors=[1.0]", "test.distractors"),
+    ],
+)
+def test_bad_settings_are_one_line(change: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        fusion_accuracy.results(toy("accuracy_shapes", *change.split()), tmp_path, progress=False)
+
+
+def test_the_command_needs_experiments(cli: Cli, tmp_path: Path) -> None:
+    assert cli("benchmark", "fusion", "seeds=1").code == 2
+    answer = cli("benchmark", "fusion", tmp_path / "none.yaml")
+    assert answer.code == 2 and "no such file" in answer.err
+    twice = cli("benchmark", "fusion", EXPERIMENTS[0], EXPERIMENTS[0])
+    assert twice.code == 2 and "the name of two experiments" in twice.err

@@ -1,0 +1,312 @@
+"""How observed values steer: guidance against separate forwards, feeds and names with their refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from networks import random_model
+from torch import Tensor
+
+from mmdiff.errors import InputError
+from mmdiff.modalities import Label, Shape
+from mmdiff.model import MTDiffusionModel, MTDiffusionModelOutput
+from mmdiff.pipeline import MTDiffusionPipeline
+from mmdiff.sampling.conditioning import (
+    FEEDS,
+    Conditioning,
+    aggregated_names,
+    conditioning_of,
+    feed_for,
+    guidance_scales,
+)
+from mmdiff.sampling.guidance import Evaluation, branches, fed_encoding, guided, steered
+from mmdiff.sampling.heads import heads_of_noised_anchor, read_levels
+from mmdiff.schedulers import MTDiffusionScheduler
+
+VALUES = {"label": torch.tensor([2, 0]), "colour": torch.tensor([1, 0])}
+EVERYWHERE = torch.ones(2, dtype=torch.bool)
+BOTH = {"label": EVERYWHERE, "colour": EVERYWHERE}
+SAMPLE, TIMESTEPS = torch.linspace(-2, 2, 2 * 64).reshape(2, 1, 8, 8), torch.tensor([3, 11])
+
+
+def build(observable: list[str] | None = None) -> MTDiffusionModel:
+    modalities = {
+        "image": {"kind": "image", "channels": 1, "size": 8},
+        "label": {"kind": "label", "num_classes": 3},
+        "colour": {"kind": "label", "num_classes": 2},
+    }
+    return random_model(modalities, std=0.3, observable=observable)
+
+
+def forward(model: MTDiffusionModel, observed: Mapping[str, Tensor]) -> MTDiffusionModelOutput:
+    observation = model.observation(VALUES, {"label": EVERYWHERE}, observed, like=SAMPLE)
+    return model(SAMPLE, TIMESTEPS, observation)
+
+
+def guide(model: MTDiffusionModel, observed: Mapping[str, Tensor], scales: Mapping[str, float]) -> Evaluation:
+    told = branches(model, VALUES, ["label"], observed, tuple(sorted(scales)), like=SAMPLE)
+    return guided(model, SAMPLE, TIMESTEPS, told, scales)
+
+
+@torch.no_grad()
+def test_without_scales_it_is_the_plain_forward() -> None:
+    model = build()
+    actual, expected = guide(model, BOTH, {}), forward(model, BOTH)
+    assert torch.equal(actual.prediction, expected.prediction)
+    assert all(torch.equal(actual.params[name], expected.params[name]) for name in expected.params)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
+@torch.no_grad()
+def test_one_scale_is_classifier_free_guidance(scale: float) -> None:
+    """absent + s (observed − absent) of two separate forwards; the heads are those of the observed one."""
+    model, observed = build(), {"colour": EVERYWHERE}
+    full, absent = forward(model, observed), forward(model, {})
+    assert (full.prediction - absent.prediction).abs().max() > 1e-2  # the observation matters
+    actual = guide(model, observed, {"colour": scale})
+    expected = absent.prediction + scale * (full.prediction - absent.prediction)
+    torch.testing.assert_close(actual.prediction, expected, rtol=1e-4, atol=1e-5)
+    for name, params in full.params.items():
+        torch.testing.assert_close(actual.params[name], params, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_every_modality_has_its_own_scale() -> None:
+    model = build()
+    full = forward(model, BOTH).prediction
+    without_label, without_colour = (forward(model, {name: EVERYWHERE}).prediction for name in ("colour", "label"))
+    expected = full + 2.0 * (full - without_label) - 0.5 * (full - without_colour)
+    actual = guide(model, BOTH, {"label": 3.0, "colour": 0.5}).prediction
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(guide(model, BOTH, {"colour": 0.5, "label": 3.0}).prediction, actual)
+
+
+def test_gradients_flow_through_guidance() -> None:
+    model, sample = build(), SAMPLE.clone().requires_grad_()
+    told = branches(model, VALUES, [], BOTH, ("label",), like=SAMPLE)
+    guided(model, sample, TIMESTEPS, told, {"label": 2.0}).prediction.sum().backward()
+    assert sample.grad is not None and sample.grad.any()
+
+
+# ----------------------------------------------------------------------------------------------------------- feeds
+
+
+@pytest.mark.parametrize(
+    ("feed", "stochastic", "expected"),
+    [
+        (None, True, "draw"),
+        (None, False, "mean"),
+        ("draw", False, "draw"),
+        ("mean", True, "mean"),
+        ("mode", True, "mode"),
+    ],
+)
+def test_feeds_and_their_defaults(feed: str | None, stochastic: bool, expected: str) -> None:
+    assert feed_for(feed, stochastic) == expected
+
+
+@pytest.mark.parametrize(
+    ("feed", "stochastic", "text"),
+    [
+        ("mode", False, "feed = 'mode': is wrong with a deterministic solver"),
+        ("median", True, "feed = 'median': choose one of draw, mean, mode"),
+    ],
+)
+def test_wrong_feeds_are_refused(feed: str, stochastic: bool, text: str) -> None:
+    with pytest.raises(InputError) as caught:
+        feed_for(feed, stochastic)
+    assert text in str(caught.value)
+
+
+def test_what_is_fed() -> None:
+    """The mean is that of the encoding, Σ_k p(k) E(k): with rows of ±1 it is not an encoding of any class."""
+    label = Label(Shape((1, 8, 8), 4, 4), num_classes=3)
+    params, drawn = torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([2])
+    rows = label.encode(torch.arange(3))
+    expected = {"draw": rows[2:], "mode": rows[:1], "mean": (0.5 * rows[0] + 0.3 * rows[1] + 0.2 * rows[2])[None]}
+    assert expected.keys() == set(FEEDS)
+    for feed, encoding in expected.items():
+        torch.testing.assert_close(fed_encoding(label, params, feed, drawn), encoding)
+
+
+# ------------------------------------------------------------------------------------------------ names and scales
+
+WEIGHTED = {"label": 1.5, "mask": 0.5, "caption": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("aggregate", "expected"),
+    [
+        (None, {"label", "mask"}),
+        (True, {"label", "mask"}),
+        (False, set()),
+        ([], set()),
+        ("label", {"label"}),
+        (["mask"], {"mask"}),
+        (("mask", "label"), {"label", "mask"}),
+    ],
+)
+def test_aggregated_names(aggregate: Any, expected: set[str]) -> None:
+    assert aggregated_names(aggregate, WEIGHTED) == expected
+
+
+@pytest.mark.parametrize("aggregate", ["caption", ["label", "caption"], ["nothing"]])
+def test_names_without_weight_are_refused(aggregate: Any) -> None:
+    with pytest.raises(InputError, match="aggregate = '(caption|nothing)': has no weight; weighted: label, mask"):
+        aggregated_names(aggregate, WEIGHTED)
+
+
+@pytest.mark.parametrize(
+    ("guidance_scale", "expected"),
+    [
+        (1.0, {}),
+        (2, {"colour": 2.0, "label": 2.0}),
+        ({"label": 3.0}, {"label": 3.0}),
+        ({"label": 1.0, "colour": 0.0}, {"colour": 0.0}),
+        ({}, {}),
+    ],
+)
+def test_guidance_scales(guidance_scale: Any, expected: dict[str, float]) -> None:
+    assert guidance_scales(guidance_scale, {"label", "colour"}) == expected
+
+
+def test_a_scale_for_what_is_not_observed_is_refused() -> None:
+    with pytest.raises(InputError, match="guidance_scale.mask = 2.0: this modality is not observed"):
+        guidance_scales({"mask": 2.0, "label": 1.0}, {"label"})
+
+
+# ------------------------------------------------------------------------------------------------- ways, by modality
+
+
+def plan(conditioning: Any = None, aggregated: Any = ("label",), **arguments: Any) -> Conditioning:
+    return conditioning_of(build(), VALUES, conditioning, set(aggregated), **arguments)
+
+
+def test_by_default_values_act_as_trained() -> None:
+    found = plan()
+    assert (found.channels, found.plugged, found.fed) == ({"label", "colour"}, {"label"}, set())
+    assert (found.guides, found.known, found.left_out) == ({}, {}, ())
+    unseen = conditioning_of(build(observable=["image"]), VALUES, None, {"label"})
+    assert (unseen.channels, unseen.plugged, unseen.guides) == (set(), {"label"}, {"colour": 1.0})
+    unknown = conditioning_of(build(), {}, None, {"label"})
+    assert unknown.fed == unknown.aggregated == {"label"}
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "channels", "plugged", "guides"),
+    [
+        ("channels", {"label", "colour"}, set(), set()),
+        (["channels", "plug-in"], {"label", "colour"}, {"label"}, set()),
+        ({"self-guidance"}, set(), set(), {"label", "colour"}),
+        (("self-guidance", "plug-in"), set(), {"label"}, {"label", "colour"}),
+        ({"label": "plug-in"}, {"colour"}, {"label"}, set()),
+        ({"label": ["self-guidance"], "colour": ["channels", "self-guidance"]}, {"colour"}, set(), {"label", "colour"}),
+    ],
+)
+def test_ways_for_all_and_by_name(conditioning: Any, channels: set[str], plugged: set[str], guides: set[str]) -> None:
+    found = plan(conditioning)
+    assert (found.channels, found.plugged, set(found.guides)) == (channels, plugged, guides)
+    assert set(found.left_out) == guides & channels
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (
+            {"conditioning": "magic"},
+            "conditioning = 'magic': choose from channels, plug-in, self-guidance, replacement",
+        ),
+        ({"conditioning": []}, "conditioning = []: names no way"),
+        ({"conditioning": {"label": []}}, "conditioning.label = []: names no way"),
+        ({"conditioning": {"mask": "channels"}}, "conditioning.mask = 'channels': is no observed auxiliary modality"),
+        ({"conditioning": "replacement"}, "conditioning = 'replacement': cannot use observed colour: here it can use"),
+        (
+            {"conditioning": ["channels", "replacement"]},
+            "conditioning = 'replacement': no observed modality can use it",
+        ),
+        (
+            {"conditioning": "plug-in"},
+            "conditioning = 'plug-in': cannot use observed colour: here it can use channels,",
+        ),
+        (
+            {"conditioning": {"colour": "plug-in"}},
+            "conditioning.colour = 'plug-in': here it can use channels, self-gui",
+        ),
+        (
+            {"conditioning": {"label": "plug-in"}, "aggregated": ()},
+            "conditioning.label = 'plug-in': here it can use ch",
+        ),
+        ({"conditioning": {"label": ["channels", "replacement"]}}, "conditioning.label = 'replacement': here it can"),
+        ({"conditioning": "self-guidance", "denoising": False}, "conditioning = 'self-guidance': cannot use observed"),
+        (
+            {"conditioning": "self-guidance", "guidance_scale": 2.0},
+            "guidance_scale = 2.0: needs an observed modality in",
+        ),
+        (
+            {"conditioning": {"label": "plug-in"}, "guidance_scale": {"label": 2.0}},
+            "guidance_scale.label = 2.0: needs conditioning channels",
+        ),
+        ({"self_guidance_scale": {"label": 2.0}}, "self_guidance_scale.label = 2.0: needs conditioning self-guidance"),
+        ({"resampling": 3}, "resampling = 3: needs (jump_length, jump_n_sample)"),
+        ({"resampling": (0, 1)}, "resampling = (0, 1): needs (jump_length, jump_n_sample)"),
+        ({"resampling": (1, 2, 3)}, "resampling = (1, 2, 3): needs"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(arguments: dict[str, Any], text: str) -> None:
+    with pytest.raises(InputError) as caught:
+        plan(**arguments)
+    assert text in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_self_guidance_beside_channels_reads_the_branch_that_does_not_see_the_value() -> None:
+    """The gradient of log p(colour | z_t, label), its head where colour is not observed, in total nats."""
+    model, scheduler = build(), MTDiffusionScheduler(num_train_timesteps=20)
+    chosen = conditioning_of(model, VALUES, {"colour": ["channels", "self-guidance"]}, {"label"})
+    encodings = model.encode({"label": VALUES["label"]})
+    told = branches(model, VALUES, chosen.aggregated, chosen.channels, chosen.left_out, like=SAMPLE)
+    times = torch.tensor([4, 4])
+    found = steered(model, scheduler, SAMPLE, times, 4, told, chosen, VALUES, encodings)
+
+    z = SAMPLE.clone().requires_grad_()
+    logits = model(z, times, model.observation(VALUES, {"label": EVERYWHERE}, {"label": EVERYWHERE}, like=z)).params
+    logits["colour"].log_softmax(1)[[0, 1], VALUES["colour"]].sum().backward()
+    full = model(SAMPLE, times, model.observation(VALUES, {"label": EVERYWHERE}, BOTH, like=SAMPLE)).prediction
+    a_bar = scheduler.alphas_cumprod[4]
+    expected = full - ((1 - a_bar).sqrt() / a_bar.sqrt()).float() * z.grad  # v
+    assert z.grad.any()
+    torch.testing.assert_close(found.prediction, expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- reading at noise levels
+
+
+@torch.no_grad()
+def test_read_timesteps_average_the_heads_laws() -> None:
+    model, scheduler = build(), MTDiffusionScheduler(num_train_timesteps=20)
+    pipe = MTDiffusionPipeline(model=model, scheduler=scheduler)
+    generator, image, levels = torch.Generator().manual_seed(0), SAMPLE / 2, (0, 5, 9)
+    probabilities = []
+    for level in levels:
+        noise, times = torch.randn(2, 1, 8, 8, generator=generator), torch.full((2,), level)
+        a_bar = scheduler.alphas_cumprod[level]
+        z_t = (a_bar.sqrt() * image + (1 - a_bar).sqrt() * noise).float()
+        shown = model.observation(VALUES, {}, {"colour": EVERYWHERE}, like=z_t)
+        probabilities.append(model(z_t, times, shown).params["label"].softmax(1))
+    expected = torch.stack(probabilities).mean(0)
+    noises = iter([torch.randn(2, 1, 8, 8, generator=g) for g in [torch.Generator().manual_seed(0)] for _ in levels])
+    values = {"image": image, "colour": VALUES["colour"]}
+    params = heads_of_noised_anchor(model, scheduler, values, ["colour"], levels, noises)
+    torch.testing.assert_close(params["label"].softmax(1), expected, rtol=1e-4, atol=1e-5)
+    read = pipe(observed=values, read_timesteps=levels, generator=torch.Generator().manual_seed(0), output_type="pt")
+    assert torch.equal(read.samples["label"], expected.argmax(1))
+
+
+def test_an_anchor_that_training_never_showed_is_read_unnoised() -> None:
+    assert read_levels(None, build(), 20) is None
+    assert read_levels(None, build(observable=["label"]), 20) == (0,)
+    for bad in ((), (20,), (-1, 3), (0.5,)):
+        with pytest.raises(InputError, match="read_timesteps = .*: needs one or several whole numbers, 0 … 19"):
+            read_levels(bad, build(), 20)
