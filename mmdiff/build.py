@@ -18,7 +18,7 @@ from mmdiff.modalities import find_modality
 from mmdiff.model import MTDiffusionModel
 from mmdiff.objective import MTObjective
 from mmdiff.randomness import fold
-from mmdiff.resolve import resolve, scheduler_class
+from mmdiff.resolve import check_modalities, resolve, scheduler_class
 from mmdiff.schedulers import MTScheduler
 from mmdiff.states import LAWS, StateLaw
 
@@ -71,6 +71,7 @@ def open_rows(config: Config, hub: bool = True) -> tuple[Rows, Rows]:
         config: whose data are opened.
         hub: whether the source may be a name of the hub.
     """
+    check_modalities(config)
     data = config.data
     splits = open_splits(data.source, data.split, data.validation_split, data.holdout, data.options, hub)
     splits = tuple(undecoded(_with_images(config, rows)) for rows in splits)

@@ -236,7 +236,7 @@ def _backbone(config: Mapping[str, Any]) -> tuple[type[Backbone], dict[str, Any]
 
 
 def _modality(name: str, config: Mapping[str, Any]) -> tuple[type[Modality], dict[str, Any]]:
-    _check_name(name)
+    check_name(name)
     return find_modality(config.get("kind"), f"modalities.{name}.kind"), _settings(config)
 
 
@@ -253,7 +253,11 @@ def _prefixed(key: str) -> Iterator[None]:
         raise InputError(f"{key}.{error.key}", error.value, error.remedy) from None
 
 
-def _check_name(name: str) -> None:
-    """Modality names are attributes, file names and config keys."""
+def check_name(name: str) -> None:
+    """Modality names are attributes, file names and config keys.
+
+    Raises:
+        InputError: for one that cannot be all of these.
+    """
     if not name.isidentifier() or len(name) > 100 or hasattr(nn.ModuleDict(), name):
         raise InputError("modalities", name, "a modality's name must be an identifier that nn.ModuleDict can hold")

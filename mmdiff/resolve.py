@@ -18,6 +18,7 @@ from mmdiff.data.masking import known_masks
 from mmdiff.data.table import ROW, origin
 from mmdiff.errors import InputError, at
 from mmdiff.modalities import Modality, find_modality
+from mmdiff.model import check_name
 from mmdiff.schedulers import SCHEDULERS, MTScheduler
 
 LARGEST = 1e9  # of any number among the settings of a class
@@ -43,6 +44,7 @@ def resolve(config: Config, rows: Rows | None) -> Config:
     Raises:
         InputError: naming a setting that is unknown, or missing and not determined.
     """
+    check_modalities(config)
     for name in {*config.data.masking, *config.data.embeddings, *config.data.missing} - set(config.modalities):
         raise InputError("data", name, f"names no modality; choose from {', '.join(sorted(config.modalities))}")
     for name, law in config.data.masking.items():
@@ -60,6 +62,17 @@ def resolve(config: Config, rows: Rows | None) -> Config:
     resolved["modalities"] = {name: entry.model_dump() for name, entry in modalities.items()}
     resolved["scheduler"]["clip_sample"] = _clip_sample(config, modalities)
     return resolve_scheduler(Config.model_validate(resolved))
+
+
+def check_modalities(config: Config) -> None:
+    """Refuse names and kinds of modalities that cannot be used, whatever the data are.
+
+    Raises:
+        InputError: naming the modality.
+    """
+    for name, entry in config.modalities.items():
+        check_name(name)
+        find_modality(entry.kind, f"modalities.{name}.kind")
 
 
 def resolve_scheduler(config: Config) -> Config:

@@ -33,6 +33,7 @@ SETTINGS: Tree = {  # of each kind, complete
     "dense": {"channels": 1, "size": 16},
     "embedding": {"dim": 5},
     "image_set": {"channels": 1, "size": 16, "max_images": 2},
+    "vector": {"dim": 3},
 }
 NEVER = [math.nan, math.inf, {"a": {"b": []}}]  # of no key
 WRONG = {  # by the type that a key declares

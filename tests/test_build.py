@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mmdiff.build import build_model, build_objective, build_scheduler, state_law
-from mmdiff.config import Config
+from mmdiff.build import build, build_model, build_objective, build_scheduler, state_law
+from mmdiff.config import Config, ModalityConfig
 from mmdiff.errors import InputError
 from mmdiff.resolve import resolve, resolve_scheduler
 from mmdiff.schedulers import SCHEDULERS
@@ -183,3 +183,16 @@ def test_the_objective_has_the_configs_numbers(configure: Configure) -> None:
     objective = build_objective(config, build_model(config), build_scheduler(config))
     assert objective.law is LAWS["each_alone"]
     assert not objective.log_std.weight.any() and not objective.log_std.bias.any()  # σ = 1, whatever the seed
+
+
+@pytest.mark.parametrize("name", ["../x", "a b", "to", "a.b", "", "1st", "x" * 101])
+def test_the_name_of_a_modality_is_refused_before_its_column_is_looked_for(configure: Configure, name: str) -> None:
+    config = configure()
+    config.modalities[name] = ModalityConfig(kind="label")
+    with pytest.raises(InputError, match="^modalities = .*name must be"):
+        build(config)
+
+
+def test_a_kind_is_refused_before_data_are_opened(configure: Configure) -> None:
+    with pytest.raises(InputError, match=r"^modalities\.label\.kind = 'labels'"):
+        build(configure("modalities.label.kind=labels", "data.source=nowhere.csv"))

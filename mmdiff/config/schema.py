@@ -73,7 +73,8 @@ class EmbeddingConfig(Strict):
 class DataConfig(Strict):
     """Where rows come from."""
 
-    source: str  # an embedded set (digits, shapes, folders …), a file or glob, a folder, or a hub name
+    # an embedded set (digits, shapes, folders …), a file, a glob or a list of them, a folder, or a hub name
+    source: str | list[str]
     options: dict[str, Any] = {}  # arguments of the source: of an embedded set, or of `datasets.load_dataset`
     columns: dict[str, str] = {}  # {modality: column}; default: the column of the modality's own name
     masking: dict[str, MaskingConfig] = {}  # {modality: holes}: made from the anchor, not read from a column

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from mmdiff.errors import InputError
 
 ROW = "__row__"  # the column of a row's number in the source
-IMAGE_SUFFIXES = frozenset(ImageFolder.EXTENSIONS)
 STORED = datasets.Image(decode=False)
 
 
@@ -34,17 +32,17 @@ def _switch_off(feature: Any) -> None:
         _switch_off(feature.feature)
 
 
-def with_images(rows: Any, key: str, column: str, folder: Path) -> Any:
+def with_images(rows: Any, key: str, column: str, folder: Path | None) -> Any:
     """The same rows, a column of paths, or of lists of paths, as one of images.
 
     Args:
         rows: of a source; other rows, and other types of column, are returned as they are.
         key: of the config, for errors.
         column: its name.
-        folder: where relative paths start.
+        folder: where relative paths start; None: the source has none, or several.
 
     Raises:
-        InputError: for a URL, naming the row.
+        InputError: for a URL, or a relative path that starts nowhere, naming the row.
     """
     feature = rows.features.get(column) if isinstance(rows, datasets.Dataset) else None
     many = isinstance(feature, datasets.List)
@@ -69,9 +67,13 @@ def _is_text(feature: Any) -> bool:
     return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
 
 
-def _file(where: str, text: str | None, folder: Path) -> dict[str, Any] | None:
+def _file(where: str, text: str | None, folder: Path | None) -> dict[str, Any] | None:
     if not text:
         return None
     if "://" in text:
         raise InputError(where, text, "is a URL; download the images and name files")
-    return {"bytes": None, "path": str(folder / Path(text).expanduser())}
+    path = Path(text).expanduser()
+    if folder is None and not path.is_absolute():
+        remedy = "is relative, and data.source has no one folder that it could start from; write absolute paths"
+        raise InputError(where, text, remedy)
+    return {"bytes": None, "path": str(path if folder is None else folder / path)}

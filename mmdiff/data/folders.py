@@ -7,8 +7,8 @@ from pathlib import Path
 
 import datasets
 
-from mmdiff.data.files import IMAGE_SUFFIXES
 from mmdiff.errors import InputError
+from mmdiff.image_files import is_image
 
 SPLITS = ("train", "validation", "test")
 
@@ -59,7 +59,7 @@ def _files(column: str, root: Path) -> dict[str, Path]:
     """{path without its ending: file} of all images below a folder."""
     found: dict[str, Path] = {}
     for file in sorted(root.rglob("*")):
-        if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file():
+        if is_image(file) and file.is_file():
             stem = file.relative_to(root).with_suffix("").as_posix()
             if stem in found:
                 raise InputError(f"data.options.{column}", str(file), f"has the stem of {found[stem].name}; keep one")

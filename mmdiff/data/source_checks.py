@@ -21,7 +21,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "json": ("field", "encoding"),
 }
 _REFUSED = {
-    "data_files": "name the file, or a glob of files, as data.source",
+    "data_files": "name the file, a glob or a list of files as data.source",
     "data_dir": "name the folder as data.source",
     "cache_dir": "set the variable HF_DATASETS_CACHE instead",
     "revision": "is for names of the hub; leave it out",
@@ -53,7 +53,7 @@ def check_arguments(source: str, loader: Callable[..., Any], options: Mapping[st
             raise InputError(f"data.options.{name}", value, remedy)
 
 
-def check_files(source: str, files: Iterable[Path]) -> None:
+def check_files(source: str | list[str], files: Iterable[Path]) -> None:
     """Refuse a script or a pickle beside data, and a tar with a pickle in it."""
     for file in files:
         if file.suffix.lower() in _CODE_BESIDE:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import glob
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ import datasets
 
 from mmdiff.data import abo, digits, folders
 from mmdiff.data import image_sets as bags
-from mmdiff.data.files import IMAGE_SUFFIXES
 from mmdiff.data.shapes import image_sets as shape_bags
 from mmdiff.data.source_checks import check_arguments, check_files, check_options, check_saved
 from mmdiff.data.table import ROW, Rows
 from mmdiff.errors import InputError
+from mmdiff.image_files import is_image
 
 #: {suffix: (builder of `datasets`, its arguments)}: nothing else is opened, as others may run code or unpickle
 BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -32,6 +33,7 @@ BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
 _HUB_BUILDERS = {*(builder for builder, _ in BUILDERS.values()), "imagefolder"}
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _FILE_NAME = re.compile(r".*[^./]\.[A-Za-z]{1,5}", re.DOTALL)  # name-v1.0 is none
+_NO_OPTION = re.compile(r"(?:doesn't have a|unexpected keyword argument) '(\w+)'")  # what a builder says of an option
 _EMPTY = ("StopIteration", "EmptyDataError")  # what an empty file is to the builders
 _REFUSED = {  # options of `datasets.load_dataset` that change the kind of thing it gives
     "split": "set data.split instead",
@@ -39,6 +41,9 @@ _REFUSED = {  # options of `datasets.load_dataset` that change the kind of thing
     "trust_remote_code": "code of a data set is never run; leave it out",
     "num_proc": "is not needed; leave it out",
 }
+
+
+Source = str | list[str]
 
 
 def _bags(hub: bool, /, source: str, **options: Any) -> Mapping[str, Rows]:
@@ -58,11 +63,12 @@ EMBEDDED: dict[str, Callable[..., Mapping[str, Rows]]] = {
 }
 
 
-_KNOWN = f"embedded sets: {', '.join(EMBEDDED)}; or a folder, a file of {', '.join(BUILDERS)}, a hub name"
+_KINDS = ", ".join(BUILDERS)
+_KNOWN = f"embedded sets: {', '.join(EMBEDDED)}; or a folder, a file of {_KINDS}, a list of these, a hub name"
 
 
 def open_splits(
-    source: str,
+    source: Source,
     split: str = "train",
     validation_split: str = "validation",
     holdout: int | None = None,
@@ -72,8 +78,8 @@ def open_splits(
     """The training rows and the held-out rows of a source.
 
     Args:
-        source: a key of `EMBEDDED`; a local file or glob with a suffix of `BUILDERS`; a folder (of such files, of
-            images, or saved by `datasets`); or a hub name.
+        source: a key of `EMBEDDED`; a local file or glob with a suffix of `BUILDERS`, or a list of them; a folder (of
+            such files, of images, or saved by `datasets`); or a hub name.
         split, validation_split: names of the two splits.
         holdout: k; instead of a validation split hold out the training rows with index % k == k − 1.
         options: arguments of the embedded set, or of `datasets.load_dataset`.
@@ -118,10 +124,10 @@ def _held_out(rows: Rows, holdout: int) -> tuple[Rows, Rows]:
     return rows.select(kept), rows.select(held_out)
 
 
-def load(source: str, options: dict[str, Any], hub: bool = True) -> Mapping[str, Rows]:
+def load(source: Source, options: dict[str, Any], hub: bool = True) -> Mapping[str, Rows]:
     """{split: rows} of a source; arguments and errors as of `open_splits`."""
     embedded = {**EMBEDDED, "bags": functools.partial(_bags, hub)}
-    if source in embedded:
+    if isinstance(source, str) and source in embedded:
         check_arguments(source, embedded[source], options)
         try:
             return embedded[source](**options)
@@ -132,7 +138,8 @@ def load(source: str, options: dict[str, Any], hub: bool = True) -> Mapping[str,
             raise InputError(f"data.options.{name}", options[name], reason)
     _refuse_urls("data.options", options)
     _refuse_urls("data.source", source)
-    opened = _open_path(source, options) if is_path(source) else _open_hub(source, options, hub)
+    local = isinstance(source, list) or is_path(source)
+    opened = _open_path(source, options) if local else _open_hub(source, options, hub)
     return opened if isinstance(opened, Mapping) else {str(opened.split or "train"): opened}
 
 
@@ -142,10 +149,20 @@ def is_path(source: str) -> bool:
     return bool(looks) or Path(source).expanduser().exists()
 
 
-def folder_of(source: str) -> Path:
-    """The folder that relative paths in the rows of a source start from."""
-    path = Path(source).expanduser()
-    return path if path.is_dir() else path.parent
+def folder_of(source: Source) -> Path | None:
+    """The folder that relative paths in the rows of a source start from; None where its files lie in several."""
+    if isinstance(source, str) and Path(source).expanduser().is_dir():
+        return Path(source).expanduser()
+    folders = {file.parent for file in _files_of(source)}
+    return folders.pop() if len(folders) == 1 else None
+
+
+def _files_of(source: Source) -> list[Path]:
+    """The files that a path, a glob or a list of them names, in its order; those of a glob sorted."""
+    if isinstance(source, list):
+        return [file for one in source for file in _files_of(one)]
+    found = glob.glob(str(Path(source).expanduser()), recursive=True) if glob.has_magic(source) else [source]  # noqa: PTH207 any root
+    return sorted(path for path in (Path(file).expanduser() for file in found) if path.is_file())
 
 
 def _refuse_urls(key: str, value: Any) -> None:
@@ -158,22 +175,28 @@ def _refuse_urls(key: str, value: Any) -> None:
             raise InputError(key, text, "is a URL; download it and name the file")
 
 
-def _open_path(source: str, options: dict[str, Any]) -> Any:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _open_folder(source, path, options)
-    found = glob.glob(str(path), recursive=True) if glob.has_magic(source) else [str(path)]  # noqa: PTH207 any root
-    files = sorted(file for file in found if Path(file).is_file())
-    if not files:
-        raise InputError("data.source", source, f"cannot be opened: no such file or folder; {_KNOWN}")
-    suffixes = {Path(file).suffix.lower() for file in files}
-    if len(suffixes) > 1 or not suffixes <= set(BUILDERS):
-        found = ", ".join(sorted(suffixes))
-        raise InputError("data.source", source, f"holds files of {found}; one kind of {', '.join(BUILDERS)} is read")
+def _open_path(source: Source, options: dict[str, Any]) -> Any:
+    if isinstance(source, str) and Path(source).expanduser().is_dir():
+        return _open_folder(source, Path(source).expanduser(), options)
+    for one in source if isinstance(source, list) else [source]:
+        if not _files_of(one):
+            raise InputError("data.source", one, f"cannot be opened: no such file{_or_folder(source)}; {_KNOWN}")
+    files = _files_of(source)
+    for file, times in Counter(files).items():
+        if times > 1:
+            raise InputError("data.source", str(file), "is named twice; a row would be trained on and held out")
+    suffixes = {file.suffix.lower() for file in files}
+    if len(suffixes) != 1 or not suffixes <= set(BUILDERS):
+        found = ", ".join(sorted(suffixes)) or "no files"
+        raise InputError("data.source", source, f"holds files of {found}; one kind of {_KINDS} is read")
     builder, arguments = BUILDERS[suffixes.pop()]
     check_options(builder, options)
-    check_files(source, map(Path, files))
-    return _datasets(source, builder, data_files=files, **{**arguments, **options})
+    check_files(source, files)
+    return _datasets(source, builder, options, data_files=[str(file) for file in files], **{**arguments, **options})
+
+
+def _or_folder(source: Source) -> str:
+    return " or folder" if isinstance(source, str) else " (a list names files and globs)"
 
 
 def _open_folder(source: str, path: Path, options: dict[str, Any]) -> Any:
@@ -182,19 +205,19 @@ def _open_folder(source: str, path: Path, options: dict[str, Any]) -> Any:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         check_options("saved", options)
         check_saved(path)
-        return _call(source, lambda: datasets.load_from_disk(str(path)))
+        return _call(source, lambda: datasets.load_from_disk(str(path)), options)
     suffixes = {file.suffix.lower() for file in files}
-    if suffixes & IMAGE_SUFFIXES:
+    if any(map(is_image, files)):
         check_options("imagefolder", options)
-        return _datasets(source, "imagefolder", data_dir=str(path))
+        return _datasets(source, "imagefolder", options, data_dir=str(path))
     tables = suffixes & set(BUILDERS)
     if len(tables) != 1:
         found = ", ".join(sorted(suffixes - {""})) or "no files"
-        raise InputError("data.source", source, f"a folder of images or of one kind of {', '.join(BUILDERS)}; {found}")
+        raise InputError("data.source", source, f"a folder of images or of one kind of {_KINDS}; {found}")
     suffix = tables.pop()
     builder, arguments = BUILDERS[suffix]
     check_options(builder, options)
-    return _datasets(source, builder, data_dir=str(path), **{**arguments, **options})
+    return _datasets(source, builder, options, data_dir=str(path), **{**arguments, **options})
 
 
 def _open_hub(source: str, options: dict[str, Any], hub: bool) -> Any:
@@ -202,18 +225,18 @@ def _open_hub(source: str, options: dict[str, Any], hub: bool) -> Any:
         raise InputError("data.source", source, f"cannot be opened: neither a path nor a hub name; {_KNOWN}")
     if not hub:
         raise InputError("data.source", source, "is a hub name in a folder of others; pass --trust-custom-modalities")
-    builder = _call(source, lambda: datasets.load_dataset_builder(source, **options), f"; {_KNOWN}")
+    builder = _call(source, lambda: datasets.load_dataset_builder(source, **options), options, f"; {_KNOWN}")
     kind = type(builder).__module__.removeprefix("datasets.packaged_modules.").split(".")[0]
     if kind not in _HUB_BUILDERS:
         raise InputError("data.source", source, f"is read by the builder {kind}, which is not among those allowed")
-    return _datasets(source, source, **options)
+    return _datasets(source, source, options, **options)
 
 
-def _datasets(source: str, path: str, **arguments: Any) -> Any:
-    return _call(source, lambda: datasets.load_dataset(path, **arguments))
+def _datasets(source: Source, path: str, options: dict[str, Any], **arguments: Any) -> Any:
+    return _call(source, lambda: datasets.load_dataset(path, **arguments), options)
 
 
-def _call(source: str, call: Callable[[], Any], known: str = "") -> Any:
+def _call(source: Source, call: Callable[[], Any], options: Mapping[str, Any], known: str = "") -> Any:
     try:
         return call()
     except Exception as error:  # the hub client and the builders raise many kinds; the person needs one line
@@ -221,5 +244,9 @@ def _call(source: str, call: Callable[[], Any], known: str = "") -> Any:
         if type(cause).__name__ in _EMPTY or "corresponds to no data" in str(cause):
             split = "".join(re.findall(r'"(\w+)" corresponds', str(cause))) or "of an empty file"
             raise InputError("data.source", source, f"the split {split} has no rows") from error
+        if unknown := _NO_OPTION.search(str(cause)):
+            key = f"data.options.{unknown[1]}"
+            raise InputError(key, options.get(unknown[1]), f"is no option of {source}; leave it out") from error
         reason = f"{type(cause).__name__}: {cause}".partition("\n")[0]
-        raise InputError("data.source", source, f"cannot be opened ({reason}){known}") from error
+        given = f" with options {dict(options)}" if options else ""
+        raise InputError("data.source", source, f"cannot be opened{given} ({reason}){known}") from error

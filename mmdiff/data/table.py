@@ -121,7 +121,7 @@ class Table(torch.utils.data.Dataset):
         missing: Mapping[str, float] | None = None,
         seed: int = 0,
         cache_mib: float = 512.0,
-        source: str = "",
+        source: str | Sequence[str] = "",
         on_error: str = "raise",
         max_errors: float = 0.01,
         is_missing: Mapping[str, Callable[[object], bool]] | None = None,
@@ -174,8 +174,10 @@ class Table(torch.utils.data.Dataset):
         return Batch(batch.values, batch.present | hidden, batch.unusable)
 
     def all(self, limit: int | None = None) -> Batch:
-        """The first ``limit`` rows, or all of them."""
-        return self.batch(range(len(self) if limit is None else min(limit, len(self))))
+        """The first ``limit`` rows, or all of them; values that cannot be used are counted."""
+        batch = self.batch(range(len(self) if limit is None else min(limit, len(self))))
+        self.unusable.add(batch.unusable)
+        return batch
 
     def _with_holes(self, batch: Batch, samples: Tensor) -> Batch:
         """The batch with its masked images: (B, C + 1, H, W), the last channel 1 where known."""
@@ -217,8 +219,9 @@ class Table(torch.utils.data.Dataset):
             return None
 
 
-def origin(source: str, rows: Rows) -> str:
+def origin(source: str | Sequence[str], rows: Rows) -> str:
     """A source and the split that rows are of, for errors."""
+    source = source if isinstance(source, str) else ", ".join(source)
     return f"{source} ({rows.split})" if isinstance(rows, datasets.Dataset) and rows.split else source
 
 

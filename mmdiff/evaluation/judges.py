@@ -42,7 +42,7 @@ def find_judge(config: Config, model: MTDiffusionModel, name: str, train: Batch,
     """
     if name in config.evaluate.judges:
         return _run(name, Path(config.evaluate.judges[name]), trust)
-    rule = RULES.get(config.data.source, {}).get(config.column(name))
+    rule = RULES.get(str(config.data.source), {}).get(config.column(name))
     # a column may be read as another kind of value, or at another size, than the rule gives
     if rule is not None and rule(train.values[model.anchor][:1]).shape[1:] == model.modalities[name].value_shape:
         return Judge(f"the rule of {config.data.source}", rule)

@@ -51,10 +51,12 @@ class Evaluation:
 
 def manifest(pipeline: MTDiffusionPipeline, config: Config, train: Table, validation: Table) -> dict[str, Any]:
     """What a reader needs to believe a number, and to make it again."""
+    skipped = {"training": len(train.unusable.found), "held out": len(validation.unusable.found)}
     return circumstances(pipeline.device) | {
         "data": config.data.source,
         "training rows": len(train),
         "held-out rows": len(validation),
+        **({"skipped values": skipped} if config.data.on_error == "skip" else {}),
         "samples": config.evaluate.num_samples,
         "seeds": config.evaluate.seeds,
         "solver": pipeline.scheduler.config.solver,
@@ -155,6 +157,11 @@ def _interval(values: list[Any]) -> str:
 
 
 def _cell(values: list[Any]) -> str:
+    if values and isinstance(values[0], dict):  # a score by name; one without a value counts nothing
+        known = {name: [row[name] for row in values if row[name] is not None] for name in values[0]}
+        return ", ".join(f"{name} {_cell(scores)}" for name, scores in known.items())
+    if not values:
+        return "–"
     mean = np.mean(np.asarray(values, dtype=np.float64), axis=0)
     if mean.ndim:
         return " ".join(f"{v:.3f}" for v in mean)

@@ -22,8 +22,10 @@ def label(modality: Label, found: Tensor, truth: Tensor) -> dict[str, Any]:
 
 
 def mask(modality: Mask, found: Tensor, truth: Tensor) -> dict[str, Any]:
-    """mIoU and pixel accuracy over labelled pixels."""
-    return segmentation(found, truth, modality.num_classes, modality.ignore)
+    """mIoU and pixel accuracy over labelled pixels, and the IoU of each class by its name, or else its raw id."""
+    scores = segmentation(found, truth, modality.num_classes, modality.ignore)
+    names = modality.names or list(map(str, modality.shown_ids))
+    return scores | {"IoU per class": dict(zip(names, scores["IoU per class"], strict=True))}
 
 
 def embedding(modality: Embedding, found: Tensor, truth: Tensor) -> dict[str, Any]:

@@ -58,6 +58,8 @@ class Modality(nn.Module, ABC):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape = shape
+        self.register_state_dict_post_hook(_without_repeats)
+        self.register_load_state_dict_pre_hook(_with_repeats)
 
     @staticmethod
     def diffusion_space(**settings: Any) -> tuple[int, int, int] | None:
@@ -264,6 +266,28 @@ class Modality(nn.Module, ABC):
     @abstractmethod
     def expected_encoding(self, params: Tensor) -> Tensor:
         """Σ_k p(k | z_t) E(k), the posterior mean of the encoding: (B, C, H, W)."""
+
+
+def _repeats(modality: nn.Module) -> dict[str, str]:
+    """{further name: first name} of tensors that have several, as those of tied modules."""
+    first: dict[int, str] = {}
+    every = (modality.named_parameters, modality.named_buffers)
+    named = [(name, tensor) for names in every for name, tensor in names(remove_duplicate=False)]
+    kept = {name: first.setdefault(id(tensor), name) for name, tensor in named}
+    return {name: other for name, other in kept.items() if name != other}
+
+
+def _without_repeats(modality: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """A state holds every tensor once: safetensors refuses a second name for one."""
+    for name in _repeats(modality):
+        state.pop(prefix + name, None)
+
+
+def _with_repeats(modality: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A state that is loaded gets the further names back."""
+    for name, kept in _repeats(modality).items():
+        if prefix + kept in state:
+            state.setdefault(prefix + name, state[prefix + kept])
 
 
 class Condition(Modality):

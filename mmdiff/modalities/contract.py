@@ -268,7 +268,7 @@ def half_precision(build: Build, shape: Shape) -> None:
 
 
 def safetensors_file(build: Build, shape: Shape) -> None:
-    """Safetensors, the format of pipelines, can hold its state: no two names share a tensor."""
+    """Safetensors, the format of pipelines, can hold its state: no two of its tensors share memory."""
     modality = build(shape)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "state.safetensors"
@@ -276,7 +276,7 @@ def safetensors_file(build: Build, shape: Shape) -> None:
             save_file({name: tensor.contiguous() for name, tensor in modality.state_dict().items()}, path)
         except RuntimeError as error:
             names = str(error).partition("{")[2].partition("}")[0]
-            raise Fault(f"{{{names}}} are one tensor (tied modules); keep one of them out of the state") from None
+            raise Fault(f"{{{names}}} share memory and are no tied modules; keep one out of the state") from None
         back = load_file(path)
     same = all(torch.equal(back[name], tensor) for name, tensor in modality.state_dict().items())
     _expect(same, "the state differs after a trip through safetensors")

@@ -21,6 +21,7 @@ from mmdiff.modalities.heads import (
     Size,
     as_array,
     cells,
+    check_numbers,
     gaussian_nll,
     gaussian_sample,
     grid_channels,
@@ -32,7 +33,7 @@ from mmdiff.modalities.heads import (
     to_grid,
     to_space,
 )
-from mmdiff.modalities.pictures import loaded
+from mmdiff.modalities.pictures import SIXTEEN_BITS, loaded, one_size, resized
 
 _ROWS = 2000  # that statistics are read from
 
@@ -47,45 +48,50 @@ class Dense(Modality):
         shape: the surroundings, see `Modality`.
         channels, size: taken from the data where the config leaves them out.
         mean, std: of the data, over all channels and pixels; read from the first rows where the config leaves them out.
+        resize: bring maps of another size to `size` (centre crop to its shape, then bilinear) instead of refusing.
     """
 
     reads_images: ClassVar[bool] = True
 
-    def __init__(self, shape: Shape, channels: int, size: Size, mean: float = 0.0, std: float = 1.0) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        channels: int,
+        size: Size,
+        mean: float = 0.0,
+        std: float = 1.0,
+        resize: bool = False,
+    ) -> None:
         super().__init__(shape)
         if channels < 1:
             raise InputError("channels", channels, "needs at least one")
         if not std > 0:
             raise InputError("std", std, "must be positive; the column may be constant")
-        self.channels, self.mean, self.std = channels, mean, std
+        self.channels, self.mean, self.std, self.resize = channels, mean, std, resize
         self.height, self.width = height_width(size)
         self.head = GaussianHead(shape, channels, (self.height, self.width))
 
     @classmethod
-    def settings_from_data(cls, feature: Any, values: Iterable[Any], **_: Any) -> dict[str, Any]:
+    def settings_from_data(cls, feature: Any, values: Iterable[Any], size: Any = None, **_: Any) -> dict[str, Any]:
         present = itertools.islice((value for value in values if value is not None), _ROWS)
         maps = [_finite(cls.transform(_finite(cls.read(value)))) for value in present]
         if not maps:
             raise InputError("dense", None, "the column is empty; check data.columns")
         numbers = np.concatenate([m.ravel() for m in maps]).astype(np.float64)
-        channels, height, width = maps[0].shape
-        return {
-            "channels": channels,
-            "size": [height, width],
-            "mean": float(numbers.mean()),
-            "std": float(numbers.std()),
-        }
+        found = {"channels": len(maps[0]), "mean": float(numbers.mean()), "std": float(numbers.std())}
+        return found if size is not None else {**found, "size": one_size("dense", {m.shape[1:] for m in maps})}
 
     @staticmethod
     def read(raw: Any) -> np.ndarray:
         """A raw value as an array (channels, h, w) in its own units."""
         raw = loaded("dense", raw) if isinstance(raw, PILImage.Image | Mapping) else raw
-        if isinstance(raw, PILImage.Image) and raw.mode not in ("F", "I", "I;16", "L"):
+        if isinstance(raw, PILImage.Image) and raw.mode not in ("F", "I", *SIXTEEN_BITS, "L"):
             raise InputError("dense", raw.mode, "is no map of numbers; store mode F, I or I;16, or an array")
         array = as_array(raw)
         if array.ndim not in (2, 3) or array.dtype.kind not in "iuf":
             raise InputError("dense", type(raw).__name__, "is no map of numbers (h, w) or (channels, h, w)")
-        return array.astype(np.float32).reshape(-1, *array.shape[-2:])
+        with np.errstate(over="ignore"):  # infinity is refused
+            return array.astype(np.float32).reshape(-1, *array.shape[-2:])
 
     @staticmethod
     def transform(array: np.ndarray) -> np.ndarray:
@@ -102,16 +108,29 @@ class Dense(Modality):
         cls.read(raw)
 
     def preprocess(self, raw: Any) -> Tensor:
-        array = self.read(raw)
-        _finite(array)
-        array = self.transform(array)
-        if array.shape != self.value_shape:
-            raise InputError("dense", array.shape, f"expected {self.value_shape}")
-        return torch.from_numpy(_finite(array))
+        array = _finite(self.read(raw))
+        if len(array) != self.channels:
+            raise InputError("dense", f"{len(array)} channels", f"expected {self.channels}")
+        if array.shape != self.value_shape and not self.resize:
+            found = f"{array.shape[2]}x{array.shape[1]}"
+            raise InputError("dense", found, f"expected {self.width}x{self.height}; or set resize: true")
+        return torch.from_numpy(_finite(self.transform(self._fitted(array))))
+
+    def _fitted(self, array: np.ndarray) -> np.ndarray:
+        """(channels, h, w) in raw units -> (channels, height, width); numbers stay in the range that they had."""
+        if array.shape[1:] == (self.height, self.width):
+            return array
+        planes = [resized(PILImage.fromarray(p), self.width, self.height, PILImage.Resampling.BILINEAR) for p in array]
+        return np.stack([np.asarray(plane) for plane in planes])
+
+    def check_observed(self, value: Tensor) -> None:
+        _finite(value)
 
     def parse(self, text: str) -> Any:
         """A .npy file or an image."""
-        return open_array("dense", text) if text.endswith(".npy") else open_image("dense", text)
+        raw = open_array("dense", text) if text.endswith(".npy") else open_image("dense", text)
+        array = _finite(Dense.read(raw))
+        return raw if array.shape[1:] == (self.height, self.width) else self._fitted(array)
 
     def save(self, shown: np.ndarray, stem: Path) -> Path:
         return save_array(shown, stem)
@@ -170,8 +189,7 @@ class Dense(Modality):
         return self._to_space(params[:, :-1])
 
 
-def _finite(array: np.ndarray) -> np.ndarray:
-    if not np.isfinite(array).all():
-        remedy = "must be finite and fit float32, also when transformed; leave such rows out (None), or fill the gaps"
-        raise InputError("dense", "a map with NaN or infinity", remedy)
+def _finite(array: Any) -> Any:
+    """A map whose numbers can be used, also when transformed."""
+    check_numbers("dense", "a map", array)
     return array

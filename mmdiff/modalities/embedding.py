@@ -16,7 +16,7 @@ from torch.nn.functional import normalize, softplus
 from mmdiff.errors import InputError
 from mmdiff.likelihoods import Gaussian, vmf_log_prob, vmf_mean_length, vmf_sample
 from mmdiff.modalities.base import Modality, Shape
-from mmdiff.modalities.heads import as_array, open_numbers, repeated, save_array, widened
+from mmdiff.modalities.heads import as_array, check_numbers, open_numbers, repeated, save_array, widened
 
 _ROWS = 10_000  # that the norm's statistics are read from
 
@@ -96,6 +96,9 @@ class Embedding(Modality):
         super().check(value)
         if not (value.isfinite().all() and (value.norm(dim=1) > 0).all()):
             raise InputError("embedding", "a vector", "must be finite and not zero: it has no direction")
+
+    def check_observed(self, value: Tensor) -> None:
+        check_numbers("embedding", "a vector", value.double().norm(dim=1))
 
     def postprocess(self, value: Tensor) -> list[np.ndarray]:
         return list(value.detach().float().cpu().numpy())
@@ -203,7 +206,7 @@ def _vector(raw: Any) -> np.ndarray:
     if vector.ndim != 1 or vector.dtype.kind not in "iuf":
         raise InputError("embedding", type(raw).__name__, "is no vector of numbers; check data.columns")
     with np.errstate(over="ignore"):
-        norm = np.linalg.norm(vector.astype(np.float32))  # as torch will compute it
-    if not (np.isfinite(norm) and norm > np.finfo(np.float32).tiny):
+        check_numbers("embedding", "a vector", np.linalg.norm(vector.astype(np.float64)))
+    if not np.linalg.norm(vector.astype(np.float32)) > np.finfo(np.float32).tiny:  # as torch will compute it
         raise InputError("embedding", "a vector", "must be finite and not zero: it has no direction (in float32)")
     return vector

@@ -20,6 +20,7 @@ from mmdiff.modalities.base import Shape
 from mmdiff.modalities.pictures import loaded
 
 Size = int | tuple[int, int] | list[int]
+LARGEST = 1e18  # of a number or a norm: its square fits float32
 
 
 def height_width(size: Size) -> tuple[int, int]:
@@ -40,6 +41,22 @@ def check_range(key: str, value: Tensor) -> None:
     if float(low) < -1 - 1e-4 or float(high) > 1 + 1e-4:
         found = f"{float(low):.3g} … {float(high):.3g}"
         raise InputError(key, found, "pixels of a tensor lie in [−1, 1]; for 0 … 255 pass a PIL image or a uint8 array")
+
+
+def check_numbers(key: str, what: str, numbers: np.ndarray | Tensor) -> None:
+    """Refuse NaN, infinity and numbers whose square does not fit float32.
+
+    Args:
+        key: of the value, for errors.
+        what: the thing that holds them, for errors.
+        numbers: of any shape.
+
+    Raises:
+        InputError: for one of them.
+    """
+    if not bool((abs(numbers) <= LARGEST).all()):  # NaN is not, either
+        remedy = f"must be finite and at most {LARGEST:g}, as its square must fit float32; rescale, or leave it out"
+        raise InputError(key, what, remedy)
 
 
 def file_at(key: str, text: str) -> Path:

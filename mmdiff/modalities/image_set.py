@@ -14,13 +14,12 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import interpolate, linear, normalize
 
 from mmdiff.errors import InputError
+from mmdiff.image_files import is_image
 from mmdiff.modalities.base import Condition, Shape
 from mmdiff.modalities.encoders import build_encoder
 from mmdiff.modalities.fusion import Fused, build_fusion
 from mmdiff.modalities.heads import Size, height_width, open_image, widened
 from mmdiff.modalities.image import Background, Image
-
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 
 
 class ImageSet(Condition):
@@ -113,7 +112,7 @@ class ImageSet(Condition):
         """Image files with commas, a folder of them, or one file with several pages."""
         path = Path(text)
         if path.is_dir():
-            files = sorted(str(file) for file in path.iterdir() if file.suffix.lower() in _SUFFIXES)
+            files = sorted(str(file) for file in path.iterdir() if is_image(file))
             if not files:
                 raise InputError("image_set", text, "holds no image")
         else:

@@ -15,7 +15,8 @@ from PIL import ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from mmdiff.errors import InputError
 
 MODES = {1: "L", 3: "RGB"}
-GREY = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
+GREY = ("1", "L", "LA", "La", *SIXTEEN_BITS, "I", "F")
 _ORIENTATION = 0x0112  # the tag of EXIF
 logging.getLogger(TiffImagePlugin.__name__).setLevel(logging.CRITICAL)  # it logs what it raises as well
 Result = TypeVar("Result")
@@ -164,7 +165,8 @@ def resized(
     crop_width, crop_height = factor * width, factor * height
     left, top = (image.width - crop_width) / 2, (image.height - crop_height) / 2
     image = image.resize((width, height), by, box=(left, top, left + crop_width, top + crop_height))
-    return PILImage.fromarray(np.asarray(image).clip(0, 1)) if image.mode == "F" else image  # bicubic overshoots
+    overshoots = image.mode == "F" and by == PILImage.Resampling.BICUBIC  # of a picture, whose floats lie in 0 … 1
+    return PILImage.fromarray(np.asarray(image).clip(0, 1)) if overshoots else image
 
 
 def _of_array(key: str, array: np.ndarray) -> PILImage.Image:
@@ -237,6 +239,6 @@ def _unit_floats(numbers: np.ndarray) -> np.ndarray:
 
 #: {mode: numbers -> 0 … 1}
 _WIDE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    **dict.fromkeys(("I;16", "I;16L", "I;16B", "I;16N", "I"), _sixteen_bits),
+    **dict.fromkeys((*SIXTEEN_BITS, "I"), _sixteen_bits),
     "F": _unit_floats,
 }

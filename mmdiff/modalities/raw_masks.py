@@ -11,9 +11,9 @@ from PIL import Image as PILImage
 
 from mmdiff.errors import InputError
 from mmdiff.modalities.heads import as_array
-from mmdiff.modalities.pictures import loaded
+from mmdiff.modalities.pictures import SIXTEEN_BITS, loaded
 
-_ID_MODES = ("1", "L", "P", "I", "I;16", "I;16L", "I;16B", "I;16N")
+_ID_MODES = ("1", "L", "P", "I", *SIXTEEN_BITS)
 _SHOWN = 6  # raw values that a refusal lists
 
 

@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 from mmdiff.errors import InputError
 from mmdiff.likelihoods import Gaussian
 from mmdiff.modalities.base import Modality, Shape
-from mmdiff.modalities.heads import as_array, open_numbers, repeated, save_array, widened
+from mmdiff.modalities.heads import as_array, check_numbers, open_numbers, repeated, save_array, widened
 
 TRANSFORMS = ("standardise", "ranks")
 _KNOTS = 65  # quantiles that ranks are read from
@@ -106,6 +106,9 @@ class Vector(Modality):
         if len(vector) != self.dim:
             raise InputError("vector", f"{len(vector)} numbers", f"expected {self.dim}")
         return torch.from_numpy(vector.astype(np.float32))
+
+    def check_observed(self, value: Tensor) -> None:
+        check_numbers("vector", "a vector", value)
 
     def parse(self, text: str) -> Any:
         """A .npy or .json file, or numbers with commas."""
@@ -219,6 +222,6 @@ def _vector(raw: Any) -> np.ndarray:
     vector = np.asarray([raw]) if number else as_array(raw)
     if vector.ndim != 1 or vector.dtype.kind not in "iuf" or not len(vector):
         raise InputError("vector", type(raw).__name__, "is no vector of numbers; check data.columns")
-    if not np.isfinite(vector).all() or np.abs(vector.astype(np.float64)).max() > np.finfo(np.float32).max:
-        raise InputError("vector", "a number", "must be finite and fit float32; leave such rows out, or rescale")
-    return vector.astype(np.float64)
+    vector = vector.astype(np.float64)
+    check_numbers("vector", "a vector", vector)
+    return vector

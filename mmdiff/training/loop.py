@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from mmdiff import plots
-from mmdiff.build import build
+from mmdiff.build import Experiment, build
 from mmdiff.config import Config
 from mmdiff.training.disk import faults, whole
 from mmdiff.training.learning_rate import learning_rate
@@ -47,7 +47,7 @@ def train(config: Config, progress: bool = True, trust_custom_modalities: bool =
         check_origin(config, folder, accelerator.print)
     with faults(folder), claimed(folder, config, accelerator) as config:
         done, window = start(trainer, config, folder)
-        log = Log(folder, config, done, accelerator, progress)
+        log = Log(folder, experiment, done, accelerator, progress)
         stopping = False
         with contextlib.closing(trainer.loader(done)) as loader, log.bar, StopSignal() as stop:
             while done < config.train.steps and not stopping:
@@ -78,14 +78,17 @@ class Log:
 
     Args:
         folder: the run folder.
-        config: resolved.
+        experiment: whose config is resolved, and whose training rows count what was skipped.
         first_step: steps taken before.
         accelerator: whose main process writes.
         progress: show the bar.
     """
 
-    def __init__(self, folder: Path, config: Config, first_step: int, accelerator: Accelerator, progress: bool) -> None:
-        self.folder, self.config, self.accelerator = folder, config, accelerator
+    def __init__(
+        self, folder: Path, experiment: Experiment, first_step: int, accelerator: Accelerator, progress: bool
+    ) -> None:
+        self.folder, self.accelerator, self.table = folder, accelerator, experiment.train
+        self.config = config = experiment.config
         self.tracker = Tracker(folder, config, first_step) if accelerator.is_main_process else None
         hidden = not (progress and accelerator.is_main_process)
         self.bar = tqdm(total=config.train.steps, initial=first_step, disable=hidden, unit="step")
@@ -111,10 +114,14 @@ class Log:
         rate = self.images / (time.perf_counter() - self.started)
         line = {"step": done, **means, "learning_rate": learning_rate(done - 1, self.config.train)}
         if self.tracker:
-            self.tracker.log(line | {"images_per_second": rate})
+            self.tracker.log(line | {"images_per_second": rate} | self._skipped())
             self.bar.set_postfix_str(_postfix(line, rate), refresh=False)
         window.clear()
         self._restart()
+
+    def _skipped(self) -> dict[str, int]:
+        """How many values were skipped, where they are: those that the main process has met."""
+        return {"skipped_values": len(self.table.unusable.found)} if self.config.data.on_error == "skip" else {}
 
     def grid(self, trainer: Trainer, done: int) -> None:
         """A picture of samples at a step."""
@@ -124,8 +131,10 @@ class Log:
             self._restart()
 
     def close(self) -> None:
-        """Draw the curves and end the tracking."""
+        """Draw the curves, end the tracking, and say what was skipped."""
         if self.tracker:
+            for count in self._skipped().values():
+                self.accelerator.print(f"skipped values, which count as absent: {count} in {len(self.table)} rows")
             self.tracker.close()
             with whole(self.folder / "curves.png") as partial:
                 plots.curves(self.tracker.path, partial)

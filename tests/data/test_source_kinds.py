@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mmdiff.build import build
@@ -151,6 +152,65 @@ def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
     assert len(open_splits(source, holdout=4)[0]) == 10
 
 
+# ------------------------------------------------------------------------------------------------------ lists of files
+
+
+def shards(root: Path, *names: str) -> list[str]:
+    """Parquet files of the numbers 0, 1, 2 …, four in each."""
+    for number, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_dict({"n": list(range(4 * number, 4 * number + 4))}).to_parquet(root / name)
+    return [str(root / name) for name in names]
+
+
+def test_a_list_of_files_is_read_in_its_order(tmp_path: Path) -> None:
+    first, second, third = shards(tmp_path, "b.parquet", "a.parquet", "more/c.parquet")
+    train, held_out = open_splits([third, first, second], holdout=4)
+    assert train["n"] == [8, 9, 10, 0, 1, 2, 4, 5, 6] and held_out["n"] == [11, 3, 7]
+    assert open_splits([third, str(tmp_path / "?.parquet")], holdout=4)[0]["n"] == [8, 9, 10, 4, 5, 6, 0, 1, 2]
+
+
+def test_a_config_names_a_list_of_files(configure: Configure, tmp_path: Path) -> None:
+    whole = _delimited(tmp_path, "rows.csv", ",")
+    header, *lines = Path(whole).read_text().splitlines()
+    for name, part in (("a", lines[:6]), ("b", lines[6:])):
+        (tmp_path / f"{name}.csv").write_text("\n".join([header, *part]) + "\n")
+    both = f"[{tmp_path / 'a.csv'},{tmp_path / 'b.csv'}]"
+    one, other = (build(configure(f"data.source={source}", "data.holdout=4")) for source in (whole, both))
+    assert torch.equal(one.train.all().values["image"], other.train.all().values["image"])
+    assert "a.csv, " in other.train.source and "b.csv (train)" in other.train.source
+
+
+def test_relative_paths_of_several_folders_are_refused(configure: Configure, tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        _json_lines(tmp_path / name)
+    for source in (f"[{tmp_path}/a/rows.jsonl,{tmp_path}/b/rows.jsonl]", f"{tmp_path}/*/rows.jsonl"):
+        with pytest.raises(InputError, match=r"image, row 0 = 'photos/p00.png': is relative.*absolute") as caught:
+            build(configure(f"data.source={source}", "data.holdout=4"))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ([], "no files"),
+        (["a.parquet", "nowhere.parquet"], "no such file"),
+        (["a.parquet", "digits"], "no such file"),
+        (["a.parquet", "someone/something"], "no such file"),
+        (["a.parquet", "more"], "a list names files and globs"),
+        (["a.parquet", "b.csv"], "holds files of .csv, .parquet; one kind"),
+        (["a.parquet", "*.parquet"], "named twice"),
+        (["https://x.org/a.parquet"], "is a URL"),
+    ],
+)
+def test_lists_that_are_no_source(names: list[str], said: str, tmp_path: Path) -> None:
+    shards(tmp_path, "a.parquet", "more/c.parquet")
+    (tmp_path / "b.csv").write_text("n\n1\n")
+    local = [name if "/" in name or name == "digits" else str(tmp_path / name) for name in names]
+    assert said in refusal(local)
+
+
 # ------------------------------------------------------------------------------------------------------ paired folders
 
 
@@ -188,7 +248,7 @@ def test_files_that_do_not_pair_are_named(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
-def refusal(source: str, **arguments: Any) -> str:
+def refusal(source: str | list[str], **arguments: Any) -> str:
     with pytest.raises(InputError) as caught:
         open_splits(source, **{"holdout": 2, **arguments})
     assert "\n" not in str(caught.value)
@@ -288,6 +348,16 @@ def test_names_of_the_hub_may_be_forbidden() -> None:
 def test_a_local_source_has_no_other_options(kind: str, option: str, tmp_path: Path) -> None:
     message = refusal(SOURCES[kind](tmp_path), options={option: "x"})
     assert message.startswith(f"data.options.{option} = 'x': ")
+
+
+def test_an_option_that_a_builder_lacks_is_named(tmp_path: Path) -> None:
+    file = _parquet(tmp_path)  # `datasets` knows the builder itself by a name, as it knows names of the hub
+    assert refusal("parquet", options={"data_files": file, "surprise": 1}).startswith("data.options.surprise = 1: ")
+
+
+def test_a_bad_value_of_an_option_is_told_with_the_options(tmp_path: Path) -> None:
+    said = refusal(_delimited(tmp_path, "rows.csv", ","), options={"encoding": "nonsense"})
+    assert "with options {'encoding': 'nonsense'}" in said
 
 
 def test_options_of_a_csv_file_are_read(tmp_path: Path) -> None:

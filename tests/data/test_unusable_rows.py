@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,16 +62,39 @@ def test_a_row_is_named_with_everything_that_finds_it(
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("cache_mib", [64, 0])
 def test_skipped_values_count_as_absent_and_are_told(
-    configure: Configure, source: Callable[..., str], cache_mib: int, workers: int, caplog: pytest.LogCaptureFixture
+    configure: Configure,
+    source: Callable[..., str],
+    cache_mib: int,
+    workers: int,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     more = ["data.on_error=skip", "data.max_errors=0.1", f"data.cache_mib={cache_mib}", f"data.workers={workers}"]
     config = configure(source(BAD), *SETTINGS, *more, "train.steps=10", "train.batch_size=6")
     table = build(config).train
     absent = [not there for there in table.all().present["image"].tolist()]
     assert [i for i, gone in enumerate(absent) if gone] == [4]  # row 5 of the source: every fourth is held out
-    train(config, progress=False)
+    folder = train(config, progress=False)
     assert "row 5 of" in caplog.text and "photo-5.jpg" in caplog.text
     assert "1 of 30 rows" in caplog.text
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["skipped_values"] == 1
+    assert capsys.readouterr().out.endswith("skipped values, which count as absent: 1 in 30 rows\n")
+
+
+def test_an_evaluation_tells_what_was_skipped(
+    configure: Configure, source: Callable[..., str], cli: Callable[..., Any]
+) -> None:
+    more = ["data.on_error=skip", "data.max_errors=0.2", "data.cache_mib=0", "train.steps=1", "train.batch_size=2"]
+    folder = train(configure(source(5, 7), *SETTINGS, *more), progress=False)  # row 7 is held out
+    answer = cli("evaluate", folder, "evaluate.num_samples=4")
+    assert answer.code == 0 and "skipped values: {'training': 1, 'held out': 1}" in answer.out
+    manifest = json.loads((folder / "evaluation.json").read_text())["manifest"]
+    assert manifest["skipped values"] == {"training": 1, "held out": 1}
+
+
+def test_nothing_is_told_where_nothing_is_skipped(finished_run: Path) -> None:
+    assert "skipped_values" not in (finished_run / "metrics.jsonl").read_text()
 
 
 def test_too_many_stop_the_run(configure: Configure, source: Callable[..., str]) -> None:

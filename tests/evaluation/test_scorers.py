@@ -13,6 +13,7 @@ from torch import Tensor
 from mmdiff.build import Experiment, build
 from mmdiff.config import parse_config
 from mmdiff.evaluation.evaluate import Scene
+from mmdiff.evaluation.report import Evaluation, Row, table
 from mmdiff.evaluation.scorers import scorer
 from mmdiff.modalities import Dense, Embedding, Image, Label, Mask, MaskedImage, Modality, Shape
 from mmdiff.pipeline import MTDiffusionPipeline
@@ -71,6 +72,23 @@ def test_each_kind_is_scored_by_its_own_measure() -> None:
     rmse = np.sqrt(((found - truth).numpy() ** 2).reshape(20, -1).mean(axis=1)).mean()  # in the data's own units
     assert scorer(dense)(dense, found, truth)["RMSE"] == pytest.approx(float(rmse), rel=1e-5)
     assert 3.0 < rmse < 6.0  # √2 · std for independent values
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [({"names": ["sky", "sea", "owl"]}, ["sky", "sea", "owl"]), ({"values": [0, 128, 255]}, ["0", "128", "255"])],
+)
+def test_the_iou_of_a_class_is_told_by_its_name(settings: dict[str, Any], names: list[str]) -> None:
+    mask = Mask(SHAPE, num_classes=3, size=8, **settings)
+    truth = torch.zeros(4, 8, 8, dtype=torch.int64)
+    truth[:, :4] = 1
+    found = truth.roll(1, dims=1)  # a row of eight is wrong on both sides
+    scores = scorer(mask)(mask, found, truth)
+    assert scores["IoU per class"] == {names[0]: pytest.approx(0.6), names[1]: pytest.approx(0.6), names[2]: None}
+    rows = [Row("image → mask", "mask", {"seed": seed}, scores) for seed in range(2)]
+    shown = table(Evaluation({}, rows))
+    assert f"{names[0]} 0.600" in shown and f"{names[2]} –" in shown
+    assert sum("IoU per class" in line for line in shown.splitlines()) == 1
 
 
 # ------------------------------------------------------------------------------------ real images in place of samples

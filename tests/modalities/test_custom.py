@@ -14,7 +14,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image as PILImage
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Generator
 
 from mmdiff.build import build
@@ -51,6 +51,14 @@ class Shrunk(Depth):
 
     def encode(self, value):
         return 0.1 * super().encode(value)
+
+
+class Tied(Depth):
+    """Its head has two names."""
+
+    def __init__(self, shape, **settings):
+        super().__init__(shape, **settings)
+        self.twin = self.head
 
 
 def make(*arguments, **settings):
@@ -153,6 +161,23 @@ def test_it_is_trained_saved_and_loaded_when_trusted(user: User) -> None:
     seen = pipe(observed={"depth": list(given)}, num_inference_steps=2).samples
     assert len(seen["image"]) == 2
     np.testing.assert_allclose(np.stack(seen["depth"])[:, 0], given, rtol=1e-5)
+
+
+def test_tied_modules_are_saved_once_and_loaded_tied(user: User, tmp_path: Path) -> None:
+    tied = ["modalities.depth.kind=depth_of_a_user.log_depth:Tied", "train.lr_scheduler_type=constant"]
+    whole = train(load_config(user.config, [*tied, f"output={tmp_path / 'whole'}"]))
+    parts = [*tied, f"output={tmp_path / 'parts'}", "train.resume=auto"]
+    train(load_config(user.config, [*parts, "train.steps=1"]))
+    folder = train(load_config(user.config, parts))
+    states = [load_file(run / "checkpoints" / "step-2" / "weights.safetensors") for run in (whole, folder)]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    for run, names in zip((whole, folder), states):
+        assert any(".depth.head." in name for name in names) and not any(".twin." in name for name in names)
+        model = MTDiffusionModel.from_pretrained(run / "pipeline" / "model", trust_custom_modalities=True)
+        depth = model.modalities["depth"]
+        saved = load_file(run / "pipeline" / "model" / "diffusion_pytorch_model.safetensors")
+        assert depth.twin.mean.conv.weight is depth.head.mean.conv.weight
+        assert torch.equal(depth.twin.mean.conv.weight, saved["modalities.depth.head.mean.conv.weight"])
 
 
 def test_the_command_line_samples_only_what_is_trusted(user: User, cli: Callable[..., Any], tmp_path: Path) -> None:

@@ -130,10 +130,10 @@ WITH_NAN = np.where(np.eye(8) > 0, np.nan, MAP)
 @pytest.mark.parametrize(
     ("raw", "text"),
     [
-        (WITH_NAN, "dense = 'a map with NaN or infinity': must be finite"),
-        (np.where(np.eye(8) > 0, np.inf, MAP), "dense = 'a map with NaN or infinity': "),
-        (MAP[:, :7], "dense = (1, 8, 7): expected (1, 8, 8)"),
-        (np.zeros((3, 8, 8)), "dense = (3, 8, 8): expected (1, 8, 8)"),
+        (WITH_NAN, "dense = 'a map': must be finite"),
+        (np.where(np.eye(8) > 0, np.inf, MAP), "dense = 'a map': must be finite"),
+        (MAP[:, :7], "dense = '7x8': expected 8x8; or set resize: true"),
+        (np.zeros((3, 8, 8)), "dense = '3 channels': expected 1"),
         (MAP > 0, "dense = 'ndarray': is no map of numbers (h, w) or (channels, h, w)"),
         ([["a"]], "dense = 'list': is no map of numbers"),
         ([1.0, 2.0], "dense = 'list': is no map of numbers"),
@@ -177,7 +177,8 @@ def test_text_that_is_no_map_is_refused(
     [
         ([], "dense = None: the column is empty; check data.columns"),
         ([None], "dense = None: the column is empty"),
-        ([MAP, WITH_NAN], "dense = 'a map with NaN or infinity': "),
+        ([MAP, WITH_NAN], "dense = 'a map': must be finite"),
+        ([MAP, MAP[:, :7]], "dense.size = '7x8 and 8x8': images of several sizes; set size, and resize: true"),
         (["depth.png"], "dense = 'str': is no map of numbers"),
         ([[[1.0, 2.0], [3.0]]], "dense = 'list': is no map of numbers"),
     ],
@@ -202,3 +203,52 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], text: str) ->
     with pytest.raises(InputError) as caught:
         dense(**settings)
     assert str(caught.value).startswith(text)
+
+
+# ------------------------------------------------------------------------------------------------------------- resizing
+
+
+def test_a_map_of_another_size_is_cut_and_resized() -> None:
+    rows = np.linspace(1.0, 9.0, 16, dtype=np.float32)[:, None].repeat(20, axis=1)  # (16, 20): every row one number
+    rows[:, :2] = rows[:, -2:] = 1e6  # outside the centre crop
+    value = dense(resize=True).preprocess(rows)
+    assert value.shape == (1, 8, 8)
+    inner = value[0, :, 1:-1]
+    pairs = torch.from_numpy(rows[:, 10].reshape(8, 2).mean(axis=1))
+    torch.testing.assert_close(inner, pairs[:, None].expand_as(inner), rtol=0, atol=0.3)
+    edge = dense(resize=True).preprocess(np.kron(np.eye(8), np.ones((2, 2))) * 80)
+    assert edge.min() >= 0 and edge.max() <= 80  # nothing overshoots
+
+
+@pytest.mark.parametrize("ending", ["npy", "tiff"])
+def test_a_file_of_another_size_is_resized_whatever_is_set(ending: str, tmp_path: Path) -> None:
+    path, big = tmp_path / f"depth.{ending}", np.kron(MAP, np.ones((2, 2))).astype(np.float32)
+    np.save(path, big) if ending == "npy" else PILImage.fromarray(big).save(path)
+    read = dense().preprocess(dense().parse(str(path)))
+    assert torch.equal(read, dense(resize=True).preprocess(big))
+
+
+def test_a_subclass_sees_the_logarithm_of_resized_metres(tmp_path: Path) -> None:
+    class Log(Dense):
+        @staticmethod
+        def transform(array: np.ndarray) -> np.ndarray:
+            return np.log(array)
+
+    metres = np.full((16, 16), 5.0, np.float32)
+    np.save(tmp_path / "m.npy", metres)
+    own = Log(SHAPE, channels=1, size=8, resize=True)
+    for raw in (metres, own.parse(str(tmp_path / "m.npy"))):
+        torch.testing.assert_close(own.preprocess(raw), torch.full((1, 8, 8), math.log(5.0)))
+
+
+def test_a_size_that_is_set_stays() -> None:
+    found = Dense.settings_from_data(None, [MAP, MAP[:, :7]], size=8)
+    assert "size" not in found and found["channels"] == 1
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16L", "I;16B", "I;16N"])
+def test_sixteen_bits_of_either_byte_order(mode: str) -> None:
+    numbers = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    order = {"I;16": "<u2", "I;16L": "<u2", "I;16B": ">u2", "I;16N": "=u2"}[mode]
+    raw = PILImage.frombytes(mode, (8, 8), numbers.astype(order).tobytes())
+    assert torch.equal(dense().preprocess(raw)[0], torch.from_numpy(numbers.astype(np.float32)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 
 from mmdiff.errors import InputError
-from mmdiff.modalities import Image, ImageSet, MaskedImage, Shape
+from mmdiff.modalities import Image, ImageSet, Mask, MaskedImage, Shape
 
 SIDE = 8
 BACKGROUND = (10, 200, 30)
@@ -33,9 +34,13 @@ MODES = (
     "HSV",
     "LAB",
     "I;16",
+    "I;16L",
+    "I;16B",
+    "I;16N",
     "I",
     "F",
 )
+ORDERS = {"I;16": "<u2", "I;16L": "<u2", "I;16B": ">u2", "I;16N": "=u2", "I": "=i4"}  # of the bytes of wide numbers
 
 
 def modality(channels: int, **settings: Any) -> Image:
@@ -45,9 +50,9 @@ def modality(channels: int, **settings: Any) -> Image:
 def picture(mode: str) -> PILImage.Image:
     """Random numbers over the mode's whole range."""
     random = np.random.default_rng(0)
-    if mode in ("I;16", "I"):
+    if mode in ORDERS:
         numbers = random.integers(0, 65536, (SIDE, SIDE))
-        return PILImage.fromarray(numbers.astype(np.uint16 if mode == "I;16" else np.int32))
+        return PILImage.frombytes(mode, (SIDE, SIDE), numbers.astype(ORDERS[mode]).tobytes())
     if mode == "F":
         return PILImage.fromarray(random.random((SIDE, SIDE), dtype=np.float32))
     if mode == "LAB":
@@ -63,8 +68,9 @@ def picture(mode: str) -> PILImage.Image:
 
 def reference(image: PILImage.Image, channels: int) -> np.ndarray:
     """The value by numpy alone: (channels, h, w) in [−1, 1], composited over `BACKGROUND`."""
-    if image.mode in ("I;16", "I"):
-        return np.stack([np.asarray(image, np.float64) / 65535] * channels) * 2 - 1
+    if image.mode in ORDERS:
+        numbers = np.frombuffer(image.tobytes(), ORDERS[image.mode]).reshape(SIDE, SIDE)
+        return np.stack([numbers.astype(np.float64) / 65535] * channels) * 2 - 1
     if image.mode == "F":
         return np.stack([np.asarray(image, np.float64)] * channels) * 2 - 1
     if image.mode == "LAB":
@@ -92,6 +98,29 @@ def test_a_grey_of_lab_is_grey() -> None:
     raw = PILImage.merge("LAB", [PILImage.new("L", (SIDE, SIDE), level) for level in (128, 128, 128)])
     red, green, blue = modality(3).preprocess(raw)[:, 0, 0].tolist()
     assert max(red, green, blue) - min(red, green, blue) < 0.05 and -0.5 < red < 0.5
+
+
+@pytest.mark.parametrize("mode", ORDERS)
+def test_wide_numbers_are_masks_and_pictures_of_every_size(mode: str) -> None:
+    numbers = np.random.default_rng(0).integers(0, 2, (2 * SIDE, 2 * SIDE)).repeat(2, axis=0)[: 2 * SIDE] * 300
+    raw = PILImage.frombytes(mode, numbers.shape, numbers.astype(ORDERS[mode]).tobytes())
+    same = PILImage.fromarray((numbers / 65535).astype(np.float32))
+    torch.testing.assert_close(modality(1, resize=True).preprocess(raw), modality(1, resize=True).preprocess(same))
+    mask = Mask(Shape((3, SIDE, SIDE), 4, 4), 2, 2 * SIDE, values=[0, 300])
+    assert np.array_equal(mask.preprocess(raw).numpy(), numbers // 300)
+    assert Image.settings_from_data(None, [raw]) == {"channels": 1, "size": [2 * SIDE, 2 * SIDE]}
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_a_tiff_of_either_byte_order(order: str, tmp_path: Path) -> None:
+    numbers = np.random.default_rng(0).integers(0, 65536, (SIDE, SIDE))
+    tags = [(256, SIDE), (257, SIDE), (258, 16), (259, 1), (262, 1), (273, 8), (277, 1), (278, SIDE), (279, 128)]
+    pixels = numbers.astype(f"{order}u2").tobytes()
+    head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HI", 42, 8 + len(pixels))
+    fields = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags)
+    (tmp_path / "a.tiff").write_bytes(head + pixels + struct.pack(f"{order}H", len(tags)) + fields + bytes(4))
+    value = modality(1).preprocess({"bytes": None, "path": str(tmp_path / "a.tiff")})
+    np.testing.assert_allclose(value[0].numpy(), numbers / 65535 * 2 - 1, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("hidden", [(0, 0, 0), (255, 0, 0)])

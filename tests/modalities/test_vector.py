@@ -69,7 +69,7 @@ def test_a_constant_number_is_no_fault() -> None:
     assert modality.encode(torch.tensor([[1.0, 2.0]])).isfinite().all()
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e39, -1e300])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e39, -1e300, 1e19, -2e18])
 def test_numbers_that_overflow_are_refused(bad: float) -> None:
     for modality in (Vector(SHAPE, dim=2), Embedding(SHAPE, dim=2)):
         with pytest.raises(InputError, match="finite"):
@@ -78,8 +78,17 @@ def test_numbers_that_overflow_are_refused(bad: float) -> None:
         Dense(SHAPE, channels=1, size=8).preprocess(np.full((8, 8), bad).tolist())
 
 
+@pytest.mark.parametrize("bad", [1e19, -2e18, float("nan")])
+def test_observed_tensors_that_overflow_are_refused(bad: float) -> None:
+    vectors, maps = torch.tensor([[1.0, bad]]), torch.full((1, 1, 8, 8), bad)
+    own = [(Vector(SHAPE, dim=2), vectors), (Embedding(SHAPE, dim=2), vectors)]
+    for modality, value in [*own, (Dense(SHAPE, channels=1, size=8), maps)]:
+        with pytest.raises(InputError, match="finite"):
+            modality.check_observed(value)
+
+
 def test_a_norm_that_overflows_or_vanishes_is_refused() -> None:
-    for bad in ([2e38] * 64, [0.0] * 64, [1e-30] * 64):
+    for bad in ([2e38] * 64, [2e17] * 64, [0.0] * 64, [1e-30] * 64):
         with pytest.raises(InputError, match="^embedding = "):
             Embedding(SHAPE, dim=64).preprocess(bad)
 
