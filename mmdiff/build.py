@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -107,6 +108,15 @@ def _small_enough() -> Iterator[None]:
         raise InputError("modalities and backbone", "sizes", f"are too large for memory ({said})") from error
 
 
+def model_settings(config: Config) -> dict[str, Any]:
+    """What a resolved config says of the networks, as arguments of `MTDiffusionModel`."""
+    return {
+        "modality_config": {n: {"kind": m.kind, **m.settings()} for n, m in config.modalities.items()},
+        "backbone_config": {"kind": config.backbone.kind, **config.backbone.settings()},
+        "anchor": config.anchor,
+    }
+
+
 def build_model(config: Config, initial_weights: bool = True) -> MTDiffusionModel:
     """The model with weights drawn from train.seed.
 
@@ -116,12 +126,8 @@ def build_model(config: Config, initial_weights: bool = True) -> MTDiffusionMode
     """
     with torch.random.fork_rng(devices=[]), _small_enough():
         torch.manual_seed(fold(config.train.seed, 0, "weights"))
-        model = MTDiffusionModel(
-            modality_config={n: {"kind": m.kind, **m.settings()} for n, m in config.modalities.items()},
-            backbone_config={"kind": config.backbone.kind, **config.backbone.settings()},
-            anchor=config.anchor,
-            observable=[name for name in sorted(config.modalities) if state_law(config, name).observed > 0],
-        )
+        observable = [name for name in sorted(config.modalities) if state_law(config, name).observed > 0]
+        model = MTDiffusionModel(**model_settings(config), observable=observable)
     if initial_weights:
         model.load_initial_weights()
     return model

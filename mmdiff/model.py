@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from mmdiff.backbones import BACKBONES, Backbone, Observation
 from mmdiff.errors import InputError
 from mmdiff.modalities import Modality, Shape, find_modality
+from mmdiff.slots import Axes, Slot, of, slots
 from mmdiff.trust import refuse_custom, refuse_huge
 
+_OTHER_SLOTS = "its slots are not those of its tensors; see mmdiff check-modality"
 _HUB_ARGUMENTS = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
@@ -119,6 +121,33 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
         for name, modality in self.modalities.items():
             with _prefixed(f"modalities.{name}"):
                 modality.load_initial_weights()
+
+    def slots(self, by_name: Collection[str]) -> dict[str, Axes]:
+        """What entries of the state belong to, for fine-tuning: {name in the state dict: axes}.
+
+        Args:
+            by_name: modalities whose classes are told apart by name.
+
+        Raises:
+            InputError: a modality gives another number of slots than its tensor, its channels or its context has.
+        """
+        found: dict[str, Axes] = {}
+        channels: list[Slot] = []
+        flags: list[Slot] = []
+        for name, modality in self.modalities.items():
+            own, owner = modality.slots(name in by_name), (name, type(modality))
+            if (len(own.channels), len(own.context)) != (modality.observation_channels, modality.context_width):
+                raise InputError(f"modalities.{name}", type(modality).__name__, _OTHER_SLOTS)
+            found |= {f"modalities.{name}.{tensor}": axes for tensor, axes in own.state.items()}
+            channels += of(owner, own.channels)
+            flags += of(owner, [*slots(("aggregated", "observed")), *own.context])
+        found |= {f"backbone.{tensor}": axes for tensor, axes in self.backbone.slots(channels, flags).items()}
+        state = self.state_dict()
+        for tensor, axes in found.items():
+            shape = state[tensor].shape if tensor in state else ()
+            if not all(dim < len(shape) and shape[dim] == len(axis.slots) for dim, axis in axes.items()):
+                raise InputError(tensor, tuple(shape), _OTHER_SLOTS)
+        return found
 
     @property
     def value_dtype(self) -> torch.dtype:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+
+from mmdiff.slots import Axes, Slot
 
 
 class Observation(NamedTuple):
@@ -53,6 +56,17 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def widths(cls, **settings: Any) -> Widths:
         """The sizes of ``features`` and ``pooled`` under these settings."""
+
+    def slots(self, channels: Sequence[Slot], flags: Sequence[Slot]) -> dict[str, Axes]:
+        """What the inputs of its layers belong to, for fine-tuning: {name in the state dict: axes}.
+
+        A layer whose inputs depend on the modalities must be named; every other tensor is taken whole.
+
+        Args:
+            channels: of the O observation channels.
+            flags: of the V numbers of `Observation.flags`.
+        """
+        return {}
 
     @abstractmethod
     def forward(self, sample: Tensor, timestep: Tensor, observation: Observation) -> BackboneOutput:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from mmdiff.backbones.base import Backbone, BackboneOutput, Observation, Widths
 from mmdiff.errors import InputError
+from mmdiff.slots import Axes, Axis, Slot, of, parts, slots
 
 DEFAULT_CHANNELS = (64, 128, 256)
 GRID_CHANNELS = 16
@@ -67,7 +68,7 @@ class UNet(Backbone):
         levels = len(block_out_channels)
         attention = [False] * (levels - 1) + [True] if attention is None else list(attention)
         _check(space, block_out_channels, attention, norm_num_groups, attention_head_dim, patch_size)
-        self.patch_size = patch_size
+        self.patch_size, self.channels, self.context_grid = patch_size, channels, context_grid
         self.unet = UNet2DModel(
             sample_size=(height // patch_size, width // patch_size),
             in_channels=(channels + observation_channels) * patch_size**2 + (CONTEXT_CHANNELS if context_grid else 0),
@@ -107,6 +108,24 @@ class UNet(Backbone):
         _check_ranges(locals())
         pooled = block_out_channels[-1] + block_out_channels[0] + GRID_CHANNELS * pooled_grid**2
         return Widths(block_out_channels[0], pooled, patch_size)
+
+    def slots(self, channels: Sequence[Slot], flags: Sequence[Slot]) -> dict[str, Axes]:
+        """New inputs of the convolution and of the time embedding start at 0: what else the network learned is not
+        disturbed by them, and they learn from the first step on. Those of `place` start as drawn: its layer norms would
+        blow up the gradients of zeros."""
+        z_t = slots(("z_t", k) for k in range(self.channels))
+        # with another number of channels of z_t nothing that was learned fits
+        inputs = of(self.channels, parts([*z_t, *channels], self.patch_size**2))
+        if self.place is None:
+            place: dict[str, Axes] = {}
+        else:
+            inputs += slots(("place", self.context_grid, k) for k in range(CONTEXT_CHANNELS))
+            place = {"place.0.weight": {1: Axis(flags)}}
+        return {
+            "unet.conv_in.weight": {1: Axis(inputs, zero=True)},
+            "flags.0.weight": {1: Axis(flags, zero=True)},
+            **place,
+        }
 
     def forward(self, sample: Tensor, timestep: Tensor, observation: Observation) -> BackboneOutput:
         unet = self.unet

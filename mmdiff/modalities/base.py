@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from mmdiff.errors import InputError
+from mmdiff.slots import ModalitySlots, slots
 
 
 class Shape(NamedTuple):
@@ -54,6 +55,8 @@ class Modality(nn.Module, ABC):
     reads_images: ClassVar[bool] = False
     #: Whether an observed value fixes parts of the anchor, see `known_part`.
     fixes_anchor: ClassVar[bool] = False
+    #: Names of the classes of a value, where it has classes and they have names.
+    names: list[str] | None = None
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -81,6 +84,15 @@ class Modality(nn.Module, ABC):
 
     def load_initial_weights(self) -> None:
         """Read pretrained weights that the settings name: once, where a run starts; a saved model has its own."""
+
+    def slots(self, by_name: bool) -> ModalitySlots:
+        """What fine-tuning takes from a modality of the same class with other settings.
+
+        Args:
+            by_name: whether classes are told apart by their names, which both have, or by their ids.
+        """
+        channels, width = self.observation_channels, self.context_width
+        return ModalitySlots({}, slots((channels, k) for k in range(channels)), slots((width, k) for k in range(width)))
 
     # ------------------------------------------------------------------------------------------------ data <-> value
 

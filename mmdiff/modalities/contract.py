@@ -224,6 +224,20 @@ def files(build: Build, shape: Shape) -> None:
     _expect(torch.equal(back, wanted), "parse reads another value than save has written")
 
 
+def slots(build: Build, shape: Shape) -> None:
+    """`slots` names what each entry belongs to, every one apart: fine-tuning goes by it."""
+    modality = build(shape)
+    given, state = modality.slots(by_name=modality.names is not None), modality.state_dict()
+    counts = [("observation_channels", given.channels, modality.observation_channels)]
+    counts += [("context_width", given.context, modality.context_width)]
+    for name, axes in given.state.items():
+        _expect(name in state, f"slots names {name}, which the state does not hold")
+        counts += [(f"{name}, dimension {dim},", axis.slots, state[name].shape[dim]) for dim, axis in axes.items()]
+    for name, found, wanted in counts:
+        different = len({slot.key for slot in found})
+        _expect(different == len(found) == wanted, f"{name} has {wanted} entries, slots {different} different ones")
+
+
 def save_and_load(build: Build, shape: Shape) -> None:
     """The state dict carries everything that was drawn at random or learned."""
     torch.manual_seed(5)
@@ -305,6 +319,7 @@ LAWS: dict[str, Callable[[Build, Shape], None]] = {
     "gradients": gradients,
     "round trip": round_trip,
     "files": files,
+    "slots": slots,
     "save and load": save_and_load,
     "safetensors": safetensors_file,
     "copies": copies,

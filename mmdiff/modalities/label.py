@@ -16,6 +16,7 @@ from mmdiff.likelihoods import categorical_log_prob, categorical_sample, mean_lo
 from mmdiff.modalities.base import Modality, Shape
 from mmdiff.modalities.classes import check_names, classes_of, counted, listed, whole_number
 from mmdiff.modalities.heads import file_at, repeated, widened
+from mmdiff.slots import Axis, ModalitySlots, slots
 
 Raw = int | float | str
 
@@ -72,6 +73,12 @@ class Label(Modality):
             nn.SiLU(),
             nn.Linear(shape.pooled, num_classes),
         )
+
+    def slots(self, by_name: bool) -> ModalitySlots:
+        keys = self.names if by_name else self.ids
+        axes, last = {0: Axis(slots(keys))}, f"head.{len(self.head) - 1}"
+        own = super().slots(by_name)._replace(state=dict.fromkeys(("table", f"{last}.weight", f"{last}.bias"), axes))
+        return own._replace(context=slots(keys, self._unit)) if self.by_context else own
 
     @classmethod
     def settings_from_files(cls, names: list[str] | None = None, **_: Any) -> dict[str, Any]:
@@ -193,8 +200,13 @@ class Label(Modality):
     def context_width(self) -> int:
         return self.num_classes if self.by_context else 0
 
+    @property
+    def _unit(self) -> float:
+        """Of a one-hot vector whose numbers have unit scale."""
+        return math.sqrt(self.num_classes)
+
     def context(self, value: Tensor) -> Tensor:
-        one_hot = nn.functional.one_hot(value, self.num_classes) * math.sqrt(self.num_classes)  # unit scale per number
+        one_hot = nn.functional.one_hot(value, self.num_classes) * self._unit
         return one_hot[:, : self.context_width].to(self.table.dtype)
 
     def decode(self, features: Tensor, pooled: Tensor) -> Tensor:

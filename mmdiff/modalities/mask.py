@@ -45,6 +45,7 @@ from mmdiff.modalities.raw_masks import (
     tally,
     unpacked,
 )
+from mmdiff.slots import Axis, ModalitySlots, parts, slots
 
 
 class Mask(Modality):
@@ -96,7 +97,7 @@ class Mask(Modality):
         self.raw_ignore = raw_ignore_of(ignore, raws, self.coloured)
         plain = not (values or colors) and ignore is not None and ignore <= 255
         self.ignore = self.raw_ignore if plain else 255  # in values, whatever stands in the files
-        self.known = {raw: index for index, raw in enumerate(raws)}
+        self.raws, self.known = raws, {raw: index for index, raw in enumerate(raws)}
         if self.raw_ignore is not None:
             self.known[self.raw_ignore] = self.ignore
         self.shown_ids = list(range(num_classes)) if self.coloured else raws
@@ -112,6 +113,13 @@ class Mask(Modality):
             requires_grad=patterns == "learned",
         )
         self.head = SpatialHead(shape, num_classes, (self.height, self.width))
+
+    def slots(self, by_name: bool) -> ModalitySlots:
+        classes = slots(self.names if by_name else [("colour" if self.coloured else "id", raw) for raw in self.raws])
+        channels = parts(classes, self.observation_channels // self.num_classes)
+        rows = {0: Axis(parts(classes, self.head.up**2))}
+        state = {"palette": {0: Axis(classes)}, "head.conv.weight": rows, "head.conv.bias": rows}
+        return ModalitySlots(state, channels, [])
 
     @classmethod
     def settings_from_data(

@@ -1,106 +1,98 @@
-"""Fine-tuning: weights of another model are taken where name and shape agree, the rest stays as it was drawn."""
+"""Fine-tuning: another model's weights are taken where they mean the same; what is new starts as it was drawn, or at 0
+where it would disturb what was learned (see the backbone's `slots`)."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from mmdiff.errors import InputError
+from mmdiff.model import MTDiffusionModel
 from mmdiff.objective import MTObjective
-from mmdiff.training.checkpoint import find_checkpoint
-from mmdiff.trust import check_links
+from mmdiff.slots import Axes, take
+from mmdiff.training.source import KEY, read_source
 
-KEY = "train.initialize_from"
-_WEIGHTS = Path("model") / "diffusion_pytorch_model.safetensors"
 _LISTED = 6  # names in a printed line
+_OF_MODALITIES = ("modalities", "schedule_shapes", "schedule_scales")  # what stands before a modality's name
 
 
 @torch.no_grad()
-def initialize(objective: MTObjective, path: Path, say: Callable[[str], object]) -> dict[str, Any]:
+def initialize(
+    objective: MTObjective, source: str, say: Callable[[str], object], trust: bool = False, write: bool = True
+) -> dict[str, Any]:
     """Take what fits, and say what was taken and what is new.
 
     Args:
         objective: of the new run, with fresh weights.
-        path: a pipeline, a run (its pipeline, else its newest checkpoint's averages) or a checkpoint; only tensors of
-            it are read.
+        source: a pipeline, a run or a checkpoint; only tensors of it are read.
         say: is given the lines.
+        write: whether the objective is changed.
+        trust: import the modalities that it names by import path and the new run does not.
 
     Returns:
-        What `origin.json` keeps: the folder, and the names of the tensors taken, new and left out.
+        What `origin.json` keeps: the folder, the names of tensors that were taken whole, new and left out, and
+        {name: what of it} of those that were taken in parts.
 
     Raises:
-        InputError: nothing is there, or nothing of it fits.
+        InputError: nothing is there, nothing of it fits, or it is damaged.
     """
-    found, own = read_source(path, say), objective.model.state_dict()
-    weights = {n: tensor for n, tensor in found.weights.items() if not _renamed(n, found.names, _names(objective))}
-    taken = sorted(name for name in own if name in weights and weights[name].shape == own[name].shape)
+    path, model = Path(source).expanduser(), objective.model
+    found = read_source(path, model.config.modality_config, say, trust)
+    own, (axes, found_axes) = objective.state_dict(), _axes(model, found.model)
+    other = _other_kinds(model, found.model)
+    fitting = {
+        name: take(own[name], found.weights[name], axes.get(name, {}), found_axes.get(name, {}))
+        for name in sorted(set(own) & set(found.weights))
+        if _modality(name) not in other
+    }
+    taken = {name: part for name, part in fitting.items() if part is not None}
     if not taken:
-        raise InputError(KEY, str(path), "holds no tensor that fits the model by name and shape")
-    for name in taken:
-        own[name].copy_(weights[name])
-    new, left = sorted(set(own) - set(taken)), sorted(set(found.weights) - set(taken))
-    say(f"{path}: {len(taken)} of {len(own)} tensors taken; new: {_listed(new)}; left out: {_listed(left)}")
-    return {"initialize_from": str(path.resolve()), "taken": taken, "new": new, "left": left}
+        raise InputError(KEY, str(path), "holds no tensor that fits the model by name, shape and meaning")
+    if write:
+        for name, part in taken.items():
+            own[name].copy_(part.tensor)
+    lists: dict[str, Any] = {
+        "taken": _shown(name for name in taken if not taken[name].words),
+        "partly": {_short(name): part.words for name, part in taken.items() if part.words},
+        "new": _shown(set(own) - set(taken)),
+        "left": _shown(set(found.weights) - set(taken)),
+    }
+    partly = [f"{name} ({words})" for name, words in lists["partly"].items()]
+    say(f"{path}: {len(lists['taken'])} of {len(own)} tensors taken")
+    for title, names in (("partly taken", partly), ("new", lists["new"]), ("left out", lists["left"])):
+        say(f"  {title}: {_listed(names)}")
+    return {"initialize_from": str(path.resolve()), **lists}
 
 
-class Source(NamedTuple):
-    """``weights`` {name in the model: tensor}, and ``names`` {modality: names of its classes, or None}."""
-
-    weights: dict[str, Tensor]
-    names: dict[str, Any]
-
-
-def read_source(path: Path, say: Callable[[str], object]) -> Source:
-    """Weights, averaged where averages are there; arguments and errors as of `initialize`."""
-    if not path.is_dir():
-        raise InputError(KEY, str(path), "is no folder; name a pipeline, a run or a checkpoint")
-    check_links(KEY, path)
-    for folder in (path, path / "pipeline"):
-        if (folder / _WEIGHTS).is_file():
-            config = _json(folder / "model" / "config.json")
-            return Source(_read(folder / _WEIGHTS), _class_names(config.get("modality_config")))
-    checkpoint = find_checkpoint(path, KEY, say)
-    found = {**checkpoint.weights, **checkpoint.ema}
-    weights = {name.removeprefix("model."): tensor for name, tensor in found.items() if name.startswith("model.")}
-    return Source(weights, _class_names((checkpoint.state.get("config") or {}).get("modalities")))
+def _axes(one: MTDiffusionModel, other: MTDiffusionModel) -> tuple[dict[str, Axes], dict[str, Axes]]:
+    """{name in the objective: axes} of both, whose classes go by name where both have names."""
+    shared = set(one.names) & set(other.names)
+    named = {name for name in shared if one.modalities[name].names and other.modalities[name].names}
+    found = [{f"model.{name}": axes for name, axes in model.slots(named).items()} for model in (one, other)]
+    return found[0], found[1]
 
 
-def _names(objective: MTObjective) -> dict[str, Any]:
-    return _class_names(objective.model.config.modality_config)
+def _other_kinds(one: MTDiffusionModel, other: MTDiffusionModel) -> set[str]:
+    """Modalities that both have, of different classes."""
+    shared = set(one.names) & set(other.names)
+    return {name for name in shared if type(one.modalities[name]) is not type(other.modalities[name])}
 
 
-def _class_names(modalities: Any) -> dict[str, Any]:
-    kinds = modalities if isinstance(modalities, Mapping) else {}
-    return {name: kind.get("names") for name, kind in kinds.items() if isinstance(kind, Mapping)}
+def _modality(tensor: str) -> str | None:
+    """The modality that a tensor of the objective belongs to."""
+    part, _, rest = _short(tensor).partition(".")
+    return rest.partition(".")[0] if part in _OF_MODALITIES else None
 
 
-def _renamed(tensor: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether a tensor's rows belong to classes that have other names, or another order, now."""
-    part, _, rest = tensor.partition(".")
-    name = rest.partition(".")[0]
-    return part == "modalities" and name in before and name in now and before[name] != now[name]
+def _short(name: str) -> str:
+    return name.removeprefix("model.")
 
 
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(KEY, str(file), f"cannot be read: {error}") from None
-    return found if isinstance(found, dict) else {}
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise InputError(KEY, str(file), f"cannot be read: {error}") from None
+def _shown(names: Iterable[str]) -> list[str]:
+    return sorted(map(_short, names))
 
 
 def _listed(names: list[str]) -> str:

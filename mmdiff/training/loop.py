@@ -29,7 +29,8 @@ def train(config: Config, progress: bool = True, trust_custom_modalities: bool =
     Args:
         config: of the experiment.
         progress: show a progress bar.
-        trust_custom_modalities: of judges, whose folders may be of others; the config's own are imported anyway.
+        trust_custom_modalities: of judges and of `train.initialize_from`, whose folders may be of others; the config's
+            own are imported anyway.
 
     Raises:
         InputError: before anything is written, when the config, the data or the run folder do not fit.
@@ -44,9 +45,9 @@ def train(config: Config, progress: bool = True, trust_custom_modalities: bool =
     trainer = Trainer(experiment, accelerator)
     with faults(folder):
         preflight(experiment, trainer, trust_custom_modalities)
-        check_origin(config, folder, accelerator.print)
+        check_origin(trainer, config, folder, trust_custom_modalities)
     with faults(folder), claimed(folder, config, accelerator) as config:
-        done, window = start(trainer, config, folder)
+        done, window = start(trainer, config, folder, trust_custom_modalities)
         log = Log(folder, experiment, done, accelerator, progress)
         stopping = False
         with contextlib.closing(trainer.loader(done)) as loader, log.bar, StopSignal() as stop:

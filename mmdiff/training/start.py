@@ -9,7 +9,7 @@ from mmdiff.config import Config, first_difference, parse_config
 from mmdiff.data.fingerprint import fingerprint
 from mmdiff.errors import InputError
 from mmdiff.training.checkpoint import Checkpoint, find_checkpoint, newest
-from mmdiff.training.initialize import initialize, read_source
+from mmdiff.training.initialize import initialize
 from mmdiff.training.process import on_main
 from mmdiff.training.run_folder import RESUMABLE, write_origin
 from mmdiff.training.tracking import Window
@@ -19,13 +19,14 @@ from mmdiff.training.trainer import Trainer
 _CONTINUABLE = RESUMABLE | {"name", "data"}
 
 
-def start(trainer: Trainer, config: Config, folder: Path) -> tuple[int, Window]:
+def start(trainer: Trainer, config: Config, folder: Path, trust: bool = False) -> tuple[int, Window]:
     """Bring the trainer to where the run goes on: (steps taken, window).
 
     Args:
         trainer: fresh.
         config: of the run folder, whose `train.resume` is "never", "auto" or the folder that the run came from.
         folder: the run folder, that this training holds.
+        trust: import the modalities that `train.initialize_from` names by import path and the config does not.
 
     Raises:
         InputError: a checkpoint, its data or another folder do not fit.
@@ -39,20 +40,21 @@ def start(trainer: Trainer, config: Config, folder: Path) -> tuple[int, Window]:
     if config.train.resume not in ("never", "auto"):
         return _continue_from(trainer, config, folder)
     if config.train.initialize_from is not None:
-        origin = initialize(trainer.bare, Path(config.train.initialize_from).expanduser(), say)
+        origin = initialize(trainer.bare, config.train.initialize_from, say, trust)
         trainer.ema.restart()
         on_main(trainer.accelerator, lambda: write_origin(folder, origin))
     return 0, Window()
 
 
-def check_origin(config: Config, folder: Path, say: Any) -> None:
+def check_origin(trainer: Trainer, config: Config, folder: Path, trust: bool = False) -> None:
     """Refuse a folder that a new run cannot start from, before its own is made; arguments and errors as of `start`."""
+    say = trainer.accelerator.print
     if folder.exists():
         return
     if config.train.resume not in ("never", "auto"):
         _check_model(find_checkpoint(Path(config.train.resume), "train.resume", say), config)
     if config.train.initialize_from is not None:
-        read_source(Path(config.train.initialize_from).expanduser(), say)
+        initialize(trainer.bare, config.train.initialize_from, lambda line: None, trust, write=False)
 
 
 def _check_data(checkpoint: Checkpoint, now: dict[str, Any], config: Config, folder: Path) -> None:

@@ -12,6 +12,7 @@ from networks import alive
 from torch import Tensor
 
 from mmdiff.backbones import BACKBONES, Backbone, Observation
+from mmdiff.slots import Axes, slots
 
 OBSERVED, FLAGS = 3, 4  # observation channels and state flags of two modalities
 
@@ -112,6 +113,20 @@ def test_gradients_reach_every_parameter(case: Case) -> None:
     loss.backward()
     for name, parameter in backbone.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name  # 0 for keys' biases: softmax
+
+
+@every_case
+def test_slots_name_every_layer_that_depends_on_the_modalities(case: Case) -> None:
+    def made(observed: int, flags: int) -> tuple[Backbone, dict[str, Axes]]:
+        backbone = BACKBONES[case.kind](case.space, observed, flags, **case.settings)
+        return backbone, backbone.slots(slots(range(observed)), slots(range(flags)))
+
+    (one, axes), (other, _) = made(OBSERVED, FLAGS), made(OBSERVED + 1, FLAGS + 2)
+    state, larger = one.state_dict(), other.state_dict()
+    assert {name for name in state if state[name].shape != larger[name].shape} == set(axes)
+    for name, found in axes.items():
+        for dim, axis in found.items():
+            assert len({slot.key for slot in axis.slots}) == len(axis.slots) == state[name].shape[dim]
 
 
 @every_case

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmdiff.modalities import Dense, Label, Modality, Shape
 from mmdiff.modalities.contract import LAWS, Finding, check_modality
+from mmdiff.slots import Axis, ModalitySlots, slots
 
 SHAPE = Shape((1, 8, 8), 6, 10)
 
@@ -141,6 +142,16 @@ class Summing(Depth):
         return sum(params[1:], params[0])
 
 
+class Unnamed(Depth):
+    def slots(self, by_name: bool) -> ModalitySlots:
+        return super().slots(by_name)._replace(channels=[])
+
+
+class Twins(Depth):
+    def slots(self, by_name: bool) -> ModalitySlots:
+        return super().slots(by_name)._replace(state={"head.mean.conv.weight": {1: Axis(slots([0] * 6))}})
+
+
 class Tied(Depth):
     """Nothing wrong with it: its state holds the head once."""
 
@@ -182,6 +193,8 @@ BROKEN = {
     Shuffled: ("save and load", "encode differs after loading the state dict into a fresh instance"),
     Narrow: ("half precision", "encode gives torch.bfloat16, expected torch.float32"),
     Overlapping: ("safetensors", "{'part', 'head.mean.conv.weight'} share memory"),
+    Unnamed: ("slots", "observation_channels has 1 entries, slots 0 different ones"),
+    Twins: ("slots", "head.mean.conv.weight, dimension 1, has 6 entries, slots 1 different ones"),
     Unpicklable: ("copies", "raises "),
     Raising: ("likelihood", "raises KeyError: 'log_std' (test_check_modality.py:"),
 }
