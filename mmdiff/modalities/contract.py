@@ -289,7 +289,7 @@ def safetensors_file(build: Build, shape: Shape) -> None:
         try:
             save_file({name: tensor.contiguous() for name, tensor in modality.state_dict().items()}, path)
         except RuntimeError as error:
-            names = str(error).partition("{")[2].partition("}")[0]
+            names = ", ".join(sorted(str(error).partition("{")[2].partition("}")[0].split(", ")))
             raise Fault(f"{{{names}}} share memory and are no tied modules; keep one out of the state") from None
         back = load_file(path)
     same = all(torch.equal(back[name], tensor) for name, tensor in modality.state_dict().items())

@@ -192,7 +192,7 @@ BROKEN = {
     Rounding: ("files", "parse reads another value than save has written"),
     Shuffled: ("save and load", "encode differs after loading the state dict into a fresh instance"),
     Narrow: ("half precision", "encode gives torch.bfloat16, expected torch.float32"),
-    Overlapping: ("safetensors", "{'part', 'head.mean.conv.weight'} share memory"),
+    Overlapping: ("safetensors", "{'head.mean.conv.weight', 'part'} share memory"),
     Unnamed: ("slots", "observation_channels has 1 entries, slots 0 different ones"),
     Twins: ("slots", "head.mean.conv.weight, dimension 1, has 6 entries, slots 1 different ones"),
     Unpicklable: ("copies", "raises "),
