@@ -19,11 +19,20 @@ class InputError(ValueError):
 
     def __init__(self, key: str, value: object, remedy: str, everywhere: bool = True) -> None:
         self.key, self.value, self.remedy, self.everywhere = key, value, remedy, everywhere
-        shown = repr(value) if len(repr(value)) <= 120 else repr(value)[:117] + "..."
+        shown = _shown(value)
         super().__init__(printable(f"{key} = {shown}: {remedy}".replace("\n", " ")))
 
     def __reduce__(self) -> tuple:  # survives the trip out of a data worker
         return type(self), (self.key, self.value, self.remedy, self.everywhere)
+
+
+def _shown(value: object) -> str:
+    """The start of a value's own text, or its type where it has none."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 120 else text[:117] + "..."
 
 
 def printable(text: str, keep: str = "") -> str:

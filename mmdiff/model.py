@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from mmdiff.backbones import BACKBONES, Backbone, Observation
 from mmdiff.errors import InputError
 from mmdiff.modalities import Modality, Shape, find_modality
+from mmdiff.schedulers.arguments import check_value
 from mmdiff.slots import Axes, Slot, of, slots
-from mmdiff.trust import refuse_custom, refuse_huge
+from mmdiff.trust import damage, refuse_custom, refuse_huge
+from mmdiff.values import check_names
 
 _OTHER_SLOTS = "its slots are not those of its tensors; see mmdiff check-modality"
 _HUB_ARGUMENTS = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
@@ -53,6 +56,7 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
         observable: list[str] | None = None,
     ) -> None:
         super().__init__()
+        _check_arguments(modality_config, backbone_config, anchor, observable)
         if anchor not in modality_config:
             raise InputError("anchor", anchor, f"is no modality; choose one of {', '.join(sorted(modality_config))}")
         backbone, backbone_settings = _backbone(backbone_config)
@@ -92,17 +96,21 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
             kwargs: of diffusers' `ModelMixin.from_pretrained`.
 
         Raises:
-            InputError: when the config names custom modalities and they are not trusted; nothing is imported.
+            InputError: when the config names custom modalities and they are not trusted, and nothing is imported then;
+                for an unknown argument, and a damaged folder.
         """
+        path = pretrained_model_name_or_path
         if trust_custom_modalities is not True:  # a text such as "no" would count as true
             hub = {key: value for key, value in kwargs.items() if key in _HUB_ARGUMENTS}
-            _refuse_custom(cls.load_config(pretrained_model_name_or_path, **hub))  # before weights are looked for
+            with damage("model", path):
+                _refuse_custom(cls.load_config(path, **hub))  # before weights are looked for
         # diffusers would build in it, and leave it as the process's default where a start cannot be drawn in it
         chosen = dtypes(kwargs.pop("torch_dtype", None), kwargs.pop("dtype", None))["model"]
         # low_cpu_mem_usage builds on the meta device, where the fixed starts of palettes and maps have no values
         kwargs |= {"low_cpu_mem_usage": False, "use_safetensors": True}
         kwargs |= {"trust_custom_modalities": trust_custom_modalities}
-        model = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        with damage("model", path):
+            model = super().from_pretrained(path, **kwargs)
         for tensor in (*model.parameters(), *model.buffers()):  # out of the file: at other addresses than multiples of
             tensor.data = tensor.data.clone()  # 64 bytes kernels round otherwise, and samples differ in the last bit
         return in_dtype(model, chosen)
@@ -111,7 +119,17 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
     def from_config(
         cls, config: Mapping[str, Any], trust_custom_modalities: bool = False, **kwargs: Any
     ) -> MTDiffusionModel:
-        """Build what a config describes, with weights drawn at random; arguments and errors as of `from_pretrained`."""
+        """Build what a config describes, with weights drawn at random; errors as of `from_pretrained`.
+
+        Args:
+            config: of a model.
+            trust_custom_modalities: as of `from_pretrained`.
+            kwargs: arguments of the constructor, over the config's.
+        """
+        own = list(inspect.signature(cls.__init__).parameters)[1:]
+        check_names(kwargs, (*own, "return_unused_kwargs"))  # what diffusers' `from_pretrained` does not read, too
+        if not isinstance(config, Mapping) or not {"modality_config", "backbone_config"} <= {*config, *kwargs}:
+            raise InputError("config", config, "needs the config of a model: modality_config, backbone_config, …")
         if trust_custom_modalities is not True:
             _refuse_custom(config)
         return super().from_config(config, **kwargs)
@@ -220,7 +238,7 @@ def dtypes(torch_dtype: Any, dtype: Any = None) -> dict[str, torch.dtype | None]
     Raises:
         InputError: for anything else, and where the two disagree.
     """
-    if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
+    if torch_dtype is not None and dtype is not None and dtypes(torch_dtype) != dtypes(dtype):
         raise InputError("dtype", dtype, f"contradicts torch_dtype = {torch_dtype}; pass one of them")
     given = dtype if torch_dtype is None else torch_dtype
     named = given if isinstance(given, Mapping) else {"default": given}
@@ -230,11 +248,10 @@ def dtypes(torch_dtype: Any, dtype: Any = None) -> dict[str, torch.dtype | None]
 
 
 def _dtype(given: Any) -> torch.dtype | None:
-    found = DTYPES.get(given.removeprefix("torch.")) if isinstance(given, str) and given != "auto" else given
-    if found is None or found == "auto":
-        if given in (None, "auto"):
-            return None
-    elif isinstance(found, torch.dtype) and found.is_floating_point:
+    if given is None or (isinstance(given, str) and given == "auto"):
+        return None
+    found = DTYPES.get(given.removeprefix("torch.")) if isinstance(given, str) else given
+    if isinstance(found, torch.dtype) and found in DTYPES.values():
         return found
     raise InputError("torch_dtype", given, f"choose a floating torch dtype, auto or one of {', '.join(DTYPES)}")
 
@@ -255,6 +272,16 @@ def _refuse_custom(config: Mapping[str, Any]) -> None:
     refuse_custom(config.get("modality_config", {}))
     refuse_custom(config.get("backbone_config", {}), "backbone")
     refuse_huge(config.get("backbone_config", {}), "backbone")
+
+
+def _check_arguments(modality_config: Any, backbone_config: Any, anchor: Any, observable: Any) -> None:
+    check_value("modality_config", modality_config, dict[str, dict[str, Any]])
+    check_value("backbone_config", backbone_config, dict[str, Any])
+    check_value("anchor", anchor, str)
+    check_value("observable", observable, list[str] | None)
+    for name in observable or ():
+        if name not in modality_config:
+            raise InputError("observable", name, f"choose from {', '.join(sorted(modality_config))}")
 
 
 def _backbone(config: Mapping[str, Any]) -> tuple[type[Backbone], dict[str, Any]]:

@@ -18,15 +18,17 @@ from torch import Tensor
 from mmdiff.errors import InputError
 from mmdiff.modalities import Modality
 from mmdiff.model import MTDiffusionModel, complete, dtypes, in_dtype
-from mmdiff.sampling.arguments import check_finite, generators, plain, scales, switch, whole
+from mmdiff.sampling.arguments import check_finite, generators, memory_errors, scales
 from mmdiff.sampling.batching import in_batches
-from mmdiff.sampling.components import check_components, check_names, read_index
+from mmdiff.sampling.components import HUB_ARGUMENTS, check_components, check_weights, read_index
 from mmdiff.sampling.conditioning import Conditioning, Ways, aggregated_names, conditioning_of, feed_for
 from mmdiff.sampling.guidance import branches, fed_encoding, steered
 from mmdiff.sampling.heads import heads, heads_of_noised_anchor, read_levels
 from mmdiff.sampling.observed import observed_values, weights_of
 from mmdiff.sampling.replacement import renoised, replaced, visits
 from mmdiff.schedulers import SCHEDULERS, MTScheduler, as_ours
+from mmdiff.trust import damage
+from mmdiff.values import check_names, plain, switch, whole
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -62,6 +64,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         check_components(model, autoencoder)
+        scheduler = as_ours(scheduler, None)
         anchor = model.modalities[model.anchor]
         if autoencoder is not None:
             anchor.attach(autoencoder)
@@ -93,7 +96,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
             InputError: when the folder holds another pipeline, or names custom modalities that are not trusted; nothing
                 of it is imported or run.
         """
-        check_names(kwargs, list(inspect.signature(cls.from_pretrained).parameters)[1:-1])
+        check_names(kwargs, [*list(inspect.signature(cls.from_pretrained).parameters)[1:-1], *HUB_ARGUMENTS])
         path, chosen = pretrained_model_name_or_path, dtypes(torch_dtype, dtype)
         index = read_index(cls, path, **kwargs)
         if model is None:
@@ -101,19 +104,29 @@ class MTDiffusionPipeline(DiffusionPipeline):
             model = MTDiffusionModel.from_pretrained(path, subfolder="model", dtype=chosen["model"], **trust, **kwargs)
         if not isinstance(scheduler, MTScheduler):
             kind = next(kind for kind in SCHEDULERS.values() if kind.__name__ == index["scheduler"][1])
-            own = kind.from_pretrained(path, subfolder="scheduler", **kwargs)
+            with damage("scheduler", path):
+                own = kind.from_pretrained(path, subfolder="scheduler", **kwargs)
             scheduler = own if scheduler is None else as_ours(scheduler, own)
         if autoencoder is None and index.get("autoencoder", [None])[0] is not None:
-            autoencoder = AutoencoderKL.from_pretrained(path, subfolder="autoencoder", use_safetensors=True, **kwargs)
-            autoencoder = in_dtype(autoencoder, chosen["autoencoder"])
+            with damage("autoencoder", path):
+                own = AutoencoderKL.from_pretrained(path, subfolder="autoencoder", use_safetensors=True, **kwargs)
+            autoencoder = in_dtype(own, chosen["autoencoder"])
         check_components(model, autoencoder)
         return cls(model=complete(model, autoencoder).eval(), scheduler=scheduler, autoencoder=autoencoder)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """A scheduler of diffusers becomes ours with that solver."""
-        super().__setattr__(name, as_ours(value, self.__dict__.get(name)) if name == "scheduler" else value)
+        """A scheduler of diffusers becomes ours with that solver; a component of another kind is refused."""
+        if name == "scheduler":
+            value = as_ours(value, self.__dict__.get(name))
+        if name in ("model", "scheduler"):
+            parts = {**self.__dict__, name: value}
+            check_components(parts["model"], None)
+            if "scheduler" in parts:
+                check_weights(parts["model"], parts["scheduler"])
+        super().__setattr__(name, value)
 
     @torch.no_grad()
+    @memory_errors()
     def __call__(
         self,
         batch_size: int | None = None,
@@ -169,7 +182,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
         Raises:
             InputError: naming the argument, the value and the remedy.
         """
-        if output_type not in ("pil", "pt"):
+        if not isinstance(output_type, str) or output_type not in ("pil", "pt"):
             raise InputError("output_type", output_type, "choose pil or pt")
         batch_size = None if batch_size is None else whole("batch_size", batch_size, 1)
         max_batch_size = None if max_batch_size is None else whole("max_batch_size", max_batch_size, 1)

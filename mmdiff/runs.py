@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from diffusers.utils import logging
 from PIL import Image
-from safetensors import SafetensorError
 
 from mmdiff.errors import InputError
 from mmdiff.model import MTDiffusionModel
@@ -18,10 +17,9 @@ from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.plots import set_weights, tile
 from mmdiff.randomness import fold
 from mmdiff.training.process import set_threads
-from mmdiff.trust import check_links
+from mmdiff.trust import check_links, damage
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_DAMAGE = (OSError, ValueError, RuntimeError, SafetensorError, LookupError, TypeError, AttributeError, MemoryError)
 _LONGEST = 2000  # characters of what is printed per modality
 
 
@@ -42,12 +40,8 @@ def load(run: Path, solver: str | None = None, trust: bool = False) -> MTDiffusi
     check_links("run", run)
     set_threads(0)
     logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said below, in one line
-    try:
+    with damage("run", run):
         pipeline = MTDiffusionPipeline.from_pretrained(folder, trust_custom_modalities=trust)
-    except InputError:
-        raise
-    except _DAMAGE as error:
-        raise InputError("run", str(run), f"its pipeline is damaged, {type(error).__name__}: {error}") from None
     if solver is not None:
         scheduler = pipeline.scheduler
         pipeline.scheduler = type(scheduler).from_config(scheduler.config, solver=solver, solver_config=None)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from mmdiff.errors import InputError
 
 TRUST = "to import it pass trust_custom_modalities=True, on the command line --trust-custom-modalities"
 LARGEST = 2**16  # of a network's settings
+_DAMAGE = (OSError, ValueError, RuntimeError, SafetensorError, LookupError, TypeError, AttributeError, MemoryError)
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
@@ -52,6 +56,21 @@ def refuse_huge(config: Any, key: str) -> None:
         refuse_huge(value, f"{key}.{name}")
     if isinstance(config, int | float) and not abs(config) <= LARGEST:
         raise InputError(key, config, f"is larger than {LARGEST}; no network is that wide or deep")
+
+
+@contextlib.contextmanager
+def damage(key: str, path: Any) -> Iterator[None]:
+    """Whatever goes wrong while a folder is read, in one line.
+
+    Raises:
+        InputError: naming the folder.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except _DAMAGE as error:
+        raise InputError(key, str(path), f"is damaged or missing, {type(error).__name__}: {error}") from None
 
 
 def stay_offline() -> None:

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mmdiff"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
-    **dict.fromkeys(("errors", "randomness", "likelihoods", "config", "slots", "trust", "states", "image_files"), 0),
+    **dict.fromkeys(("errors", "randomness", "likelihoods", "config", "slots", "trust", "states"), 0),
+    **dict.fromkeys(("values", "image_files"), 0),
     **dict.fromkeys(("data", "modalities", "schedulers", "backbones", "losses"), 1),
     **dict.fromkeys(("metrics", "model", "vlm"), 2),
     **dict.fromkeys(("objective", "sampling"), 3),

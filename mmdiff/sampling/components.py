@@ -2,37 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from diffusers import DiffusionPipeline
-from torch import nn
+from diffusers import AutoencoderKL, DiffusionPipeline
 
 from mmdiff.errors import InputError
 from mmdiff.model import MTDiffusionModel
-from mmdiff.schedulers import SCHEDULERS
+from mmdiff.schedulers import SCHEDULERS, MTScheduler
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-
-
-def check_names(given: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Refuse keyword arguments that nothing reads.
-
-    Args:
-        given: {name: value} beside the declared ones.
-        known: all declared names.
-
-    Raises:
-        InputError: with the nearest name.
-    """
-    names = (*known, *HUB_ARGUMENTS)
-    for key, value in given.items():
-        if key not in HUB_ARGUMENTS:
-            near = difflib.get_close_matches(key, names, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(names)}"
-            raise InputError(key, type(value).__name__, f"unknown argument; {hint}")
 
 
 def read_index(pipeline: type[DiffusionPipeline], path: str | os.PathLike, **hub: Any) -> dict[str, Any]:
@@ -41,10 +21,14 @@ def read_index(pipeline: type[DiffusionPipeline], path: str | os.PathLike, **hub
     Raises:
         InputError: where there is none, and where it describes another pipeline.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise InputError("pipeline", path, "needs a folder or the name of a repository")
     try:
         index = pipeline.load_config(path, **hub)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise InputError("pipeline", str(path), f"holds no pipeline: {str(error).splitlines()[0]}") from None
+    if not isinstance(index, Mapping):
+        raise InputError("model_index.json", index, "needs {component: class}")
     for name, known in (("model", (MTDiffusionModel,)), ("scheduler", tuple(SCHEDULERS.values()))):
         homes = [[component.__module__, component.__name__] for component in known]
         if index.get(name) not in homes:
@@ -62,5 +46,17 @@ def check_components(model: Any, autoencoder: Any) -> None:
     """
     if not isinstance(getattr(model, "_orig_mod", model), MTDiffusionModel):  # where torch.compile wrapped it
         raise InputError("model", type(model).__name__, "needs an MTDiffusionModel")
-    if autoencoder is not None and not isinstance(autoencoder, nn.Module):
+    if autoencoder is not None and not isinstance(getattr(autoencoder, "_orig_mod", autoencoder), AutoencoderKL):
         raise InputError("autoencoder", type(autoencoder).__name__, "needs an AutoencoderKL")
+
+
+def check_weights(model: MTDiffusionModel, scheduler: MTScheduler) -> None:
+    """Every modality with weights is an auxiliary of the model, which c_t is the sum of.
+
+    Raises:
+        InputError: naming the entry of the scheduler's weights.
+    """
+    for name, entry in (scheduler.config.weights or {}).items():
+        if name not in model.auxiliary:
+            remedy = f"is no auxiliary modality of the model; these are: {', '.join(model.auxiliary) or 'none'}"
+            raise InputError(f"weights.{name}", dict(entry), remedy)

@@ -10,9 +10,11 @@ from torch import Tensor
 from mmdiff.errors import InputError
 from mmdiff.modalities import KnownPart, Modality
 from mmdiff.model import MTDiffusionModel
+from mmdiff.values import names, plain
 
 CHANNELS, PLUG_IN, SELF_GUIDANCE, REPLACEMENT = WAYS = ("channels", "plug-in", "self-guidance", "replacement")
 FEEDS = ("draw", "mean", "mode")
+LONGEST = 1000  # of resampling; RePaint takes 10
 Ways = str | Iterable[str]
 
 
@@ -127,9 +129,7 @@ def _as_trained(able: frozenset[str]) -> frozenset[str]:
 
 
 def _as_ways(key: str, given: Ways) -> frozenset[str]:
-    if not isinstance(given, Iterable):
-        raise InputError(key, given, f"choose from {', '.join(WAYS)}")
-    ways = [given] if isinstance(given, str) else list(given)
+    ways = names(key, given)
     for way in ways:
         if way not in WAYS:
             raise InputError(key, way, f"choose from {', '.join(WAYS)}")
@@ -169,10 +169,9 @@ def _remedy(able: frozenset[str]) -> str:
 
 def _checked_resampling(resampling: tuple[int, int]) -> tuple[int, int]:
     jumps = tuple(resampling) if isinstance(resampling, list | tuple) else (resampling,)
-    if len(jumps) != 2 or not all(type(jump) is int and jump >= 1 for jump in jumps):
-        raise InputError(
-            "resampling", resampling, "needs (jump_length, jump_n_sample), two numbers >= 1; (1, 1) is off"
-        )
+    if len(jumps) != 2 or not all(type(jump) is int and 1 <= jump <= LONGEST for jump in jumps):
+        remedy = f"needs (jump_length, jump_n_sample), two numbers from 1 to {LONGEST}; (1, 1) is off"
+        raise InputError("resampling", resampling, remedy)
     return jumps[0], jumps[1]
 
 
@@ -183,7 +182,7 @@ def feed_for(feed: str | None, stochastic: bool) -> str:
         InputError: on an unknown feed, and on "mode" with a deterministic solver, where it is wrong.
     """
     feed = ("draw" if stochastic else "mean") if feed is None else feed
-    if feed not in FEEDS:
+    if not isinstance(feed, str) or feed not in FEEDS:
         raise InputError("feed", feed, f"choose one of {', '.join(FEEDS)}")
     if feed == "mode" and not stochastic:
         raise InputError("feed", feed, "is wrong with a deterministic solver; use mean, or a stochastic solver")
@@ -198,16 +197,15 @@ def aggregated_names(aggregate: bool | Iterable[str] | None, weighted: Mapping[s
         weighted: {modality: max_t W_t}.
     """
     able = {name for name, peak in weighted.items() if peak > 0}
-    if aggregate is None or aggregate is True:
-        return able
-    if not isinstance(aggregate, bool | Iterable):
-        raise InputError("aggregate", aggregate, "needs True, False or names of modalities")
-    names = set() if aggregate is False else {aggregate} if isinstance(aggregate, str) else set(aggregate)
-    if names - able:
+    aggregate = True if aggregate is None else plain("aggregate", aggregate)
+    if isinstance(aggregate, bool):
+        return able if aggregate else set()
+    chosen = set(names("aggregate", aggregate))
+    if chosen - able:
         raise InputError(
-            "aggregate", sorted(names - able)[0], f"has no weight; weighted: {', '.join(sorted(able)) or 'none'}"
+            "aggregate", sorted(chosen - able)[0], f"has no weight; weighted: {', '.join(sorted(able)) or 'none'}"
         )
-    return names
+    return chosen
 
 
 def guidance_scales(

@@ -12,7 +12,7 @@ from torch import Tensor
 from mmdiff.errors import InputError
 from mmdiff.modalities import Modality
 from mmdiff.model import MTDiffusionModel
-from mmdiff.sampling.arguments import plain
+from mmdiff.values import dense, plain
 
 
 def observed_values(model: MTDiffusionModel, observed: Mapping[str, Any], batch_size: int | None) -> dict[str, Tensor]:
@@ -73,8 +73,7 @@ def _as_batch(name: str, raw: Tensor, modality: Modality) -> Tensor:
     Raises:
         InputError: where nothing can be read from it.
     """
-    if raw.is_meta or raw.layout != torch.strided:
-        raise InputError(name, f"a {raw.device.type} tensor, {raw.layout}", "needs a dense tensor with values")
+    dense(name, raw)
     if not raw.numel():
         raise InputError(name, f"a tensor of shape {tuple(raw.shape)}", "is empty; leave the modality out to draw it")
     value = raw if raw.ndim > len(modality.value_shape) else raw[None]
@@ -91,10 +90,10 @@ def _separate(raw: Any, dimensions: int) -> list[Any]:
     return [raw]
 
 
-def _depth(raw: Any) -> int:
+def _depth(raw: Any, levels: int = 8) -> int:
     """How deep numbers lie in nested lists; 0 where something else does."""
     if isinstance(raw, list | tuple):
-        inner = _depth(raw[0]) if raw else 0
+        inner = _depth(raw[0], levels - 1) if raw and levels else 0
         return inner + 1 if inner or (raw and isinstance(raw[0], int | float | np.number)) else 0
     return 0
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
 from mmdiff.errors import InputError
 from mmdiff.schedulers.base import MTScheduler
 
@@ -24,6 +26,8 @@ def as_ours(scheduler: Any, current: MTScheduler | None) -> MTScheduler:
     """
     if isinstance(scheduler, MTScheduler):
         return scheduler
+    if not isinstance(scheduler, SchedulerMixin):
+        raise InputError("scheduler", scheduler, "is no scheduler")
     name = type(scheduler).__name__
     if current is None:
         raise InputError("scheduler", name, "needs an MTDiffusionScheduler or MTFlowMatchScheduler with solver=…")

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 
 from mmdiff.errors import InputError
+from mmdiff.values import dense, plain
 
 _SWITCH = Annotated[bool, Field(strict=True)]
 _NUMBER = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -19,7 +20,7 @@ ARGUMENTS = {  # of both schedulers; choices have lists of their own
     "beta_schedule": str,
     "beta_start": _VARIANCE,
     "beta_end": _VARIANCE,
-    "trained_betas": list[_VARIANCE] | None,
+    "trained_betas": Annotated[list[_VARIANCE], Field(strict=True)] | None,
     "rescale_betas_zero_snr": _SWITCH,
     "prediction_type": str,
     "timestep_spacing": str,
@@ -61,15 +62,22 @@ def plain_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: naming the argument.
     """
-    found = {key: _plain(config[key]) for key in ARGUMENTS if key in config}
+    found = {key: _plain(key, config[key]) for key in ARGUMENTS if key in config}
     for key, value in found.items():
         check_value(key, value, ARGUMENTS[key])
     return found
 
 
-def _plain(value: Any) -> Any:
+def _plain(key: str, value: Any) -> Any:
+    """Of what JSON knows, where that is possible."""
+    if isinstance(value, np.generic | np.ndarray | torch.Tensor):
+        value = dense(key, value).tolist()
+    return _lists(plain(key, value))
+
+
+def _lists(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return value.tolist() if isinstance(value, np.generic | np.ndarray | torch.Tensor) else value
+        return {key: _lists(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple | range):
+        return [_lists(inner) for inner in value]
+    return value.tolist() if isinstance(value, np.ndarray | torch.Tensor) else value

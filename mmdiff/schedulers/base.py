@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
@@ -24,6 +23,7 @@ from mmdiff.schedulers.path import Encodings, GaussianPath
 from mmdiff.schedulers.predictions import PREDICTIONS
 from mmdiff.schedulers.solvers import Solver, check_options
 from mmdiff.schedulers.weights import checked_weight
+from mmdiff.values import check_names, plain, switch, whole
 
 TIMESTEP_SAMPLING = {  # uniform numbers -> shares of the path, (B,) float64; Esser et al. (2024) for the second
     "uniform": lambda u, mean, std: u,
@@ -58,12 +58,11 @@ class MTScheduler(GaussianPath):
         """As of diffusers, but arguments that no scheduler of ours has are refused.
 
         Raises:
-            InputError: with all names.
+            InputError: with the nearest name; and where the config is none: a text would be looked up on the hub.
         """
-        known = list(inspect.signature(cls.__init__).parameters)[1:]
-        for key in kwargs:
-            if key not in known:
-                raise InputError(key, kwargs[key], f"unknown argument; choose from {', '.join(known)}")
+        if not isinstance(config, Mapping) or not all(isinstance(key, str) for key in config):
+            raise InputError("config", config, "needs the config of a scheduler; from_pretrained reads a folder")
+        check_names(kwargs, list(inspect.signature(cls.__init__).parameters)[1:])
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def _prepare(self, **copied: Any) -> dict[str, dict[str, Any]]:
@@ -168,9 +167,8 @@ class MTScheduler(GaussianPath):
                 re-uses an earlier sample (UniPC's) run.
         """
         total = len(self)
-        if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int | np.integer):
-            raise InputError("num_inference_steps", num_inference_steps, "is no whole number")
-        num_inference_steps = int(num_inference_steps)
+        num_inference_steps = whole("num_inference_steps", num_inference_steps, 1)
+        constant_encodings = switch("constant_encodings", constant_encodings)
         if not 1 <= num_inference_steps <= total:
             raise InputError("num_inference_steps", num_inference_steps, f"needs 1 … num_train_timesteps = {total}")
         timesteps = self._place_steps(num_inference_steps, 0)
@@ -194,7 +192,8 @@ class MTScheduler(GaussianPath):
 
     def rewind(self, count: int) -> None:
         """Go ``count`` steps back: the last of them are taken again, by a solver that has forgotten them."""
-        if self._step_index is None or not 0 <= count <= self._step_index:
+        count = whole("count", count, 0)
+        if self._step_index is None or count > self._step_index:
             raise InputError("count", count, f"{self._step_index or 0} steps are taken")
         self._step_index -= count
         self._place_steps(self.num_inference_steps, self._step_index)
@@ -256,6 +255,6 @@ class MTScheduler(GaussianPath):
             raise InputError("timestep", timestep, "all steps are taken; call set_timesteps for another run")
         known = not isinstance(timestep, Tensor) or timestep.device.type == "cpu"  # never wait for an accelerator
         expected = self._steps[self._step_index]
-        if known and float(timestep) != expected:
-            remedy = f"call {self._step_index} after set_timesteps expects {expected}"
-            raise InputError("timestep", type(expected)(timestep), remedy)
+        given = timestep.squeeze() if isinstance(timestep, Tensor) else timestep
+        if known and not (isinstance(given := plain("timestep", given), int | float) and given == expected):
+            raise InputError("timestep", given, f"call {self._step_index} after set_timesteps expects {expected}")

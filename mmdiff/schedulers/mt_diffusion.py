@@ -81,7 +81,7 @@ class MTDiffusionScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
         self._set_path(path, checked)
         self._tables["a_bar"] = cat([ones(1, dtype=self.alphas_cumprod.dtype), self.alphas_cumprod])
         self._check_terminal_weights()
-        self.timesteps = arange(num_train_timesteps - 1, -1, -1)
+        self.timesteps = arange(len(self) - 1, -1, -1)
 
     # ------------------------------------------------------------------------------------------------ construction
 

@@ -52,15 +52,16 @@ class MTFlowMatchScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
         logit_std: float = 1.0,
     ) -> None:
         checked = self._prepare(weights=weights, solver_config=solver_config)
+        total = self.config.num_train_timesteps
         self._solver = self._traits.scheduler(
-            num_train_timesteps=num_train_timesteps,
+            num_train_timesteps=total,
             **self._traits.arguments[self._solver_prediction],
             **(self.config.solver_config or {}),
         )
-        sigma = torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps  # σ_0 … σ_T
+        sigma = torch.arange(total + 1, dtype=torch.float64) / total  # σ_0 … σ_T
         signal = 1 - sigma
         self._set_path(Coefficients(signal[1:], sigma[1:], signal[1:] / signal[:-1]), checked)
-        self.timesteps = torch.arange(num_train_timesteps, 0, -1, dtype=torch.float32)
+        self.timesteps = torch.arange(total, 0, -1, dtype=torch.float32)
 
     @property
     def _solver_prediction(self) -> str:

@@ -40,7 +40,7 @@ class Solver:
 
 _ORDER = Annotated[int, Field(strict=True, ge=1, le=3)]
 _SWITCH = Annotated[bool, Field(strict=True)]
-_COUNT = Annotated[int, Field(strict=True, ge=0)]
+_COUNT = Annotated[int, Field(strict=True, ge=0, le=100_000)]
 _SHIFT = Annotated[float, Field(strict=True, ge=0.01, le=100)]  # beyond, float32 cannot tell the steps apart
 _ALGORITHM = Literal["dpmsolver++", "sde-dpmsolver++"]
 _NOISE_FORM = "the solvers in noise form divide by √ā_T, which is 0 on these schedules"

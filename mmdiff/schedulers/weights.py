@@ -84,7 +84,7 @@ _NUMBER = Annotated[float, Field(strict=True, ge=-1e4, le=1e4)]
 _ENTRIES = {  # {key of an entry of a scheduler's `weights`: its type}
     "schedule": Literal[SCHEDULES],
     "scale": Annotated[float, Field(strict=True, ge=0, le=1e4)],
-    "parameters": Annotated[list[_NUMBER], Field(min_length=1)],
+    "parameters": Annotated[list[_NUMBER], Field(strict=True, min_length=1)],
     "log_scale": Annotated[float, Field(strict=True, ge=-100, le=100)],
     "learn_scale": Annotated[bool, Field(strict=True)],
 }

@@ -165,9 +165,13 @@ def test_a_scheduler_of_diffusers_becomes_ours_with_that_solver() -> None:
 def test_a_solver_that_does_not_fit_is_one_line_and_changes_nothing(kind: type) -> None:
     pipe = build(kind)
     before = pipe.scheduler
-    for other in (diffusers.EulerDiscreteScheduler(), diffusers.PNDMScheduler(), object()):
+    for other in (diffusers.EulerDiscreteScheduler(), diffusers.PNDMScheduler()):
         with pytest.raises(InputError, match=f"solver = '{type(other).__name__}'"):
             pipe.scheduler = other
+    for component in ("scheduler", "model"):
+        for other in (None, 3, "DDIMScheduler", object(), diffusers.DDIMScheduler):
+            with pytest.raises(InputError, match=f"^{component} = "):
+                setattr(pipe, component, other)
     assert pipe.scheduler is before
     with pytest.raises(InputError, match="^scheduler = 'DDIMScheduler'"):
         MTDiffusionPipeline(model=pipe.model, scheduler=diffusers.DDIMScheduler())
