@@ -20,7 +20,7 @@ from mmdiff.modalities import Modality
 from mmdiff.model import MTDiffusionModel, complete, dtypes, in_dtype
 from mmdiff.sampling.arguments import check_finite, generators, memory_errors, scales
 from mmdiff.sampling.batching import in_batches
-from mmdiff.sampling.components import HUB_ARGUMENTS, check_components, check_weights, read_index
+from mmdiff.sampling.components import HUB_ARGUMENTS, check_components, check_together, read_index
 from mmdiff.sampling.conditioning import Conditioning, Ways, aggregated_names, conditioning_of, feed_for
 from mmdiff.sampling.guidance import branches, fed_encoding, steered
 from mmdiff.sampling.heads import heads, heads_of_noised_anchor, read_levels
@@ -119,10 +119,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
         if name == "scheduler":
             value = as_ours(value, self.__dict__.get(name))
         if name in ("model", "scheduler"):
-            parts = {**self.__dict__, name: value}
-            check_components(parts["model"], None)
-            if "scheduler" in parts:
-                check_weights(parts["model"], parts["scheduler"])
+            check_together(**{"model": None, "scheduler": None, **self.__dict__, name: value})
         super().__setattr__(name, value)
 
     @torch.no_grad()

@@ -149,6 +149,37 @@ def test_impossible_configs_are_refused(modalities: dict[str, dict[str, Any]], a
     assert text in str(caught.value)
 
 
+NO_CONFIG = [None, 3, "x", [], {}, {1: 2}, {"image": 3}]
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("modality_config", NO_CONFIG[:4]),
+        ("backbone_config", NO_CONFIG[:4]),
+        ("anchor", [None, 3, ["image"], {}]),
+        ("observable", [3, "image", {}, [1], ["picture"]]),
+        ("config", NO_CONFIG),
+    ],
+)
+def test_arguments_of_another_type_are_refused_by_name(key: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(InputError) as refusal:
+            if key == "config":
+                MTDiffusionModel.from_config(value)
+            else:
+                MTDiffusionModel(**{**build().config, key: value})
+        assert refusal.value.key.startswith(key), value
+
+
+def test_an_argument_that_nothing_reads_is_refused(tmp_path: Path) -> None:
+    model = build()
+    model.save_pretrained(tmp_path)
+    for load in (MTDiffusionModel.from_pretrained, MTDiffusionModel.from_config):
+        with pytest.raises(InputError, match="^anchr = .*did you mean anchor"):
+            load(tmp_path if load == MTDiffusionModel.from_pretrained else model.config, anchr="image")
+
+
 def test_an_unknown_backbone_is_refused() -> None:
     with pytest.raises(InputError, match="backbone.kind = 'resnet': choose one of unet"):
         MTDiffusionModel(modality_config=MODALITIES, backbone_config={"kind": "resnet"})

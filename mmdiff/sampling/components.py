@@ -50,13 +50,19 @@ def check_components(model: Any, autoencoder: Any) -> None:
         raise InputError("autoencoder", type(autoencoder).__name__, "needs an AutoencoderKL")
 
 
-def check_weights(model: MTDiffusionModel, scheduler: MTScheduler) -> None:
+def check_together(model: MTDiffusionModel, scheduler: MTScheduler | None, **others: Any) -> None:
     """Every modality with weights is an auxiliary of the model, which c_t is the sum of.
 
+    Args:
+        model: of a pipeline.
+        scheduler: of it; None: not there yet.
+        others: that are not looked at.
+
     Raises:
-        InputError: naming the entry of the scheduler's weights.
+        InputError: naming the component, or the entry of the scheduler's weights.
     """
-    for name, entry in (scheduler.config.weights or {}).items():
+    check_components(model, None)
+    for name, entry in (scheduler.config.weights or {}).items() if scheduler is not None else ():
         if name not in model.auxiliary:
             remedy = f"is no auxiliary modality of the model; these are: {', '.join(model.auxiliary) or 'none'}"
             raise InputError(f"weights.{name}", dict(entry), remedy)

@@ -70,14 +70,12 @@ def plain_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plain(key: str, value: Any) -> Any:
     """Of what JSON knows, where that is possible."""
-    if isinstance(value, np.generic | np.ndarray | torch.Tensor):
-        value = dense(key, value).tolist()
-    return _lists(plain(key, value))
+    return _lists(key, plain(key, value))
 
 
-def _lists(value: Any) -> Any:
+def _lists(key: str, value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _lists(inner) for key, inner in value.items()}
+        return {name: _lists(f"{key}.{name}", inner) for name, inner in value.items()}
     if isinstance(value, list | tuple | range):
-        return [_lists(inner) for inner in value]
-    return value.tolist() if isinstance(value, np.ndarray | torch.Tensor) else value
+        return [_lists(key, inner) for inner in value]
+    return plain(key, dense(key, value).tolist()) if isinstance(value, np.ndarray | torch.Tensor) else value

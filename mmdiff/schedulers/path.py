@@ -39,6 +39,8 @@ class GaussianPath:
         }
         learned = {}
         for name, entry in self._weights.items():
+            if entry["schedule"] == "learned" and len(self) < 3:
+                raise InputError(f"weights.{name}.schedule", "learned", "needs num_train_timesteps of 3 at least")
             if entry["schedule"] == "learned":
                 learned[name] = torch.tensor(entry["parameters"]), torch.tensor(entry.get("log_scale", 0.0))
             else:

@@ -78,16 +78,20 @@ def check_learns(config: Config, model: MTDiffusionModel) -> None:
         InputError: no term of the loss can ever count.
     """
     missing = config.data.missing
-    if missing.get(config.anchor) == 1:
-        _warn(f"data.missing.{config.anchor} = 1.0: hides every anchor, so nothing is denoised")
+    for name in sorted(name for name, share in missing.items() if share == 1):
+        lost = "anchor, so nothing is denoised" if name == config.anchor else "value, so nothing of it is learned"
+        _warn(f"data.missing.{name} = 1.0: hides every {lost}")
     denoised = state_law(config, config.anchor).observed < 1 and config.states.anchor_hidden < 1
     read = [n for n in model.generated if config.modalities[n].loss_weight > 0 and missing.get(n) != 1]
     if denoised:
         return
+    hidden = config.states.anchor_hidden == 1
+    key = "states.anchor_hidden" if hidden else "states.anchor_observed"
+    share = config.states.anchor_hidden if hidden else state_law(config, config.anchor).observed
     if not read:
         remedy = "nothing is denoised then, and no modality has a loss_weight above 0: nothing is learned"
-        raise InputError("states.anchor_observed", config.states.anchor_observed, remedy)
-    _warn(f"states.anchor_observed = {config.states.anchor_observed}: {config.anchor} is never denoised, only read")
+        raise InputError(key, share, remedy)
+    _warn(f"{key} = {share}: {config.anchor} is never denoised, only read")
 
 
 def check_encodings(config: Config, model: MTDiffusionModel, rows: Batch) -> None:
@@ -137,7 +141,8 @@ def _named_by_key() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(_KEYS.get(error.key, error.key), error.value, error.remedy) from None
+        own = f"scheduler.{error.key}" if error.key.startswith("solver_config.") else error.key
+        raise InputError(_KEYS.get(own, own), error.value, error.remedy) from None
 
 
 def _walk(pipeline: MTDiffusionPipeline, steps: int) -> None:

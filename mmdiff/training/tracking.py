@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmdiff.config import Config
+from mmdiff.errors import InputError
 from mmdiff.training.disk import whole
 
 
@@ -31,9 +32,13 @@ class Tracker:
         if config.track == "wandb":
             import wandb
 
-            self._wandb = wandb.init(
-                project="mmdiff", name=config.name, dir=str(folder), config=config.model_dump(mode="json")
-            )
+            try:
+                self._wandb = wandb.init(
+                    project="mmdiff", name=config.name, dir=str(folder), config=config.model_dump(mode="json")
+                )
+            except wandb.Error as error:
+                remedy = f"W&B cannot be used: {error}; or set WANDB_MODE=offline"
+                raise InputError("track", config.track, remedy, everywhere=False) from None
 
     def _cut(self, step: int) -> None:
         """Keep the lines up to a step; half a line, or one that was damaged, goes."""

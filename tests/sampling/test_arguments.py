@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.schedulers import MTDiffusionScheduler, MTFlowMatchScheduler
 
 T, CLASSES, DIM = 20, 3, 4
+WEIGHTS = "model/diffusion_pytorch_model.safetensors"
 VECTOR = [0.1, 0.2, -0.3, 0.4]
 
 
@@ -64,6 +66,9 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
             {"observed": {"label": 1}, "guidance_scale": np.float32(2)},
         ),
         ({"num_inference_steps": 3}, {"num_inference_steps": np.int64(3)}),
+        ({"aggregate": ["label"]}, {"aggregate": np.array(["label"])}),
+        ({"aggregate": False}, {"aggregate": np.bool_(False)}),
+        ({"self_guidance_scale": 2.5}, {"self_guidance_scale": Decimal("2.5")}),
         (
             {"observed": {"image": np.zeros((8, 8), np.uint8)}},
             {"observed": {"image": np.zeros((8, 8, 1), np.uint8)}},
@@ -83,6 +88,16 @@ def test_generators_may_be_a_tuple(pipe: MTDiffusionPipeline) -> None:
 
 
 NAN, INF = float("nan"), float("inf")
+ITSELF: list[Any] = []
+ITSELF.append(ITSELF)
+
+
+class Unnamed:
+    """What cannot even be shown."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError
+
 
 
 @pytest.mark.parametrize(
@@ -127,6 +142,22 @@ NAN, INF = float("nan"), float("inf")
         ({"final_read": None}, "final_read"),
         ({"return_last_draws": 2}, "return_last_draws"),
         ({"return_dict": "no"}, "return_dict"),
+        ({"batch_size": torch.empty((), device="meta")}, "batch_size"),
+        ({"batch_size": Unnamed()}, "batch_size"),
+        ({"batch_size": 2**30}, "batch_size"),
+        ({"num_inference_steps": ITSELF}, "num_inference_steps"),
+        ({"guidance_scale": {1: 2.0, "label": 3.0}}, "guidance_scale"),
+        ({"conditioning": np.array(None)}, "conditioning"),
+        ({"conditioning": torch.tensor(1)}, "conditioning"),
+        ({"conditioning": [["channels"]], "observed": {"label": 1}}, "conditioning"),
+        ({"aggregate": {"label": False}}, "aggregate"),
+        ({"aggregate": [["label"]]}, "aggregate"),
+        ({"aggregate": ["x", 1]}, "aggregate"),
+        ({"feed": np.array(["draw", "mean"])}, "feed"),
+        ({"output_type": np.array(["pil", "pt"])}, "output_type"),
+        ({"resampling": (1, 10**9)}, "resampling"),
+        ({"observed": {"image": torch.zeros(1, 1, 8, 8).to(torch.float8_e4m3fn)}}, "observed.image"),
+        ({"observed": {"embedding": ITSELF}}, "observed.embedding"),
     ],
 )
 def test_nonsense_is_refused_by_name(pipe: MTDiffusionPipeline, arguments: Any, key: str) -> None:
@@ -213,10 +244,37 @@ def test_a_solver_is_the_class_of_diffusers_and_arguments_have_known_names() -> 
         type(pipe.scheduler).from_config(pipe.scheduler.config, solvr="DDIMScheduler")
 
 
-def test_a_folder_without_a_pipeline_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="^pipeline = .*holds no pipeline") as refusal:
+def test_a_modality_with_weights_is_one_of_the_model() -> None:
+    pipe = build()
+    for name in ("nothing", "image"):
+        scheduler = MTDiffusionScheduler(T, weights={name: {"schedule": "bump"}})
+        with pytest.raises(InputError, match=f"^weights.{name} = .*embedding, label"):
+            MTDiffusionPipeline(model=pipe.model, scheduler=scheduler)
+        with pytest.raises(InputError, match=f"^weights.{name} = "):
+            pipe.scheduler = scheduler
+
+
+@pytest.mark.parametrize("path", [None, 3, ["x"], "nowhere/at-all", "./nowhere"])
+def test_a_folder_without_a_pipeline_is_one_line(path: Any, tmp_path: Path) -> None:
+    for place in (path, tmp_path):
+        with pytest.raises(InputError, match="^pipeline = ") as refusal:
+            MTDiffusionPipeline.from_pretrained(place)
+        assert "\n" not in str(refusal.value)
+
+
+DAMAGE = [None, "", "{", "[]", "3", '"a/b"', "{}", '{"modality_config": 3, "backbone_config": {}}']
+
+
+@pytest.mark.parametrize("text", DAMAGE)
+@pytest.mark.parametrize("file", ["model_index.json", "model/config.json", "scheduler/scheduler_config.json", WEIGHTS])
+def test_a_damaged_folder_is_one_line(file: str, text: str | None, pipe: MTDiffusionPipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path)
+    (tmp_path / file).unlink() if text is None else (tmp_path / file).write_text(text)
+    if file.startswith("scheduler") and text is not None and text.startswith("{") and text != "{":
+        return  # its defaults
+    with pytest.raises(InputError) as refusal:
         MTDiffusionPipeline.from_pretrained(tmp_path)
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(refusal.value) and "onnect" not in str(refusal.value)
 
 
 def test_components_are_used_and_unknown_arguments_refused(tmp_path: Path, pipe: MTDiffusionPipeline) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import typing
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,7 @@ def test_every_combination_is_finite(kind: str, solver: str) -> None:
         ("diffusion", DDIM, {"eta": "much"}),
         ("diffusion", DDIM, {"eta": True}),
         ("diffusion", DDIM, {"steps_offset": -1}),
+        ("diffusion", DDIM, {"steps_offset": 10**30}),
         ("diffusion", DDPM, {"variance_type": "fixed_large_log"}),
         ("diffusion", DDPM, {"variance_type": "learned_range"}),
         ("diffusion", DPM, {"algorithm_type": "dpmsolver"}),
@@ -136,7 +138,8 @@ def test_the_clipping_range_is_positive_and_finite(kind: str, value: float) -> N
 
 
 NAN, INF = float("nan"), float("inf")
-NO_NUMBERS = [None, True, "x", NAN, INF, -INF, [1], {}, 1e300]
+HOLLOW = [torch.empty((), device="meta"), torch.tensor([1.0]).to_sparse(), torch.tensor(1j), iter([1.0])]
+NO_NUMBERS = [None, True, "x", NAN, INF, -INF, [1], {}, 1e300, *HOLLOW]
 WRONG = {
     "num_train_timesteps": [0, -1, 2.5, 2**40, *NO_NUMBERS],
     "clip_sample_range": NO_NUMBERS,
@@ -152,13 +155,13 @@ WRONG_VARIANCES = {
     "beta_start": [-0.1, *NO_NUMBERS],
     "beta_end": [1.5, *NO_NUMBERS],
     "beta_schedule": [None, 1, []],
-    "trained_betas": [1, "x", ["a"] * 50, [NAN] * 50, [-0.1] * 50, [INF] * 50, [0.1]],
+    "trained_betas": [1, "x", *HOLLOW, ["a"] * 50, [NAN] * 50, [-0.1] * 50, [INF] * 50, [0.1]],
     "rescale_betas_zero_snr": [None, "no", 1],
 }
 WRONG_ENTRIES = {
     "scale": [-1, *NO_NUMBERS],
     "schedule": [None, 1, "x", []],
-    "parameters": [None, 1, "x", [], ["a"], [NAN], [1e30]],
+    "parameters": [None, 1, "x", *HOLLOW, [], ["a"], [NAN], [1e30]],
     "log_scale": NO_NUMBERS,
     "learn_scale": [None, "no", 1],
     "shape": [1],
@@ -187,10 +190,34 @@ def test_an_entry_of_the_weights_is_refused_by_name(key: str, values: list[Any])
 
 def test_numbers_of_numpy_and_torch_are_arguments() -> None:
     given = {"num_train_timesteps": np.int64(3), "trained_betas": torch.tensor([0.25, 0.5, 0.75])}
+    given["weights"] = {"label": {"schedule": "bump", "scale": Decimal("0.125")}}
     config = SCHEDULERS["diffusion"](**given, solver=DDIM, solver_config={"eta": np.float32(0.5)}).config
     assert (config.num_train_timesteps, config.trained_betas, config.solver_config) == (
         3, [0.25, 0.5, 0.75], {"eta": 0.5},
     )  # fmt: skip
+    assert config.weights["label"]["scale"] == 0.125
+    assert len(SCHEDULERS["flow_match"](torch.tensor(3))) == 3
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_what_is_asked_of_a_scheduler_is_refused_by_name(kind: str) -> None:
+    cls = SCHEDULERS[kind]
+    for config in (None, 3, "a/b", [], {1: 2}):
+        with pytest.raises(InputError, match="^config = "):
+            cls.from_config(config)
+    with pytest.raises(InputError, match="^solvr = .*did you mean solver"):
+        cls.from_config(cls(20).config, solvr="DDIMScheduler")
+    with pytest.raises(InputError, match="^weights.label.schedule = 'learned'"):
+        cls(2, weights={"label": {"schedule": "learned"}})
+    scheduler = cls(20)
+    with pytest.raises(InputError, match="^constant_encodings = "):
+        scheduler.set_timesteps(3, constant_encodings="no")
+    scheduler.set_timesteps(3)
+    for timestep in (None, "x", [], NAN, np.array([1, 2]), torch.tensor([1, 2]), 1j):
+        with pytest.raises(InputError, match="^timestep = "):
+            scheduler.step(torch.zeros(1, 1, 2, 2), timestep, torch.zeros(1, 1, 2, 2))
+    with pytest.raises(InputError, match="^count = "):
+        scheduler.rewind("all")
 
 
 BETAS = [

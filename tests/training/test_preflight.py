@@ -41,7 +41,11 @@ Configure = Callable[..., Config]
         ("scheduler.clip_sample_range=0.5", "scheduler.clip_sample_range"),
         ("modalities.image.scale=1000", "modalities.image.scale"),
         ("states.anchor_observed=1 modalities.label.loss_weight=0", "states.anchor_observed"),
-        ("states.anchor_hidden=1 modalities.label.loss_weight=0", "states.anchor_observed"),
+        ("states.anchor_hidden=1 modalities.label.loss_weight=0", "states.anchor_hidden"),
+        (
+            "scheduler.timestep_spacing=leading scheduler.solver_config.steps_offset=60",
+            "scheduler.solver_config.steps_offset",
+        ),
     ],
 )
 def test_what_fails_late_is_told_before_step_1(configure: Configure, tmp_path: Path, overrides: str, key: str) -> None:
