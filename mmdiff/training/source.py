@@ -88,7 +88,7 @@ def _model(file: Path, config: Mapping[str, Any], own: Mapping[str, Any], trust:
     known = {kind for _, kind in custom_kinds(own, "")}
     try:
         for place, kind in custom_kinds(arguments["modality_config"], "modalities"):
-            if not trust and kind not in known:
+            if trust is not True and kind not in known:
                 refuse_custom({"kind": kind}, place.removesuffix(".kind"))
         refuse_huge(arguments["backbone_config"], "backbone")
         with torch.random.fork_rng(devices=[]):

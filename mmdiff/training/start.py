@@ -79,9 +79,6 @@ def _continue_from(trainer: Trainer, config: Config, folder: Path) -> tuple[int,
     found = find_checkpoint(Path(config.train.resume), "train.resume", trainer.accelerator.print)
     _check_model(found, config)
     done, _ = trainer.load(found)
-    if done >= config.train.steps:
-        remedy = f"{found.path} has taken {done} steps already; set more"
-        raise InputError("train.steps", config.train.steps, remedy)
     origin = {
         "resume": str(found.path.resolve()),
         "step": done,
@@ -98,7 +95,12 @@ def _hash(checkpoint: Checkpoint) -> str:
 
 
 def _check_model(checkpoint: Checkpoint, config: Config) -> None:
-    """The model and its objective must be those of the checkpoint."""
+    """The model and its objective must be those of the checkpoint, and steps must be left to take."""
+    done = checkpoint.state["step"]
+    if done >= config.train.steps:
+        raise InputError(
+            "train.steps", config.train.steps, f"{checkpoint.path} has taken {done} steps already; set more"
+        )
     before = parse_config(checkpoint.state.get("config"))
     train = {f"train.{key}" for key in type(config.train).model_fields} - {"train.optimizer"}
     found = first_difference(before, config, ignore=_CONTINUABLE | train)

@@ -192,6 +192,23 @@ def test_the_command_line_samples_only_what_is_trusted(user: User, cli: Callable
     assert (tmp_path / "grid.png").is_file()
 
 
+def test_a_run_starts_from_one_that_is_trusted(user: User, cli: Callable[..., Any], tmp_path: Path) -> None:
+    folder = train(load_config(user.config))
+    start = ["train", user.config, f"train.initialize_from={folder}"]
+    answer = cli(*start, f"output={tmp_path / 'same'}")  # its own config names the class
+    assert answer.code == 0, answer.err
+    user.forget()
+    other = [*start, f"output={tmp_path / 'other'}", "modalities.depth.kind=dense"]
+    answer = cli(*other)
+    assert answer.code == 2 and f"modalities.depth.kind = '{KIND}': is code of its author" in answer.complaint
+    assert not user.loaded and not (tmp_path / "other").exists()
+    answer = cli(*other, "--trust-custom-modalities")
+    assert answer.code == 0, answer.err
+    origin = json.loads((tmp_path / "other" / "origin.json").read_text())
+    assert "backbone.unet.conv_out.weight" in origin["taken"]
+    assert "modalities.depth.head.mean.conv.weight" in origin["new"]  # of another class
+
+
 @pytest.mark.parametrize("name", ["make", "Other", "CALLS", "nothing"])
 def test_what_is_no_modality_is_refused_and_never_called(user: User, name: str) -> None:
     kind = f"depth_of_a_user.log_depth:{name}"

@@ -84,6 +84,10 @@ def test_a_run_continues_in_a_new_folder_with_other_settings(run_copy: Path, tmp
     origin = json.loads((new / "origin.json").read_text())
     assert origin["step"] == 12 and origin["resume"].endswith("step-12")
     assert same(last_weights(run_copy), before) and not same(last_weights(new), before)
+    with pytest.raises(InputError, match="train.steps = 12.*has taken 12"):
+        more = [f"output={tmp_path / 'done'}", *settings, "train.steps=12"]
+        train(load_config(run_copy / "config.yaml", more), progress=False)
+    assert not (tmp_path / "done").exists()
     with pytest.raises(InputError, match="weight.scale"):
         more = [f"output={tmp_path / 'other'}", *settings, "modalities.label.weight.scale=0.5"]
         train(load_config(run_copy / "config.yaml", more), progress=False)
