@@ -113,7 +113,8 @@ def _resolved_settings(
         return settings
     column = config.column(name)
     if column not in rows.column_names:
-        remedy = f"the source has no such column, but {', '.join(rows.column_names)}; set data.columns.{name}=…"
+        there = ", ".join(one for one in rows.column_names if one != ROW)
+        remedy = f"the source has no such column, but {there}; set data.columns.{name}=…"
         raise InputError(f"data.columns.{name}", column, remedy)
     values = _readable(rows, column, kind, config.data)
     with at(f"data.columns.{name}={column}", ": "):

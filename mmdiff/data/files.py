@@ -33,7 +33,7 @@ def _switch_off(feature: Any) -> None:
 
 
 def with_images(rows: Any, key: str, column: str, folder: Path | None) -> Any:
-    """The same rows, a column of paths, or of lists of paths, as one of images.
+    """The same rows, a column of paths or of whole files, or of lists of these, as one of images.
 
     Args:
         rows: of a source; other rows, and other types of column, are returned as they are.
@@ -46,7 +46,7 @@ def with_images(rows: Any, key: str, column: str, folder: Path | None) -> Any:
     """
     feature = rows.features.get(column) if isinstance(rows, datasets.Dataset) else None
     many = isinstance(feature, datasets.List)
-    if not _is_text(feature.feature if many else feature):
+    if not _holds_files(feature.feature if many else feature):
         return rows
 
     def convert(values: list[Any], numbers: list[int]) -> dict[str, list[Any]]:
@@ -63,13 +63,15 @@ def with_images(rows: Any, key: str, column: str, folder: Path | None) -> Any:
     return rows.map(convert, batched=True, features=features, keep_in_memory=True, desc=f"Files of {column}", **inputs)
 
 
-def _is_text(feature: Any) -> bool:
-    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+def _holds_files(feature: Any) -> bool:
+    return isinstance(feature, datasets.Value) and feature.dtype.removeprefix("large_") in ("string", "binary")
 
 
-def _file(where: str, text: str | None, folder: Path | None) -> dict[str, Any] | None:
+def _file(where: str, text: str | bytes | None, folder: Path | None) -> dict[str, Any] | None:
     if not text:
         return None
+    if isinstance(text, bytes):
+        return {"bytes": text, "path": None}
     if "://" in text:
         raise InputError(where, text, "is a URL; download the images and name files")
     path = Path(text).expanduser()

@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 
 from mmdiff.errors import InputError
-from mmdiff.image_files import is_image
+from mmdiff.image_files import is_array, is_image
 
 SPLITS = ("train", "validation", "test")
 
@@ -56,14 +56,14 @@ def _rows(roots: Mapping[str, Path], split: str) -> datasets.Dataset:
 
 
 def _files(column: str, root: Path) -> dict[str, Path]:
-    """{path without its ending: file} of all images below a folder."""
+    """{path without its ending: file} of all images, and maps as .npy, below a folder."""
     found: dict[str, Path] = {}
     for file in sorted(root.rglob("*")):
-        if is_image(file) and file.is_file():
+        if (is_image(file) or is_array(file)) and file.is_file():
             stem = file.relative_to(root).with_suffix("").as_posix()
             if stem in found:
                 raise InputError(f"data.options.{column}", str(file), f"has the stem of {found[stem].name}; keep one")
             found[stem] = file
     if not found:
-        raise InputError(f"data.options.{column}", str(root), "holds no images")
+        raise InputError(f"data.options.{column}", str(root), "holds no images and no .npy files")
     return found

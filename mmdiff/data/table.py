@@ -128,7 +128,11 @@ class Table(torch.utils.data.Dataset):
     ) -> None:
         for name, column in columns.items():
             if column not in rows.column_names:
-                raise InputError(f"data.columns.{name}", column, f"the source has {', '.join(rows.column_names)}")
+                raise InputError(
+                    f"data.columns.{name}",
+                    column,
+                    f"the source has {', '.join(n for n in rows.column_names if n != ROW)}",
+                )
         self.rows = rows.select_columns(sorted({*columns.values(), ROW} & set(rows.column_names)))
         self.columns, self.preprocess, self.placeholders = dict(columns), dict(preprocess), dict(placeholders)
         self.is_missing = dict(is_missing or {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,13 +27,14 @@ from mmdiff.modalities.heads import (
     grid_channels,
     grown,
     height_width,
+    of_file,
     open_array,
     open_image,
     save_array,
     to_grid,
     to_space,
 )
-from mmdiff.modalities.pictures import SIXTEEN_BITS, loaded, one_size, resized
+from mmdiff.modalities.pictures import SIXTEEN_BITS, one_size, resized
 
 _ROWS = 2000  # that statistics are read from
 
@@ -42,7 +43,7 @@ class Dense(Modality):
     """A map of real numbers; its value is (channels, height, width) float32 in the data's own units, or in those that
     a subclass's `transform` brings them to; what a person sees is brought back by `inverse`.
 
-    Raw values are arrays or nested lists (h, w), (channels, h, w), or PIL images of mode F, I or I;16.
+    Raw values are arrays, .npy files or nested lists (h, w), (channels, h, w), or PIL images of mode F, I or I;16.
 
     Args:
         shape: the surroundings, see `Modality`.
@@ -84,7 +85,7 @@ class Dense(Modality):
     @staticmethod
     def read(raw: Any) -> np.ndarray:
         """A raw value as an array (channels, h, w) in its own units."""
-        raw = loaded("dense", raw) if isinstance(raw, PILImage.Image | Mapping) else raw
+        raw = of_file("dense", raw)
         if isinstance(raw, PILImage.Image) and raw.mode not in ("F", "I", *SIXTEEN_BITS, "L"):
             raise InputError("dense", raw.mode, "is no map of numbers; store mode F, I or I;16, or an array")
         array = as_array(raw)
@@ -105,7 +106,7 @@ class Dense(Modality):
 
     @classmethod
     def check_readable(cls, raw: Any) -> None:
-        cls.read(raw)
+        _finite(cls.transform(_finite(cls.read(raw))))
 
     def preprocess(self, raw: Any) -> Tensor:
         array = _finite(self.read(raw))

@@ -16,7 +16,7 @@ from torch.nn.functional import normalize, softplus
 from mmdiff.errors import InputError
 from mmdiff.likelihoods import Gaussian, vmf_log_prob, vmf_mean_length, vmf_sample
 from mmdiff.modalities.base import Modality, Shape
-from mmdiff.modalities.heads import as_array, check_numbers, open_numbers, repeated, save_array, widened
+from mmdiff.modalities.heads import as_vector, check_numbers, open_numbers, repeated, save_array, widened
 
 _ROWS = 10_000  # that the norm's statistics are read from
 
@@ -78,6 +78,10 @@ class Embedding(Modality):
             raise InputError("embedding", sorted({len(v) for v in vectors}), "vectors of one column need one length")
         logs = np.log([np.linalg.norm(v) for v in vectors])
         return {"dim": len(vectors[0]), "log_norm_mean": float(logs.mean()), "log_norm_std": float(logs.std())}
+
+    @classmethod
+    def check_readable(cls, raw: Any) -> None:
+        _vector(raw)
 
     def preprocess(self, raw: Any) -> Tensor:
         vector = _vector(raw)
@@ -202,11 +206,9 @@ class Embedding(Modality):
 
 
 def _vector(raw: Any) -> np.ndarray:
-    vector = as_array(raw)
-    if vector.ndim != 1 or vector.dtype.kind not in "iuf":
-        raise InputError("embedding", type(raw).__name__, "is no vector of numbers; check data.columns")
+    vector = as_vector("embedding", raw)
     with np.errstate(over="ignore"):
-        check_numbers("embedding", "a vector", np.linalg.norm(vector.astype(np.float64)))
+        check_numbers("embedding", "a vector", np.linalg.norm(vector))
     if not np.linalg.norm(vector.astype(np.float32)) > np.finfo(np.float32).tiny:  # as torch will compute it
         raise InputError("embedding", "a vector", "must be finite and not zero: it has no direction (in float32)")
     return vector

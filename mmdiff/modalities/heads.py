@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool3d, avg_pool2d, pixel_shuffle, pixel_unshuffle
 
 from mmdiff.errors import InputError
+from mmdiff.image_files import is_array
 from mmdiff.modalities.base import Shape
 from mmdiff.modalities.pictures import loaded
 
@@ -74,11 +76,26 @@ def open_image(key: str, text: str) -> PILImage.Image:
 
 def open_array(key: str, text: str) -> np.ndarray:
     """A .npy file."""
-    path = file_at(key, text)
+    return _load_array(key, text, file_at(key, text))
+
+
+def _load_array(key: str, name: str, file: Path | io.BytesIO) -> np.ndarray:
     try:
-        return np.load(path, allow_pickle=False)
+        return np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(key, text, f"cannot be read as .npy: {error}") from None
+        raise InputError(key, name, f"cannot be read as .npy: {error}") from None
+
+
+def of_file(key: str, raw: Any) -> Any:
+    """A raw value of a map: an image, and a stored file, as an image with its pixels or as the array of a .npy file.
+
+    Raises:
+        InputError: naming the file.
+    """
+    if isinstance(raw, Mapping) and set(raw) == {"bytes", "path"} and is_array(Path(raw["path"] or "")):
+        file = Path(raw["path"]) if raw["bytes"] is None else io.BytesIO(raw["bytes"])
+        return _load_array(key, raw["path"], file)
+    return loaded(key, raw) if isinstance(raw, PILImage.Image | Mapping) else raw
 
 
 def open_numbers(key: str, text: str) -> Any:
@@ -107,13 +124,28 @@ def save_image(shown: PILImage.Image, stem: Path) -> Path:
 
 
 def as_array(raw: Any) -> np.ndarray:
-    """A list, an array or an image as an array; anything else, a ragged list too, as one of no dimension."""
-    if isinstance(raw, PILImage.Image) or (isinstance(raw, Mapping) and set(raw) == {"bytes", "path"}):
-        return np.asarray(loaded("map", raw))
+    """A list, an array or a loaded image as an array; anything else, a ragged list too, as one of no dimension."""
+    if isinstance(raw, PILImage.Image):
+        return np.asarray(raw)
     try:
         return np.asarray(raw) if isinstance(raw, list | tuple | np.ndarray) else np.zeros(())
     except ValueError:
         return np.zeros(())
+
+
+def as_vector(key: str, raw: Any) -> np.ndarray:
+    """A list or an array of numbers as (D,) float64.
+
+    Raises:
+        InputError: for anything else.
+    """
+    if isinstance(raw, str):
+        raise InputError(key, raw, "is text; store lists of numbers (jsonl, parquet), as a csv file has none")
+    vector = as_array(raw)
+    if vector.ndim != 1 or vector.dtype.kind not in "iuf" or not len(vector):
+        remedy = "is no vector of numbers; check data.columns, and whether a number is missing"
+        raise InputError(key, type(raw).__name__, remedy)
+    return vector.astype(np.float64)
 
 
 def widened(x: Tensor) -> Tensor:
@@ -163,7 +195,11 @@ def _factor(size: Any, other: Any) -> int:
     """f with size = f · other on both sides."""
     factor = size[0] // other[0]
     if factor < 1 or (factor * other[0], factor * other[1]) != tuple(size):
-        raise InputError("size", tuple(size), f"must be a whole multiple or a divisor of the grid {tuple(other)}")
+        raise InputError(
+            "size",
+            tuple(size),
+            f"must be a whole multiple or a divisor of the grid {tuple(other)}; set size, and resize: true",
+        )
     return factor
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,7 +28,7 @@ from mmdiff.modalities.heads import (
     to_space,
     widened,
 )
-from mmdiff.modalities.pictures import loaded, one_size, resized
+from mmdiff.modalities.pictures import one_size, resized
 from mmdiff.modalities.raw_masks import (
     check_known,
     check_lists,
@@ -40,6 +40,7 @@ from mmdiff.modalities.raw_masks import (
     packed,
     raw_ids,
     raw_ignore_of,
+    readable,
     remedy_of,
     shares,
     tally,
@@ -151,8 +152,7 @@ class Mask(Modality):
 
     @classmethod
     def check_readable(cls, raw: Any) -> None:
-        if isinstance(raw, PILImage.Image | Mapping):
-            loaded("mask", raw)
+        readable(raw)
 
     def preprocess(self, raw: Any) -> Tensor:
         ids = raw_ids(raw, self.coloured)

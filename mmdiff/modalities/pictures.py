@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,13 +27,16 @@ def opened(key: str, raw: Any) -> PILImage.Image:
 
     Args:
         key: of the value, for errors.
-        raw: a PIL image, a file of a data set as {"bytes": …, "path": …}, or a uint8 array (h, w) or (h, w, channels).
+        raw: a PIL image, a file of a data set as {"bytes": …, "path": …}, a uint8 array (h, w) or (h, w, channels), or
+            nested lists of its numbers.
 
     Raises:
         InputError: naming the file, where there is one.
     """
     if isinstance(raw, PILImage.Image):
         return _read(key, _name(raw), lambda: _unmapped(raw))
+    if isinstance(raw, list | tuple):
+        raw = _bytes_of(key, raw)
     if isinstance(raw, np.ndarray):
         return _of_array(key, raw)
     if not (isinstance(raw, Mapping) and set(raw) == {"bytes", "path"}):
@@ -169,6 +172,18 @@ def resized(
     return PILImage.fromarray(np.asarray(image).clip(0, 1)) if overshoots else image
 
 
+def _bytes_of(key: str, raw: Sequence[Any]) -> np.ndarray:
+    """Nested lists of whole numbers 0 … 255 as a uint8 array."""
+    try:
+        array = np.asarray(raw)
+    except ValueError:  # lists of several lengths
+        array = np.zeros(())
+    if array.dtype.kind not in "iu" or not array.size or array.min() < 0 or array.max() > 255:
+        found = f"{type(raw).__name__} of {array.dtype}"
+        raise InputError(key, found, "is no image; needs whole numbers 0 … 255 (h, w) or (h, w, channels)")
+    return array.astype(np.uint8)
+
+
 def _of_array(key: str, array: np.ndarray) -> PILImage.Image:
     channels = array.shape[2] if array.ndim == 3 else 1
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or not 1 <= channels <= 4 or not array.size:
@@ -188,7 +203,8 @@ def _read(key: str, name: str, read: Callable[[], Result]) -> Result:
     except UnidentifiedImageError:
         raise InputError(key, name, "cannot be read as an image: no format that Pillow knows") from None
     except Exception as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        said = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
+        reason = said or type(error).__name__
         raise InputError(key, name, f"cannot be read as an image: {reason}") from None
 
 

@@ -10,10 +10,10 @@ import numpy as np
 from PIL import Image as PILImage
 
 from mmdiff.errors import InputError
-from mmdiff.modalities.heads import as_array
-from mmdiff.modalities.pictures import SIXTEEN_BITS, loaded
+from mmdiff.modalities.heads import as_array, of_file
+from mmdiff.modalities.pictures import SIXTEEN_BITS
 
-_ID_MODES = ("1", "L", "P", "I", *SIXTEEN_BITS)
+_ID_MODES = ("1", "L", "P", "I", "F", *SIXTEEN_BITS)
 _SHOWN = 6  # raw values that a refusal lists
 
 
@@ -27,14 +27,34 @@ def raw_ids(raw: Any, coloured: bool) -> np.ndarray:
     Raises:
         InputError: for what holds neither.
     """
-    if isinstance(raw, PILImage.Image | Mapping):
-        return _of_image(loaded("mask", raw), coloured)
-    ids = as_array(raw)
-    if coloured and ids.ndim == 3 and ids.shape[2] == 3 and np.issubdtype(ids.dtype, np.integer):
-        return _packed(ids)
-    if ids.ndim != 2 or not (np.issubdtype(ids.dtype, np.integer) or ids.dtype == bool):
-        raise InputError("mask", type(raw).__name__, "is no map of class ids; check data.columns")
-    return ids.astype(np.int64)
+    mask = readable(raw)
+    if isinstance(mask, PILImage.Image):
+        return _of_image(mask, coloured)
+    if coloured and mask.ndim == 3 and mask.shape[2] == 3 and mask.dtype.kind in "iu":
+        return _packed(mask)
+    if mask.ndim != 2:
+        raise InputError("mask", f"shape {mask.shape}", "is no map of class ids (h, w); check data.columns")
+    return mask.astype(np.int64)
+
+
+def readable(raw: Any) -> PILImage.Image | np.ndarray:
+    """A raw mask as a loaded image or an array whose numbers can be ids or colours.
+
+    Raises:
+        InputError: for one that cannot be read, has transparent pixels, or holds fractions.
+    """
+    mask = of_file("mask", raw)
+    if not isinstance(mask, PILImage.Image):
+        array = as_array(mask)
+        if array.ndim not in (2, 3) or array.dtype.kind not in "iub":
+            raise InputError("mask", type(raw).__name__, "is no map of class ids; check data.columns")
+        return array
+    band = mask.getbands()[-1]
+    if band in "Aa" and mask.mode != "LAB" and min(mask.getchannel(band).getextrema()) < 255:
+        raise InputError("mask", mask.mode, "has transparent pixels, which are no class; store it without alpha")
+    if mask.mode == "F" and not (np.asarray(mask) == np.asarray(mask).round()).all():  # NaN neither
+        raise InputError("mask", mask.mode, "holds fractions, which are no class ids; store whole numbers")
+    return mask
 
 
 def _of_image(image: PILImage.Image, coloured: bool) -> np.ndarray:
@@ -112,8 +132,8 @@ def classes(ids: np.ndarray, known: Mapping[int, int]) -> np.ndarray:
 
 def own_palette(raw: Any, ids: Sequence[int]) -> list[list[int]] | None:
     """RGB of these ids in an indexed image; None for anything else."""
-    image = loaded("mask", raw) if isinstance(raw, PILImage.Image | Mapping) else None
-    colours = image.getpalette("RGB") if image is not None and image.mode == "P" else None
+    image = of_file("mask", raw)
+    colours = image.getpalette("RGB") if isinstance(image, PILImage.Image) and image.mode == "P" else None
     rows = np.array(colours or []).reshape(-1, 3).tolist()
     return [rows[index] for index in ids] if min(ids) >= 0 and max(ids) < len(rows) else None
 
@@ -178,5 +198,9 @@ def remedy_of(found: Counter, count: int, coloured: bool = False) -> str:
     if coloured:
         return "add it to colors, or make it ignore"
     every = sorted(found)
-    listed = f"values: {every}" if len(every) <= 12 else "values, all raw ids in the order of the classes"
+    listed = (
+        f"values: {every}"
+        if len(every) <= 12
+        else "values, all raw ids in the order of the classes (JPEG blurs them: store PNG)"
+    )
     return f"set {listed}" + (", or num_classes where a class has no pixel" if not count else ", num_classes or ignore")

@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 from mmdiff.errors import InputError
 from mmdiff.likelihoods import Gaussian
 from mmdiff.modalities.base import Modality, Shape
-from mmdiff.modalities.heads import as_array, check_numbers, open_numbers, repeated, save_array, widened
+from mmdiff.modalities.heads import as_vector, check_numbers, open_numbers, repeated, save_array, widened
 
 TRANSFORMS = ("standardise", "ranks")
 _KNOTS = 65  # quantiles that ranks are read from
@@ -219,9 +219,6 @@ def _is_nan(raw: Any) -> bool:
 def _vector(raw: Any) -> np.ndarray:
     """A list, an array or one number as (D,) float64."""
     number = isinstance(raw, int | float | np.number) and not isinstance(raw, bool)
-    vector = np.asarray([raw]) if number else as_array(raw)
-    if vector.ndim != 1 or vector.dtype.kind not in "iuf" or not len(vector):
-        raise InputError("vector", type(raw).__name__, "is no vector of numbers; check data.columns")
-    vector = vector.astype(np.float64)
+    vector = as_vector("vector", [raw] if number else raw)
     check_numbers("vector", "a vector", vector)
     return vector

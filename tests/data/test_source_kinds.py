@@ -74,6 +74,20 @@ def _parquet(root: Path) -> str:
     return str(root / "rows.parquet")
 
 
+def _bytes(root: Path) -> str:
+    columns = {"image": [(root / r["image"]).read_bytes() for r in rows(root)], "label": [i % 3 for i in range(COUNT)]}
+    datasets.Dataset.from_dict(columns).to_parquet(root / "rows.parquet")
+    return str(root / "rows.parquet")
+
+
+def _arrays(root: Path) -> str:
+    pixels = [np.asarray(Image.open(root / r["image"])) for r in rows(root)]
+    types = {"image": datasets.Array2D((8, 8), "uint8"), "label": datasets.Value("int64")}
+    columns = {"image": pixels, "label": [i % 3 for i in range(COUNT)]}
+    datasets.Dataset.from_dict(columns, features=datasets.Features(types)).save_to_disk(root / "arrays")
+    return str(root / "arrays")
+
+
 def _glob(root: Path) -> str:
     table = _table(root)
     for part in range(2):
@@ -107,6 +121,8 @@ SOURCES: dict[str, Callable[[Path], str]] = {
     "json": _json,
     "jsonl": _json_lines,
     "parquet": _parquet,
+    "bytes": _bytes,
+    "arrays": _arrays,
     "glob": _glob,
     "arrow": _arrow,
     "saved": _saved,
@@ -228,6 +244,16 @@ def test_folders_pair_by_stem(tmp_path: Path) -> None:
         assert Path(row["image"]["path"]).stem == Path(row["mask"]["path"]).stem
 
 
+def test_hidden_files_are_no_rows_and_arrays_are(tmp_path: Path) -> None:
+    options = pair(tmp_path)
+    (tmp_path / "photos" / "._p00.jpg").write_bytes(b"as macOS writes them")
+    for index in range(4):
+        np.save(tmp_path / "masks" / f"p{index:02d}.npy", np.zeros((8, 8)))
+        (tmp_path / "masks" / f"p{index:02d}.png").unlink()
+    train, _ = open_splits("folders", holdout=2, options=options)
+    assert [Path(row["mask"]["path"]).name for row in undecoded(train)] == ["p00.npy", "p02.npy"]
+
+
 def test_sub_folders_are_splits(tmp_path: Path) -> None:
     assert [len(part) for part in open_splits("folders", options=pair(tmp_path, "train", "validation"))] == [4, 4]
 
@@ -291,6 +317,11 @@ def test_an_empty_split_is_refused_with_both_numbers(holdout: int, rows_: int, t
 def test_a_column_of_our_own_name_is_refused(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"__row__": [1] * 8}).to_parquet(tmp_path / "rows.parquet")
     assert "__row__" in refusal(str(tmp_path / "rows.parquet"))
+
+
+def test_a_missing_column_is_told_with_the_columns_of_the_source(tmp_path: Path, configure: Configure) -> None:
+    with pytest.raises(InputError, match=r"no such column, but image, label; set"):
+        build(configure(f"data.source={_json_lines(tmp_path)}", "data.holdout=4", "data.columns.label=cls"))
 
 
 def test_an_image_url_in_a_row_is_named(tmp_path: Path, configure: Configure) -> None:

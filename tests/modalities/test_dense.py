@@ -252,3 +252,9 @@ def test_sixteen_bits_of_either_byte_order(mode: str) -> None:
     order = {"I;16": "<u2", "I;16L": "<u2", "I;16B": ">u2", "I;16N": "=u2"}[mode]
     raw = PILImage.frombytes(mode, (8, 8), numbers.astype(order).tobytes())
     assert torch.equal(dense().preprocess(raw)[0], torch.from_numpy(numbers.astype(np.float32)))
+
+
+def test_an_array_file_is_a_map(tmp_path: Path) -> None:
+    np.save(tmp_path / "d.npy", MAP)
+    raw = {"bytes": None, "path": str(tmp_path / "d.npy")}
+    assert torch.equal(dense().preprocess(raw), dense().preprocess(MAP))

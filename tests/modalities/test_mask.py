@@ -321,3 +321,37 @@ def test_values_that_fit_nothing_are_named_with_their_shares(ids: list[int]) -> 
 def test_a_colour_without_a_class_is_named_with_the_remedy() -> None:
     with pytest.raises(InputError, match=r"'\[0, 9, 0\]': is no class.*add it to colors, or make it ignore"):
         Mask.settings_from_data(None, [coloured()], colors=[[9, 0, 0], [1, 1, 1]])
+
+
+# ------------------------------------------------------------------------------------------------- as people store them
+
+
+def test_transparent_pixels_of_a_mask_are_refused() -> None:
+    grey = picture(np.zeros((8, 8), np.uint8))
+    for mode in ("LA", "RGBA"):
+        opaque = grey.convert(mode)
+        assert torch.equal(mask().preprocess(opaque), torch.zeros(8, 8, dtype=torch.int64))
+        opaque.putalpha(PILImage.fromarray(np.eye(8, dtype=np.uint8) * 255))
+        with pytest.raises(InputError, match=f"mask = '{mode}': has transparent pixels"):
+            mask().preprocess(opaque)
+
+
+def test_floats_are_ids_where_they_are_whole() -> None:
+    ids = np.arange(64, dtype=np.float32).reshape(8, 8) % 3
+    assert np.array_equal(mask().preprocess(PILImage.fromarray(ids)).numpy(), ids)
+    with pytest.raises(InputError, match="fractions"):
+        mask().preprocess(PILImage.fromarray(ids + np.float32(0.5)))
+
+
+def test_an_array_file_is_a_mask(tmp_path: Path) -> None:
+    ids = np.arange(64).reshape(8, 8) % 3
+    np.save(tmp_path / "m.npy", ids)
+    for raw in (
+        {"bytes": None, "path": str(tmp_path / "m.npy")},
+        {"bytes": (tmp_path / "m.npy").read_bytes(), "path": "m.npy"},
+    ):
+        assert np.array_equal(mask().preprocess(raw).numpy(), ids)
+        assert Mask.settings_from_data(None, [raw]) == {"num_classes": 3, "size": [8, 8]}
+    np.save(tmp_path / "m.npy", np.array([{}]), allow_pickle=True)
+    with pytest.raises(InputError, match="m.npy': cannot be read as .npy"):
+        Mask.check_readable({"bytes": None, "path": str(tmp_path / "m.npy")})

@@ -338,3 +338,15 @@ def test_arrays_that_are_no_image_are_refused(shape: tuple[int, ...]) -> None:
         modality(3, resize=True).preprocess(np.zeros(shape, np.uint8))
     with pytest.raises(InputError, match="float32.*is no image"):
         modality(3, resize=True).preprocess(np.zeros((SIDE, SIDE), np.float32))
+
+
+def test_nested_lists_of_bytes_are_arrays() -> None:
+    array = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+    assert torch.equal(modality(3).preprocess(array.tolist()), modality(3).preprocess(array))
+    assert Image.settings_from_data(None, [array.tolist()]) == {"channels": 3, "size": [SIDE, SIDE]}
+
+
+@pytest.mark.parametrize("raw", [[[0.5]], [[256]], [[-1]], [[1], [1, 2]], [], [["a"]], [[True]], [1, 2]])
+def test_lists_that_are_no_image_are_refused(raw: Any) -> None:
+    with pytest.raises(InputError, match="is no image"):
+        modality(3, resize=True).preprocess(raw)
