@@ -1,4 +1,4 @@
-"""Pages of Markdown: their commands run in process at toy size, their Python in order; files are written, YAML checked."""
+"""Pages of Markdown: commands run in process at toy size, Python in order; files are written, YAML is checked."""
 
 from __future__ import annotations
 
