@@ -29,6 +29,14 @@ TOY = {
     "sample.steps": 2,
 }
 TOY_ROWS = {"data.options.rows": 64, "data.options.validation_rows": 16}  # of generated data
+TOY_FUSION = {
+    "seeds": 2,
+    "pretraining.steps": 1,
+    "training.steps": 1,
+    "test.rows": 4,
+    "test.views": [1, 2],
+    "test.distractors": [0.0],
+}
 
 
 class Block(NamedTuple):
@@ -84,14 +92,13 @@ def _run_shell(block: Block, names: dict[str, Any], monkeypatch: pytest.MonkeyPa
 
 
 def toy_settings(command: list[str]) -> list[str]:
-    """What makes a training small."""
-    if command[1] not in ("train", "benchmark") or not command[2:] or "--help" in command:
-        return []
+    """What makes a training or a benchmark of a YAML file small."""
     file = next((Path(part) for part in command if part.endswith(".yaml")), None)
-    if file is None:
+    if command[1] not in ("train", "benchmark") or file is None:
         return []
     rows = TOY_ROWS if yaml.safe_load(file.read_text())["data"]["source"] == "shapes" else {}
-    return [f"{key}={value}" for key, value in {**TOY, **rows}.items()]
+    sizes = TOY_FUSION if command[2] == "fusion" else TOY
+    return [f"{key}={value}" for key, value in {**sizes, **rows}.items()]
 
 
 def _run_python(block: Block, names: dict[str, Any], _: pytest.MonkeyPatch) -> None:
