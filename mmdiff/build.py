@@ -21,7 +21,7 @@ from mmdiff.objective import MTObjective
 from mmdiff.randomness import fold
 from mmdiff.resolve import check_modalities, resolve, scheduler_class
 from mmdiff.schedulers import MTScheduler
-from mmdiff.states import LAWS, StateLaw
+from mmdiff.states import DISTRIBUTIONS, StateProbabilities
 
 
 @dataclass
@@ -126,7 +126,7 @@ def build_model(config: Config, initial_weights: bool = True) -> MTDiffusionMode
     """
     with torch.random.fork_rng(devices=[]), _small_enough():
         torch.manual_seed(fold(config.train.seed, 0, "weights"))
-        observable = [name for name in sorted(config.modalities) if state_law(config, name).observed > 0]
+        observable = [name for name in sorted(config.modalities) if state_probabilities(config, name).observed > 0]
         model = MTDiffusionModel(**model_settings(config), observable=observable)
     if initial_weights:
         model.load_initial_weights()
@@ -153,14 +153,14 @@ def build_scheduler(config: Config) -> MTScheduler:
 
 
 def build_objective(config: Config, model: MTDiffusionModel, scheduler: MTScheduler) -> MTObjective:
-    """The objective, with the law of states that `states` and each modality's own `states` set."""
+    """The objective, with the distribution of states that `states` and each modality's own `states` set."""
     learned = [n for n in config.auxiliary() if config.modalities[n].weight.schedule == "learned"]
     return MTObjective(
         model,
         scheduler,
-        state_laws={name: state_law(config, name) for name in config.modalities},
+        state_probabilities={name: state_probabilities(config, name) for name in config.modalities},
         loss_weights={name: config.modalities[name].loss_weight for name in model.generated},
-        law=config.states.law,
+        distribution=config.states.distribution,
         terminal_weight=config.loss.terminal,
         anchor_hidden=config.states.anchor_hidden,
         min_snr_gamma=config.loss.min_snr_gamma,
@@ -170,19 +170,19 @@ def build_objective(config: Config, model: MTDiffusionModel, scheduler: MTSchedu
     )
 
 
-def state_law(config: Config, name: str) -> StateLaw:
-    """A modality's probabilities under `states.law`."""
+def state_probabilities(config: Config, name: str) -> StateProbabilities:
+    """A modality's probabilities under `states.distribution`."""
     states, own = config.states, config.modalities[name].states
     if name == config.anchor:
-        given = StateLaw(0.0, states.anchor_observed)
+        given = StateProbabilities(0.0, states.anchor_observed)
     else:
-        given = StateLaw(
+        given = StateProbabilities(
             states.aggregated if own.aggregated is None else own.aggregated,
             states.observed if own.observed is None else own.observed,
         )
-    law = LAWS[states.law].given(given)
+    probabilities = DISTRIBUTIONS[states.distribution].given(given)
     able = name != config.anchor and _has_weight(config, name)
-    return law._replace(aggregated=law.aggregated * able)
+    return probabilities._replace(aggregated=probabilities.aggregated * able)
 
 
 def build_table(
@@ -203,7 +203,9 @@ def build_table(
         preprocess={name: model.modalities[name].preprocess for name in model.names},
         is_missing={name: model.modalities[name].is_missing for name in model.names},
         placeholders={name: model.modalities[name].placeholder() for name in model.names},
-        holes={name: Holes(model.anchor, law.law, law.ratio, config.train.seed) for name, law in masking.items()},
+        holes={
+            name: Holes(model.anchor, mask.pattern, mask.ratio, config.train.seed) for name, mask in masking.items()
+        },
         missing=missing,
         seed=config.train.seed,
         cache_mib=config.data.cache_mib,

@@ -18,10 +18,10 @@ from mmdiff.model import MTDiffusionModel
 from mmdiff.randomness import normal, uniform
 from mmdiff.schedulers import MTScheduler
 from mmdiff.schedulers.weights import initial_parameters
-from mmdiff.states import LAWS, StateLaw
+from mmdiff.states import DISTRIBUTIONS, StateProbabilities
 
 
-class Where(NamedTuple):
+class BatchPosition(NamedTuple):
     """Where in the run a (micro-)batch stands: what its random numbers are functions of."""
 
     step: int
@@ -41,9 +41,9 @@ class MTObjective(nn.Module):
 
     Args:
         model, scheduler: what is trained, and the forward process.
-        state_laws: {modality: StateLaw}, the anchor included (its ``aggregated`` counts as 0).
+        state_probabilities: {modality: StateProbabilities}, the anchor included (its ``aggregated`` counts as 0).
         loss_weights: {auxiliary modality with a head: λ_i}.
-        law: how the states of all modalities are drawn together, one of `mmdiff.states.LAWS`.
+        distribution: how the states of all modalities are drawn together, one of `mmdiff.states.DISTRIBUTIONS`.
         terminal_weight: coefficient of L0.
         anchor_hidden: probability that the anchor is hidden (unless it is observed): nothing is denoised, and the
             heads learn to read from what else is observed in one evaluation.
@@ -57,9 +57,9 @@ class MTObjective(nn.Module):
         self,
         model: MTDiffusionModel,
         scheduler: MTScheduler,
-        state_laws: Mapping[str, StateLaw],
+        state_probabilities: Mapping[str, StateProbabilities],
         loss_weights: Mapping[str, float],
-        law: str = "independent",
+        distribution: str = "independent",
         terminal_weight: float = 1.0,
         anchor_hidden: float = 0.0,
         min_snr_gamma: float | None = None,
@@ -69,8 +69,8 @@ class MTObjective(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.scheduler = model, scheduler
-        self.state_laws, self.loss_weights = dict(state_laws), dict(loss_weights)
-        self.law = LAWS[law]
+        self.state_probabilities, self.loss_weights = dict(state_probabilities), dict(loss_weights)
+        self.distribution = DISTRIBUTIONS[distribution]
         self.terminal_weight, self.min_snr_gamma, self.seed = terminal_weight, min_snr_gamma, seed
         self.anchor_hidden = anchor_hidden
         self.log_std = nn.Linear(model.pooled_width, 1) if uncertainty else None
@@ -88,7 +88,7 @@ class MTObjective(nn.Module):
         """{modality: (parameters, log_scale)} of learned weight schedules."""
         return {name: (self.schedule_shapes[name], self.schedule_scales[name]) for name in self.schedule_shapes}
 
-    def forward(self, batch: Batch, where: Where) -> ObjectiveOutput:
+    def forward(self, batch: Batch, where: BatchPosition) -> ObjectiveOutput:
         """One (micro-)batch; see the module's docstring."""
         model, scheduler = self.model, self.scheduler
         batch = self.without_missing(batch)
@@ -141,16 +141,16 @@ class MTObjective(nn.Module):
             loss = loss + weight * means[f"l2/{name}"]
         return ObjectiveOutput(loss, {"loss": loss.detach(), **{name: mean.detach() for name, mean in means.items()}})
 
-    def draw_states(self, batch: Batch, where: Where) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    def draw_states(self, batch: Batch, where: BatchPosition) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         """({name: aggregated}, {name: observed}, denoised), (B,) bool each; a missing value is absent.
 
         Nothing is denoised where the anchor is observed, missing or hidden: the heads are read at t = T, nothing is
         aggregated, and L1 and L3 count 0.
         """
         anchor = self.model.anchor
-        flags = self.law.draw(
+        flags = self.distribution.draw(
             lambda stream, columns: uniform(self.seed, where.step, stream, where.positions, (columns,)),
-            self.state_laws,
+            self.state_probabilities,
             anchor,
         )
         observed = {name: mask & batch.present[name] for name, mask in flags.observed.items()}
@@ -160,8 +160,8 @@ class MTObjective(nn.Module):
         aggregated[anchor] = torch.zeros_like(denoised)
         return aggregated, observed, denoised
 
-    def draw_timesteps(self, where: Where, denoised: Tensor) -> Tensor:
-        """(B,): one uniform number, spread evenly over the global batch (Kingma et al., 2021), through its own law.
+    def draw_timesteps(self, where: BatchPosition, denoised: Tensor) -> Tensor:
+        """(B,): one uniform number, spread evenly over the global batch (Kingma et al., 2021), mapped by the scheduler.
 
         Where nothing is denoised t = T, as sampling asks then.
         """

@@ -21,7 +21,7 @@ from mmdiff.model import MTDiffusionModel, complete, dtypes, in_dtype
 from mmdiff.sampling.arguments import check_finite, generators, memory_errors, scales
 from mmdiff.sampling.batching import in_batches
 from mmdiff.sampling.components import HUB_ARGUMENTS, check_components, check_together, read_index
-from mmdiff.sampling.conditioning import Conditioning, Ways, aggregated_names, conditioning_of, feed_for
+from mmdiff.sampling.conditioning import Conditioning, Ways, aggregated_names, conditioning_of, feedback_for
 from mmdiff.sampling.guidance import branches, fed_encoding, steered
 from mmdiff.sampling.heads import heads, heads_of_noised_anchor, read_levels
 from mmdiff.sampling.observed import observed_values, weights_of
@@ -131,11 +131,11 @@ class MTDiffusionPipeline(DiffusionPipeline):
         num_inference_steps: int = 20,
         guidance_scale: float | Mapping[str, float] = 1.0,
         conditioning: Ways | Mapping[str, Ways] | None = None,
-        self_guidance_scale: float | Mapping[str, float] = 1.0,
+        head_guidance_scale: float | Mapping[str, float] = 1.0,
         resampling: tuple[int, int] = (2, 5),
         read_timesteps: Sequence[int] | None = None,
         aggregate: bool | Iterable[str] | None = None,
-        feed: str | None = None,
+        feedback: str | None = None,
         generator: Generators = None,
         output_type: str = "pil",
         paste_back: bool = True,
@@ -153,18 +153,18 @@ class MTDiffusionPipeline(DiffusionPipeline):
                 fix. With the anchor observed, one network evaluation reads the rest.
             num_inference_steps: solver steps. 0: nothing is denoised; what is unobserved is read from the heads in one
                 evaluation at t = T, the anchor from the head of an observed modality that predicts it (masked image).
-            guidance_scale: classifier-free, a number or {observed modality: number}; 1 is off. Needs the way channels.
-            conditioning: how observed values steer (README, Theory, section 5): one or several of "channels",
-                "plug-in", "self-guidance" and "replacement" for all, or {modality: one or several}; by default as
+            guidance_scale: classifier-free, a number or {observed modality: number}; 1 is off. Needs concatenation.
+            conditioning: how observed values steer (README, Theory, section 5): one or several of "concatenation",
+                "aggregation", "head-guidance" and "replacement" for all, or {modality: one or several}; by default as
                 trained: observation channels, and c_t for what is aggregated.
-            self_guidance_scale: of "self-guidance", one number or {modality: number}; 1 is exact for exact heads.
+            head_guidance_scale: of "head-guidance", one number or {modality: number}; 1 is exact for exact heads.
             resampling: of "replacement", RePaint's (jump_length, jump_n_sample), its own choice being (10, 10) for 250
                 steps; (1, 1) takes every step once.
             read_timesteps: read the heads from the anchor noised to these timesteps, one evaluation each, and average
                 their laws; by default one evaluation, the anchor in its observation channels (where training never
                 showed it there: unnoised, at timestep 0).
             aggregate: which modalities take part in c_t: True (default: all with weights), False, or names.
-            feed: how unknown aggregated modalities are fed back: "draw", "mean" or "mode"; by default "draw" for
+            feedback: how unknown aggregated modalities are fed back: "draw", "mean" or "mode"; by default "draw" for
                 stochastic and "mean" for deterministic solvers.
             generator: one, or a list of one per sample, with which results do not depend on the batch's split. One
                 is drawn from batch by batch: another split gives other samples of the same law.
@@ -188,7 +188,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
         return_dict = switch("return_dict", return_dict)
         num_inference_steps = whole("num_inference_steps", num_inference_steps, 0)
         guidance_scale = scales("guidance_scale", guidance_scale)
-        self_guidance_scale = scales("self_guidance_scale", self_guidance_scale)
+        head_guidance_scale = scales("head_guidance_scale", head_guidance_scale)
         resampling, read_timesteps = plain("resampling", resampling), plain("read_timesteps", read_timesteps)
         values = observed_values(self.model, {} if observed is None else observed, batch_size)
         count = len(next(iter(values.values()))) if values else batch_size or 1
@@ -196,7 +196,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
         names = aggregated_names(aggregate, self.peak_weights())
         denoising = num_inference_steps != 0
         plan = conditioning_of(
-            self.model, values, conditioning, names, guidance_scale, self_guidance_scale, resampling, denoising
+            self.model, values, conditioning, names, guidance_scale, head_guidance_scale, resampling, denoising
         )
         levels = read_levels(read_timesteps, self.model, len(self.scheduler))
         if max_batch_size is not None and count > max_batch_size:
@@ -209,10 +209,10 @@ class MTDiffusionPipeline(DiffusionPipeline):
                 num_inference_steps=num_inference_steps,
                 conditioning=conditioning,
                 guidance_scale=guidance_scale,
-                self_guidance_scale=self_guidance_scale,
+                head_guidance_scale=head_guidance_scale,
                 resampling=resampling,
                 aggregate=names,
-                feed=feed,
+                feedback=feedback,
                 read_timesteps=read_timesteps,
                 output_type=output_type,
                 paste_back=paste_back,
@@ -226,7 +226,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
             if num_inference_steps == 0:
                 samples |= self._read_hidden_anchor(values, plan.channels)
             else:
-                z_0, draws = self._denoise(values, count, num_inference_steps, plan, feed, generator)
+                z_0, draws = self._denoise(values, count, num_inference_steps, plan, feedback, generator)
                 samples[self.model.anchor] = self.model.modalities[self.model.anchor].unencode(z_0)
             for name, value in values.items() if paste_back else ():
                 samples[self.model.anchor] = self.model.modalities[name].restore(samples[self.model.anchor], value)
@@ -246,12 +246,12 @@ class MTDiffusionPipeline(DiffusionPipeline):
         count: int,
         num_inference_steps: int,
         plan: Conditioning,
-        feed: str | None,
+        feedback: str | None,
         generator: Generators,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(z_0, draws of the last step). One reverse step: heads → encodings → the solver on u = z − c → + c."""
         model, scheduler = self.model, self.scheduler
-        feed = feed_for(feed, scheduler.is_stochastic)
+        feedback = feedback_for(feedback, scheduler.is_stochastic)
         unknown, fed = sorted(set(model.generated) - set(values)), sorted(plan.fed)
         scheduler.set_timesteps(num_inference_steps, device=model.device, constant_encodings=not (fed or plan.known))
         plugged = model.encode({name: values[name] for name in sorted(plan.plugged)})
@@ -267,10 +267,10 @@ class MTDiffusionPipeline(DiffusionPipeline):
             last = index == num_inference_steps - 1
             drawn = {
                 name: self._draw(name, found.params[name], randn)
-                for name in (unknown if last else fed if feed == "draw" else ())
+                for name in (unknown if last else fed if feedback == "draw" else ())
             }
             for name in fed:
-                encodings[name] = fed_encoding(model.modalities[name], found.params[name], feed, drawn.get(name))
+                encodings[name] = fed_encoding(model.modalities[name], found.params[name], feedback, drawn.get(name))
             z_t = scheduler.step(
                 found.prediction, times[index], z_t, encodings, generator=generator, return_dict=False
             )[0]

@@ -74,7 +74,7 @@ def save_grid(
     generator = torch.Generator().manual_seed(seed)
     galleries = {name: model.modalities[name].gallery() for name in model.auxiliary}
     name = next((name for name, gallery in galleries.items() if gallery is not None), None)
-    arguments = {"num_inference_steps": sample.steps, "feed": sample.feed, "generator": generator}
+    arguments = {"num_inference_steps": sample.steps, "feedback": sample.feedback, "generator": generator}
     if name is None:
         output = pipeline(batch_size=columns**2, **arguments)
     else:

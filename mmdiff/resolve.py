@@ -47,10 +47,10 @@ def resolve(config: Config, rows: Rows | None) -> Config:
     check_modalities(config)
     for name in {*config.data.masking, *config.data.embeddings, *config.data.missing} - set(config.modalities):
         raise InputError("data", name, f"names no modality; choose from {', '.join(sorted(config.modalities))}")
-    for name, law in config.data.masking.items():
-        _check_holes(f"data.masking.{name}", law)
-    for name, law in config.evaluate.masks.items():
-        _check_holes(f"evaluate.masks.{name}", law)
+    for name, masking in config.data.masking.items():
+        _check_holes(f"data.masking.{name}", masking)
+    for name, masking in config.evaluate.masking.items():
+        _check_holes(f"evaluate.masking.{name}", masking)
     modalities, settings_of = {}, _all_settings(config, rows)
     for name, entry in config.modalities.items():
         kind, settings = settings_of[name]
@@ -137,9 +137,9 @@ def _readable(rows: Rows, column: str, kind: type[Modality], data: DataConfig) -
         yield row[column]
 
 
-def _check_holes(key: str, law: MaskingConfig) -> None:
+def _check_holes(key: str, masking: MaskingConfig) -> None:
     with at(key):
-        known_masks(law.law, law.ratio, 32, 32, 0, torch.zeros(1, dtype=torch.int64))
+        known_masks(masking.pattern, masking.ratio, 32, 32, 0, torch.zeros(1, dtype=torch.int64))
 
 
 def _weight(name: str, entry: ModalityConfig, kind: type[Modality]) -> WeightConfig:

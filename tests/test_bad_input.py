@@ -211,11 +211,11 @@ def test_what_only_the_parts_know(known: Tree) -> None:
         "scheduler.trained_betas": [[0.1], "a", [2.0] * 50, [-0.1] * 50],
         "scheduler.prediction_type": ["", "x"],
         "scheduler.timestep_spacing": ["", "x"],
-        "data.masking": [{"x": {}}, {"label": {"law": "nonsense"}}, {"label": {"ratio": [0.9, 0.1]}}],
+        "data.masking": [{"x": {}}, {"label": {"pattern": "nonsense"}}, {"label": {"ratio": [0.9, 0.1]}}],
         "data.missing": [{"x": 0.1}, {"label": 1.5}],
         "data.embeddings": [{"x": {}}],
         "data.columns": [{"x": "y"}],
-        "evaluate.masks": [{"a": {"law": "nonsense"}}, {"a": {"ratio": [0.9, 0.1]}}, {"a": {"ratio": 2}}],
+        "evaluate.masking": [{"a": {"pattern": "nonsense"}}, {"a": {"ratio": [0.9, 0.1]}}, {"a": {"ratio": 2}}],
         "anchor": ["", "x", "label"],
         "name": ["", "a/b", "..", "."],
     }
@@ -236,12 +236,12 @@ def test_every_argument_of_the_pipeline(all_kinds: Path) -> None:
         "batch_size": [0, -1, 1.5, "a", True, 10**30, math.nan, [1]],
         "num_inference_steps": [-1, 21, 1.5, "a", True, 10**30, math.nan, [1], None],
         "guidance_scale": [-1.0, math.nan, math.inf, "a", {"x": 2.0}, {"label": math.nan}, [1], True],
-        "self_guidance_scale": [-1.0, math.nan, math.inf, "a", {"x": 2.0}, [1]],
-        "conditioning": ["", "x", ["x"], {"x": "channels"}, 3],
+        "head_guidance_scale": [-1.0, math.nan, math.inf, "a", {"x": 2.0}, [1]],
+        "conditioning": ["", "x", ["x"], {"x": "concatenation"}, 3],
         "resampling": [(0, 1), (1, 0), (1,), "a", 3, (1.5, 2), (math.nan, 1)],
         "read_timesteps": [[-1], [20], [1.5], ["a"], "a", []],
         "aggregate": ["x", ["x"], 3, ["image"]],
-        "feed": ["", "x", 3, "mode"],
+        "feedback": ["", "x", 3, "mode"],
         "generator": ["a", 3, [3], [torch.Generator(), torch.Generator()]],
         "output_type": ["", "np", 3, None],
         "max_batch_size": [0, -1, 1.5, "a"],
@@ -273,7 +273,7 @@ def test_every_argument_of_the_pipeline(all_kinds: Path) -> None:
     assert faults(cases(), 80) == []
 
 
-SAMPLE = ("num", "steps", "guidance", "conditioning", "aggregate", "solver", "feed", "batch-size", "dtype", "seed")
+SAMPLE = ("num", "steps", "guidance", "conditioning", "aggregate", "solver", "feedback", "batch-size", "dtype", "seed")
 
 
 def test_every_option_of_the_command_line(cli: Callable[..., Any], finished_run: Path, tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_every_option_of_the_command_line(cli: Callable[..., Any], finished_run:
     ]
     calls += [("sample", finished_run, "--observe", v) for v in ("", "=", "x=1", "label=", "label=77", "image=no.png")]
     calls += [("sample", finished_run, "--out", tmp_path), ("sample", finished_run, "--nonsense"), ("sample",), ("x",)]
-    calls += [("evaluate", finished_run, f"--{n}", "x") for n in ("steps", "solver", "feed", "conditioning")]
+    calls += [("evaluate", finished_run, f"--{n}", "x") for n in ("steps", "solver", "feedback", "conditioning")]
     calls += [("evaluate", finished_run, o) for o in ("x", "x=1", "evaluate.seeds=[]", "evaluate.num_samples=1")]
     calls += [(c, p) for c in ("sample", "evaluate", "train", "show") for p in ("nowhere", tmp_path, "/dev/null")]
     found = []

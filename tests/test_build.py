@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from mmdiff.build import build, build_model, build_objective, build_scheduler, state_law
+from mmdiff.build import build, build_model, build_objective, build_scheduler, state_probabilities
 from mmdiff.config import Config, ModalityConfig
 from mmdiff.errors import InputError
 from mmdiff.resolve import resolve, resolve_scheduler
 from mmdiff.schedulers import SCHEDULERS
-from mmdiff.states import LAWS, StateLaw
+from mmdiff.states import DISTRIBUTIONS, StateProbabilities
 
 Configure = Callable[..., Config]
 
@@ -133,29 +133,38 @@ def test_the_resolved_config_lists_every_argument_of_the_scheduler(configure: Co
     assert resolve_scheduler(older).scheduler.model_dump()["timestep_sampling"] == "uniform"
 
 
-def laws(config: Config) -> dict[str, StateLaw]:
+def laws(config: Config) -> dict[str, StateProbabilities]:
     resolved = resolve(config, rows())
-    return {name: state_law(resolved, name) for name in ("image", "label")}
+    return {name: state_probabilities(resolved, name) for name in ("image", "label")}
 
 
 def test_state_laws(configure: Configure) -> None:
     given = ["states.aggregated=0.4", "states.observed=0.2", "states.anchor_observed=0.1"]
-    image = StateLaw(0.0, 0.1)
-    assert laws(configure(*given)) == {"image": image, "label": StateLaw(0.4, 0.2)}
+    image = StateProbabilities(0.0, 0.1)
+    assert laws(configure(*given)) == {"image": image, "label": StateProbabilities(0.4, 0.2)}
     own = "modalities.label.states={aggregated: 0.7}"
-    assert laws(configure(*given, own)) == {"image": image, "label": StateLaw(0.7, 0.2)}
+    assert laws(configure(*given, own)) == {"image": image, "label": StateProbabilities(0.7, 0.2)}
     own = "modalities.label.states={aggregated: 0, observed: 0}"  # zero is a value, not "unset"
-    assert laws(configure(*given, own)) == {"image": image, "label": StateLaw(0.0, 0.0)}
-    assert laws(configure(*given, "states.law=each_alone")) == {"image": image, "label": StateLaw(0.4, 0.2)}
-    assert laws(configure(*given, "states.law=source")) == {"image": StateLaw(0.0, 0.0), "label": StateLaw(1.0, 0.0)}
-    assert laws(configure(*given, "states.law=heads")) == {"image": StateLaw(0.0, 0.0), "label": StateLaw(0.0, 0.0)}
+    assert laws(configure(*given, own)) == {"image": image, "label": StateProbabilities(0.0, 0.0)}
+    assert laws(configure(*given, "states.distribution=each_alone")) == {
+        "image": image,
+        "label": StateProbabilities(0.4, 0.2),
+    }
+    assert laws(configure(*given, "states.distribution=source")) == {
+        "image": StateProbabilities(0.0, 0.0),
+        "label": StateProbabilities(1.0, 0.0),
+    }
+    assert laws(configure(*given, "states.distribution=heads")) == {
+        "image": StateProbabilities(0.0, 0.0),
+        "label": StateProbabilities(0.0, 0.0),
+    }
 
 
 @pytest.mark.parametrize("weight", ["{schedule: none}", "{scale: 0}"])
 def test_a_modality_without_weight_is_never_aggregated(configure: Configure, weight: str) -> None:
     for law in ("independent", "source"):
-        config = configure(f"states.law={law}", f"modalities.label.weight={weight}")
-        assert state_law(config, "label").aggregated == 0.0
+        config = configure(f"states.distribution={law}", f"modalities.label.weight={weight}")
+        assert state_probabilities(config, "label").aggregated == 0.0
 
 
 def test_the_seed_fixes_the_initial_weights_and_touches_no_other_random_number(configure: Configure) -> None:
@@ -177,11 +186,11 @@ def test_the_objective_has_the_configs_numbers(configure: Configure) -> None:
     assert objective.loss_weights == {"label": 0.3}
     assert (objective.min_snr_gamma, objective.terminal_weight, objective.seed) == (5, 0.25, 9)
     assert objective.schedule_scales["label"].requires_grad
-    assert objective.law is LAWS["independent"]
+    assert objective.distribution is DISTRIBUTIONS["independent"]
     assert objective.log_std is None
-    config = resolve(configure("states.law=each_alone", "loss.uncertainty=true"), rows())
+    config = resolve(configure("states.distribution=each_alone", "loss.uncertainty=true"), rows())
     objective = build_objective(config, build_model(config), build_scheduler(config))
-    assert objective.law is LAWS["each_alone"]
+    assert objective.distribution is DISTRIBUTIONS["each_alone"]
     assert not objective.log_std.weight.any() and not objective.log_std.bias.any()  # σ = 1, whatever the seed
 
 

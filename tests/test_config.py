@@ -81,7 +81,7 @@ OUT_OF_RANGE = {
     "train.mixed_precision": "fp8",
     "data.holdout": 1,
     "states.observed": 1.5,
-    "states.law": "heads and tails",
+    "states.distribution": "heads and tails",
     "modalities.label.weight.schedule": "linear",
     "modalities.label.weight.scale": -0.5,
     "modalities.label.states.aggregated": 2,

@@ -68,9 +68,9 @@ def test_there_are_experiments() -> None:
 
 @pytest.mark.parametrize("data", ["cifar10", "shapes"])
 @pytest.mark.parametrize("method", RESTORATION[1:])
-def test_restoration_methods_share_all_but_what_they_are_about(data: str, method: str) -> None:
+def test_reconstruction_methods_share_all_but_what_they_are_about(data: str, method: str) -> None:
     """The same backbone, data, scheduler, optimizer, steps, samples and averages for each: no baseline is starved."""
-    folder = ROOT / "experiments" / "restoration"
+    folder = ROOT / "experiments" / "reconstruction"
     one, other = (
         resolve(without_data(load_config(folder / f"{data}_{name}.yaml")), None) for name in (RESTORATION[0], method)
     )

@@ -12,26 +12,26 @@ from networks import random_model
 from torch import Tensor
 
 from mmdiff.data import Batch
-from mmdiff.objective import MTObjective, ObjectiveOutput, StateLaw, Where
+from mmdiff.objective import BatchPosition, MTObjective, ObjectiveOutput, StateProbabilities
 from mmdiff.randomness import normal
 from mmdiff.schedulers import MTDiffusionScheduler
 
 T, CLASSES = 20, 3
-ABSENT, AGGREGATED, OBSERVED = StateLaw(0.0, 0.0), StateLaw(1.0, 0.0), StateLaw(0.0, 1.0)
-MIXED = StateLaw(0.5, 0.3)
+ABSENT, AGGREGATED, OBSERVED = StateProbabilities(0.0, 0.0), StateProbabilities(1.0, 0.0), StateProbabilities(0.0, 1.0)
+MIXED = StateProbabilities(0.5, 0.3)
 BUMP = {"schedule": "bump", "scale": 0.5}
 
 
 def build(
-    label: StateLaw = ABSENT,
-    image: StateLaw = ABSENT,
+    label: StateProbabilities = ABSENT,
+    image: StateProbabilities = ABSENT,
     weight: dict[str, Any] = BUMP,
     prediction_type: str = "v_prediction",
     label_weight: float = 0.1,
-    masked: StateLaw | None = None,
+    masked: StateProbabilities | None = None,
     **settings: Any,
 ) -> MTObjective:
-    """With a masked image where its law is given."""
+    """With a masked image where its distribution is given."""
     model = random_model(
         {
             "image": {"kind": "image", "channels": 1, "size": 8},
@@ -40,9 +40,9 @@ def build(
         },
     )
     scheduler = MTDiffusionScheduler(num_train_timesteps=T, prediction_type=prediction_type, weights={"label": weight})
-    laws = {"image": image, "label": label} | ({"masked": masked} if masked else {})
+    probabilities = {"image": image, "label": label} | ({"masked": masked} if masked else {})
     weights = {"label": label_weight} | ({"masked": 0.1} if masked else {})
-    return MTObjective(model, scheduler, laws, weights, **settings)
+    return MTObjective(model, scheduler, probabilities, weights, **settings)
 
 
 def batch(count: int = 8, missing: dict[str, list[int]] | None = None) -> Batch:
@@ -62,16 +62,18 @@ def with_holes(whole: Batch) -> Batch:
     return Batch(values, {**whole.present, "masked": whole.present["image"]})
 
 
-def where(count: int = 8, step: int = 5) -> Where:
-    return Where(step, torch.arange(count), count)
+def where(count: int = 8, step: int = 5) -> BatchPosition:
+    return BatchPosition(step, torch.arange(count), count)
 
 
-def rows(whole: Batch, at: Where, chosen: Tensor) -> tuple[Batch, Where]:
+def rows(whole: Batch, at: BatchPosition, chosen: Tensor) -> tuple[Batch, BatchPosition]:
     values, present = ({name: x[chosen] for name, x in part.items()} for part in whole[:2])
     return Batch(values, present), at._replace(positions=at.positions[chosen])
 
 
-def gradients(objective: MTObjective, *parts: tuple[Batch, Where]) -> tuple[list[ObjectiveOutput], dict[str, Tensor]]:
+def gradients(
+    objective: MTObjective, *parts: tuple[Batch, BatchPosition]
+) -> tuple[list[ObjectiveOutput], dict[str, Tensor]]:
     """Outputs of the parts and the gradient of the mean of their losses."""
     objective.zero_grad()
     outputs = [objective(*part) for part in parts]
@@ -125,9 +127,9 @@ def test_l0_is_the_closed_form() -> None:
 
 @pytest.mark.parametrize("parts", [2, 4])
 @pytest.mark.parametrize("weight", [BUMP, {"schedule": "learned", "scale": 1.0}])
-@pytest.mark.parametrize("law", ["independent", "each_alone"])
-def test_parts_of_a_batch_average_to_the_whole(parts: int, weight: dict[str, Any], law: str) -> None:
-    objective = build(MIXED, StateLaw(0.0, 0.25), weight, min_snr_gamma=5.0, law=law)
+@pytest.mark.parametrize("distribution", ["independent", "each_alone"])
+def test_parts_of_a_batch_average_to_the_whole(parts: int, weight: dict[str, Any], distribution: str) -> None:
+    objective = build(MIXED, StateProbabilities(0.0, 0.25), weight, min_snr_gamma=5.0, distribution=distribution)
     whole, at = batch(missing={"label": [1, 6]}), where()
     outputs, expected = gradients(objective, (whole, at))
     pieces = [rows(whole, at, chosen) for chosen in torch.arange(8).chunk(parts)]
@@ -140,7 +142,7 @@ def test_parts_of_a_batch_average_to_the_whole(parts: int, weight: dict[str, Any
 
 
 def test_the_order_of_rows_does_not_matter() -> None:
-    objective, whole, at = build(MIXED, StateLaw(0.0, 0.25)), batch(), where()
+    objective, whole, at = build(MIXED, StateProbabilities(0.0, 0.25)), batch(), where()
     shuffled = rows(whole, at, torch.tensor([3, 0, 7, 5, 1, 2, 6, 4]))
     for name, term in objective(whole, at).terms.items():
         torch.testing.assert_close(objective(*shuffled).terms[name], term, rtol=1e-5, atol=1e-7)
@@ -168,19 +170,20 @@ def test_states_follow_their_law_and_all_occur() -> None:
 
 
 @pytest.mark.parametrize(
-    ("law", "expected"), [(ABSENT, (0, 0)), (AGGREGATED, (1, 0)), (OBSERVED, (0, 1)), (StateLaw(1, 1), (1, 1))]
+    ("distribution", "expected"),
+    [(ABSENT, (0, 0)), (AGGREGATED, (1, 0)), (OBSERVED, (0, 1)), (StateProbabilities(1, 1), (1, 1))],
 )
-def test_certain_states_are_certain(law: StateLaw, expected: tuple[int, int]) -> None:
-    aggregated, observed, denoised = build(law).draw_states(batch(100), where(100))
+def test_certain_states_are_certain(distribution: StateProbabilities, expected: tuple[int, int]) -> None:
+    aggregated, observed, denoised = build(distribution).draw_states(batch(100), where(100))
     assert (aggregated["label"] == bool(expected[0])).all()
     assert (observed["label"] == bool(expected[1])).all()
     assert denoised.all()
 
 
-@pytest.mark.parametrize("label", [ABSENT, StateLaw(1.0, 1.0), MIXED])
+@pytest.mark.parametrize("label", [ABSENT, StateProbabilities(1.0, 1.0), MIXED])
 @pytest.mark.parametrize("image", [ABSENT, OBSERVED])
 @pytest.mark.parametrize("name", ["label", "image"])
-def test_a_missing_value_has_no_effect(name: str, image: StateLaw, label: StateLaw) -> None:
+def test_a_missing_value_has_no_effect(name: str, image: StateProbabilities, label: StateProbabilities) -> None:
     objective = build(label, image)
     whole = batch(missing={name: [2, 5]})
     before = objective(whole, where()).terms
@@ -242,14 +245,14 @@ def test_where_the_anchor_is_hidden_the_heads_read_from_what_else_is_observed() 
     torch.testing.assert_close(
         terms["l2/label"], torch.nn.functional.cross_entropy(params["label"], whole.values["label"])
     )
-    law = torch.distributions.Normal(params["masked"][:, :1], params["masked"][:, 1:].exp())
-    hole = -law.log_prob(whole.values["image"])[..., 1::2]  # of the hidden columns, which are half of all
+    distribution = torch.distributions.Normal(params["masked"][:, :1], params["masked"][:, 1:].exp())
+    hole = -distribution.log_prob(whole.values["image"])[..., 1::2]  # of the hidden columns, which are half of all
     torch.testing.assert_close(terms["l2/masked"], hole.mean() / 2)
 
 
 def test_anchors_are_hidden_at_their_rate_unless_they_are_observed() -> None:
     count = 4000
-    objective = build(MIXED, StateLaw(0.0, 0.25), anchor_hidden=0.4)
+    objective = build(MIXED, StateProbabilities(0.0, 0.25), anchor_hidden=0.4)
     aggregated, observed, denoised = objective.draw_states(batch(count), where(count))
     seen = observed["image"]
     assert not denoised[seen].any() and not aggregated["label"][~denoised].any()
@@ -260,7 +263,7 @@ def test_anchors_are_hidden_at_their_rate_unless_they_are_observed() -> None:
 
 @pytest.mark.parametrize("masked", [ABSENT, OBSERVED])
 def test_a_head_that_predicts_the_anchor_learns_where_it_is_observed_and_stops_where_the_anchor_is(
-    masked: StateLaw,
+    masked: StateProbabilities,
 ) -> None:
     whole = with_holes(batch())
     assert float(build(masked=masked)(whole, where()).terms["l2/masked"]) != 0
@@ -292,7 +295,9 @@ def test_times_are_spread_evenly_over_the_global_batch(count: int) -> None:
 def test_times_of_one_row_are_uniform_over_the_run() -> None:
     objective, steps = build(), 2000
     denoised = torch.ones(1, dtype=torch.bool)
-    drawn = torch.cat([objective.draw_timesteps(Where(step, torch.tensor([3]), 8), denoised) for step in range(steps)])
+    drawn = torch.cat(
+        [objective.draw_timesteps(BatchPosition(step, torch.tensor([3]), 8), denoised) for step in range(steps)]
+    )
     shares = torch.bincount(drawn, minlength=T) / steps
     assert len(shares) == T
     # each share is binomial with p = 1/T; 4.5 standard errors for 20 of them
@@ -302,9 +307,11 @@ def test_times_of_one_row_are_uniform_over_the_run() -> None:
 # ------------------------------------------------------------------------------------------------------- gradients
 
 
-@pytest.mark.parametrize(("law", "reaches"), [(AGGREGATED, True), (OBSERVED, True), (ABSENT, False)])
-def test_the_anchors_error_reaches_the_labels_table_only_through_what_is_shown(law: StateLaw, reaches: bool) -> None:
-    objective = build(law, label_weight=0.0, terminal_weight=0.0)
+@pytest.mark.parametrize(("distribution", "reaches"), [(AGGREGATED, True), (OBSERVED, True), (ABSENT, False)])
+def test_the_anchors_error_reaches_the_labels_table_only_through_what_is_shown(
+    distribution: StateProbabilities, reaches: bool
+) -> None:
+    objective = build(distribution, label_weight=0.0, terminal_weight=0.0)
     objective(batch(), where()).loss.backward()
     gradient = objective.model.modalities["label"].table.grad
     assert (gradient is not None and bool(gradient.any())) is reaches
@@ -332,7 +339,7 @@ def test_min_snr_weighs_every_row() -> None:
 
 def test_the_uncertainty_weighs_rows_that_are_denoised_and_no_others() -> None:
     """A fresh network tells σ = 1: half of the plain error; where the anchor is observed there is nothing to tell."""
-    image = StateLaw(0.0, 0.4)
+    image = StateProbabilities(0.0, 0.4)
     plain, uncertain, whole, at = build(image=image), build(image=image, uncertainty=True), batch(), where()
     denoised = plain.draw_states(whole, at)[2]
     assert 0 < denoised.sum() < 8

@@ -211,13 +211,15 @@ def test_evaluations_are_counted(arguments: dict[str, Any], expected: int, solve
     assert evaluations(build(solver), **arguments) == expected
 
 
-@pytest.mark.parametrize("feed", [None, "draw", "mean"])
+@pytest.mark.parametrize("feedback", [None, "draw", "mean"])
 @pytest.mark.parametrize("solver", ["DDPMScheduler", DPM])
-def test_a_list_of_generators_makes_the_split_of_the_batch_irrelevant(solver: str, feed: str | None) -> None:
+def test_a_list_of_generators_makes_the_split_of_the_batch_irrelevant(solver: str, feedback: str | None) -> None:
     pipe = build(solver)
 
     def part(rows: range) -> dict[str, Tensor]:
-        return sample(pipe, batch_size=len(rows), generator=[seeded(k) for k in rows], feed=feed, final_read=False)
+        return sample(
+            pipe, batch_size=len(rows), generator=[seeded(k) for k in rows], feedback=feedback, final_read=False
+        )
 
     whole = part(range(4))
     for parts in ([range(2), range(2, 4)], [range(1), range(1, 4)]):
@@ -306,7 +308,7 @@ TWO = [seeded(0), seeded(1)]
         ({"num_inference_steps": 0, "observed": {"label": 1}}, "num_inference_steps = 0: needs an observed modality"),
         ({"num_inference_steps": T + 1}, "num_inference_steps = 21: needs 1 … num_train_timesteps = 20"),
         ({"guidance_scale": {"label": 2.0}}, "guidance_scale.label = 2.0: this modality is not observed"),
-        ({"feed": "median"}, "feed = 'median': choose one of draw, mean, mode"),
+        ({"feedback": "median"}, "feedback = 'median': choose one of draw, mean, mode"),
     ],
 )
 def test_bad_arguments_are_refused_in_one_line(arguments: dict[str, Any], text: str) -> None:
@@ -322,8 +324,8 @@ def test_a_modality_without_weight_cannot_be_aggregated() -> None:
 
 
 def test_the_mode_cannot_be_fed_to_a_deterministic_solver() -> None:
-    with pytest.raises(InputError, match="feed = 'mode': is wrong with a deterministic solver"):
-        sample(build(DPM), feed="mode")
+    with pytest.raises(InputError, match="feedback = 'mode': is wrong with a deterministic solver"):
+        sample(build(DPM), feedback="mode")
 
 
 # ------------------------------------------------------------------------------------------------------ accelerators
@@ -333,7 +335,7 @@ def test_the_mode_cannot_be_fed_to_a_deterministic_solver() -> None:
 @pytest.mark.parametrize("solver", ["DDPMScheduler", "DDIMScheduler", DPM])
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"observed": {"label": 1}}, {"observed": {"label": 1}, "guidance_scale": 2.0}, {"feed": "draw"}],
+    [{}, {"observed": {"label": 1}}, {"observed": {"label": 1}, "guidance_scale": 2.0}, {"feedback": "draw"}],
     ids=["joint", "conditional", "guided", "draw"],
 )
 def test_the_loop_never_waits_for_the_accelerator(solver: str, arguments: dict[str, Any]) -> None:

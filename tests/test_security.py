@@ -282,7 +282,7 @@ def test_names_that_leave_their_folder_are_refused(tiny: Tree, name: str) -> Non
     with pytest.raises(InputError, match="folder name"):
         parse_config({**tiny, "name": name})
     with pytest.raises(InputError, match="folder name"):
-        parse_config({**tiny, "evaluate": {"masks": {name: {}}}})
+        parse_config({**tiny, "evaluate": {"masking": {name: {}}}})
     modality = {"kind": "image", "channels": 1, "size": 16}
     with pytest.raises(InputError, match="identifier"):
         MTDiffusionModel({name: modality}, {"kind": "unet", "block_out_channels": [8, 16]}, anchor=name)

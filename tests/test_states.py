@@ -1,4 +1,4 @@
-"""Every law gives each subset of modalities the probability that its closed form says, however a batch is split."""
+"""Every distribution gives each subset the probability of its closed form, however a batch is split."""
 
 from __future__ import annotations
 
@@ -13,54 +13,60 @@ from torch import Tensor
 
 from mmdiff.config import StatesConfig
 from mmdiff.randomness import uniform
-from mmdiff.states import LAWS, Flags, StateLaw
+from mmdiff.states import DISTRIBUTIONS, Flags, StateProbabilities
 
 COUNT = 20_000
 ANCHOR = "image"
 LAWS_OF = {  # no two alike, so that a mix-up shows; the anchor's name is neither the first nor the last
-    "embedding": StateLaw(0.3, 0.6),
-    ANCHOR: StateLaw(0.0, 0.2),
-    "label": StateLaw(0.5, 0.3),
-    "mask": StateLaw(0.8, 0.9),
+    "embedding": StateProbabilities(0.3, 0.6),
+    ANCHOR: StateProbabilities(0.0, 0.2),
+    "label": StateProbabilities(0.5, 0.3),
+    "mask": StateProbabilities(0.8, 0.9),
 }
 AUXILIARY = sorted(set(LAWS_OF) - {ANCHOR})
 
 
-def draw(law: str, laws: dict[str, StateLaw], positions: Tensor, seed: int = 3, step: int = 7) -> Flags:
-    return LAWS[law].draw(lambda stream, n: uniform(seed, step, stream, positions, (n,)), laws, ANCHOR)
+def draw(
+    distribution: str, probabilities: dict[str, StateProbabilities], positions: Tensor, seed: int = 3, step: int = 7
+) -> Flags:
+    return DISTRIBUTIONS[distribution].draw(
+        lambda stream, n: uniform(seed, step, stream, positions, (n,)), probabilities, ANCHOR
+    )
 
 
-def product(chosen: frozenset[str], laws: dict[str, StateLaw], flag: int) -> float:
-    return math.prod(law[flag] if name in chosen else 1 - law[flag] for name, law in laws.items())
+def product(chosen: frozenset[str], probabilities: dict[str, StateProbabilities], flag: int) -> float:
+    return math.prod(
+        distribution[flag] if name in chosen else 1 - distribution[flag] for name, distribution in probabilities.items()
+    )
 
 
-def alone(chosen: frozenset[str], laws: dict[str, StateLaw]) -> float:
-    a, others = laws[ANCHOR].observed, [name for name in laws if name != ANCHOR]
+def alone(chosen: frozenset[str], probabilities: dict[str, StateProbabilities]) -> float:
+    a, others = probabilities[ANCHOR].observed, [name for name in probabilities if name != ANCHOR]
     if len(chosen) > 1:
         return 0.0
     if not chosen:
-        return (1 - a) * (1 - sum(laws[name].observed for name in others) / len(others))
+        return (1 - a) * (1 - sum(probabilities[name].observed for name in others) / len(others))
     (name,) = chosen
-    return a if name == ANCHOR else (1 - a) * laws[name].observed / len(others)
+    return a if name == ANCHOR else (1 - a) * probabilities[name].observed / len(others)
 
 
-def half(chosen: frozenset[str], laws: dict[str, StateLaw]) -> float:
-    return (alone(chosen, laws) + product(chosen, laws, flag=1)) / 2
+def half(chosen: frozenset[str], probabilities: dict[str, StateProbabilities]) -> float:
+    return (alone(chosen, probabilities) + product(chosen, probabilities, flag=1)) / 2
 
 
 OBSERVED = {
     "independent": partial(product, flag=1),
     "each_alone": alone,
     "half_alone": half,
-    "source": lambda chosen, laws: float(not chosen),
-    "heads": lambda chosen, laws: float(not chosen),
+    "source": lambda chosen, probabilities: float(not chosen),
+    "heads": lambda chosen, probabilities: float(not chosen),
 }
 AGGREGATED = {
     "independent": partial(product, flag=0),
     "each_alone": partial(product, flag=0),
     "half_alone": partial(product, flag=0),
-    "source": lambda chosen, laws: float(chosen == set(AUXILIARY)),
-    "heads": lambda chosen, laws: float(not chosen),
+    "source": lambda chosen, probabilities: float(chosen == set(AUXILIARY)),
+    "heads": lambda chosen, probabilities: float(not chosen),
 }
 
 
@@ -73,17 +79,17 @@ def share(flags: dict[str, Tensor], chosen: frozenset[str]) -> float:
     return float(torch.stack([flags[name] == (name in chosen) for name in flags]).all(dim=0).double().mean())
 
 
-def given(law: str) -> dict[str, StateLaw]:
-    """As `mmdiff.build.state_law` gives them: the anchor is never aggregated."""
-    laws = {name: LAWS[law].given(probabilities) for name, probabilities in LAWS_OF.items()}
-    return {**laws, ANCHOR: laws[ANCHOR]._replace(aggregated=0.0)}
+def given(distribution: str) -> dict[str, StateProbabilities]:
+    """As `mmdiff.build.state_probabilities` gives them: the anchor is never aggregated."""
+    probabilities = {name: DISTRIBUTIONS[distribution].given(probabilities) for name, probabilities in LAWS_OF.items()}
+    return {**probabilities, ANCHOR: probabilities[ANCHOR]._replace(aggregated=0.0)}
 
 
 @pytest.mark.parametrize("flag", ["observed", "aggregated"])
-@pytest.mark.parametrize("law", LAWS)
-def test_every_subset_has_the_frequency_of_the_closed_form(law: str, flag: str) -> None:
-    closed_form = {"observed": OBSERVED, "aggregated": AGGREGATED}[flag][law]
-    flags = getattr(draw(law, given(law), torch.arange(COUNT)), flag)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_every_subset_has_the_frequency_of_the_closed_form(distribution: str, flag: str) -> None:
+    closed_form = {"observed": OBSERVED, "aggregated": AGGREGATED}[flag][distribution]
+    flags = getattr(draw(distribution, given(distribution), torch.arange(COUNT)), flag)
     expected = {chosen: closed_form(chosen, LAWS_OF) for chosen in subsets(sorted(LAWS_OF))}
     if flag == "aggregated":
         expected = {chosen: p for chosen, p in expected.items() if ANCHOR not in chosen}
@@ -92,16 +98,22 @@ def test_every_subset_has_the_frequency_of_the_closed_form(law: str, flag: str) 
         assert abs(share(flags, chosen) - p) <= 4.5 * math.sqrt(p * (1 - p) / COUNT), sorted(chosen)
 
 
-@pytest.mark.parametrize("law", [StatesConfig().law, "half_alone"])
+@pytest.mark.parametrize("distribution", [StatesConfig().distribution, "half_alone"])
 @pytest.mark.parametrize("names", [["label"], ["a", "b", "c", "d", "e"]])
-def test_by_default_every_subset_occurs(names: list[str], law: str) -> None:
-    states = StatesConfig(law=law)
-    laws = {name: StateLaw(states.aggregated, states.observed) for name in names}
-    laws[ANCHOR] = StateLaw(0.0, states.anchor_observed)
-    flags = draw(states.law, {name: LAWS[states.law].given(law) for name, law in laws.items()}, torch.arange(200_000))
-    bits = [flags.observed[name] for name in sorted(laws)]  # the rarest of 2^6 subsets has p = 0.3^5 · 0.15 = 3.6e-4
+def test_by_default_every_subset_occurs(names: list[str], distribution: str) -> None:
+    states = StatesConfig(distribution=distribution)
+    probabilities = {name: StateProbabilities(states.aggregated, states.observed) for name in names}
+    probabilities[ANCHOR] = StateProbabilities(0.0, states.anchor_observed)
+    flags = draw(
+        states.distribution,
+        {name: DISTRIBUTIONS[states.distribution].given(distribution) for name, distribution in probabilities.items()},
+        torch.arange(200_000),
+    )
+    bits = [
+        flags.observed[name] for name in sorted(probabilities)
+    ]  # the rarest of 2^6 subsets has p = 0.3^5 · 0.15 = 3.6e-4
     codes = sum(bit.long() << k for k, bit in enumerate(bits))
-    assert len(codes.unique()) == 2 ** len(laws)
+    assert len(codes.unique()) == 2 ** len(probabilities)
 
 
 def test_alone_means_alone_and_the_aggregated_flags_do_not_depend_on_it() -> None:
@@ -115,12 +127,12 @@ def test_alone_means_alone_and_the_aggregated_flags_do_not_depend_on_it() -> Non
         assert abs(rate - p) <= 4.5 * math.sqrt(p * (1 - p) / int(seen.sum()))
 
 
-@pytest.mark.parametrize("law", LAWS)
-def test_any_split_of_the_batch_draws_the_same(law: str) -> None:
-    whole = draw(law, LAWS_OF, torch.arange(24))
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_any_split_of_the_batch_draws_the_same(distribution: str) -> None:
+    whole = draw(distribution, LAWS_OF, torch.arange(24))
     for parts in (torch.arange(24).chunk(4), [torch.arange(0, 24, 2), torch.arange(1, 24, 2)]):
         for positions in parts:
-            part = draw(law, LAWS_OF, positions)
+            part = draw(distribution, LAWS_OF, positions)
             for flags, other in zip(part, whole, strict=True):
                 assert flags.keys() == other.keys() == LAWS_OF.keys()
                 assert all(torch.equal(flags[name], other[name][positions]) for name in flags)
@@ -135,12 +147,16 @@ def test_steps_and_seeds_differ() -> None:
 
 
 def test_one_modality_beside_the_anchor_and_certain_probabilities() -> None:
-    flags = draw("each_alone", {ANCHOR: StateLaw(0.0, 0.0), "label": StateLaw(0.0, 1.0)}, torch.arange(100))
+    flags = draw(
+        "each_alone", {ANCHOR: StateProbabilities(0.0, 0.0), "label": StateProbabilities(0.0, 1.0)}, torch.arange(100)
+    )
     assert flags.observed["label"].all() and not flags.observed[ANCHOR].any()
-    flags = draw("each_alone", {ANCHOR: StateLaw(0.0, 1.0), "label": StateLaw(0.0, 1.0)}, torch.arange(100))
+    flags = draw(
+        "each_alone", {ANCHOR: StateProbabilities(0.0, 1.0), "label": StateProbabilities(0.0, 1.0)}, torch.arange(100)
+    )
     assert flags.observed[ANCHOR].all() and not flags.observed["label"].any()
-    assert draw("each_alone", {ANCHOR: StateLaw(0.0, 1.0)}, torch.arange(9)).observed[ANCHOR].all()
+    assert draw("each_alone", {ANCHOR: StateProbabilities(0.0, 1.0)}, torch.arange(9)).observed[ANCHOR].all()
 
 
 def test_a_config_may_name_every_law() -> None:
-    assert set(get_args(StatesConfig.model_fields["law"].annotation)) == set(LAWS)
+    assert set(get_args(StatesConfig.model_fields["distribution"].annotation)) == set(DISTRIBUTIONS)

@@ -25,7 +25,7 @@ class Observation(NamedTuple):
 
 class BackboneOutput(NamedTuple):
     """``prediction`` (B, C, H, W) by the scheduler's `prediction_type`; ``features`` (B, F, H / s, W / s) and
-    ``pooled`` (B, P) feed the decoder heads."""
+    ``pooled`` (B, P) feedback the decoder heads."""
 
     prediction: Tensor
     features: Tensor

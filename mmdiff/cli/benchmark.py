@@ -34,20 +34,23 @@ def speed(
 
 
 @benchmark.command()
-def restoration(
+def reconstruction(
     runs: Annotated[
         list[str],
         typer.Argument(help="run folders, or experiments' YAML files, which are trained first; and key=value"),
     ],
     data: Annotated[str | None, typer.Option(help="another data.source than the runs'")] = None,
-    masks: Annotated[str, typer.Option(help="laws of the holes: squares,box,half,checkerboard,free-form")] = "squares",
+    patterns: Annotated[
+        str, typer.Option(help="patterns of the holes: squares,box,half,checkerboard,free-form")
+    ] = "squares",
     ratios: Annotated[str, typer.Option(help="shares of hidden pixels: 0.1,0.25,0.5,0.75")] = "0.5",
     images: Annotated[int, typer.Option(help="held-out images", min=2)] = 64,
     seeds: Annotated[int, typer.Option(help="sampling seeds", min=1)] = 1,
     steps: Annotated[str, typer.Option(help="solver steps of mmdiff's draws; several make several rows")] = "20",
     guidance: Annotated[str, typer.Option(help="classifier-free guidance of mmdiff's draws: 1,1.5")] = "1",
     methods: Annotated[
-        str | None, typer.Option(help="some of them only: channels,head,repaint …; default: all that the runs can do")
+        str | None,
+        typer.Option(help="some of them only: concatenation,head,repaint …; default: all that the runs can do"),
     ] = None,
     repaint: Annotated[
         list[str] | None,
@@ -64,7 +67,7 @@ def restoration(
         str | None, typer.Option(help="the row that all others are compared with, by its name in the table")
     ] = None,
     out: Annotated[Path, typer.Option(help="runs, parts and results; called again it goes on")] = Path(
-        "runs/restoration"
+        "runs/reconstruction"
     ),
     trust: Trust = False,
 ) -> None:
@@ -110,17 +113,17 @@ def restoration(
         trained.append(Trained(folder.name, own, pipeline, folder))
     options = Options(counts, scales, tuple(jumps), evaluations)
     chosen = methods.split(",") if methods else None
-    scene = Benchmark(trained, out, masks.split(","), shares, images, seeds, chosen, options)
+    scene = Benchmark(trained, out, patterns.split(","), shares, images, seeds, chosen, options)
     results = scene.results()
     found = standings.tree(scene, results, reference)
     table, columns = standings.text(found), standings.pictures(scene, results)
-    files = [out / f"restoration{suffix}" for suffix in (".json", ".txt", ".png")]
+    files = [out / f"reconstruction{suffix}" for suffix in (".json", ".txt", ".png")]
     for file in files:
         make_room(file)
     files[0].write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     files[1].write_text(table + "\n")
     titled(*columns, files[2])
-    echo(standings.text(found, each_law=False) + "\n" + "\n".join(f"wrote {file}" for file in files))
+    echo(standings.text(found, each_pattern=False) + "\n" + "\n".join(f"wrote {file}" for file in files))
 
 
 @benchmark.command("fusion-speed")

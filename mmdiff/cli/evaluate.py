@@ -19,9 +19,12 @@ def evaluate(
     overrides: Overrides = None,
     steps: Annotated[str | None, typer.Option(help="numbers of solver steps to compare: 10,20,200")] = None,
     solver: Annotated[str | None, typer.Option(help="another solver than the run's")] = None,
-    feed: Annotated[str | None, typer.Option(help="unknown modalities: draw, mean or mode")] = None,
+    feedback: Annotated[str | None, typer.Option(help="unknown modalities: draw, mean or mode")] = None,
     conditioning: Annotated[
-        str | None, typer.Option(help="ways to compare: channels,plug-in,self-guidance,replacement,channels+plug-in …")
+        str | None,
+        typer.Option(
+            help="ways to compare: concatenation,aggregation,head-guidance,replacement,concatenation+aggregation …"
+        ),
     ] = None,
     subsets: Annotated[
         bool, typer.Option("--subsets", help="score every subset of observed modalities instead")
@@ -31,7 +34,7 @@ def evaluate(
     """Score every modality and direction of a run; writes evaluation.json and prints the table."""
     read_only(trust)
     ways = tuple(conditioning.split(",")) if conditioning else ()
-    evaluate_run(run, overrides or [], integers("--steps", steps), solver, feed, trust, trust, ways, subsets)
+    evaluate_run(run, overrides or [], integers("--steps", steps), solver, feedback, trust, trust, ways, subsets)
 
 
 def evaluate_run(
@@ -39,7 +42,7 @@ def evaluate_run(
     overrides: list[str],
     steps: tuple[int, ...],
     solver: str | None,
-    feed: str | None,
+    feedback: str | None,
     trust: bool,
     trust_judges: bool,
     conditioning: tuple[str, ...] = (),
@@ -60,7 +63,9 @@ def evaluate_run(
     records.read(run / "evaluation.json")  # a broken one is named before the work
     pipeline = load(run, solver, trust)
     train, validation = (build_table(config, pipeline.model, rows) for rows in open_rows(config, hub=trust))
-    result = evaluators.evaluate(pipeline, config, train, validation, steps, feed, trust_judges, conditioning, subsets)
+    result = evaluators.evaluate(
+        pipeline, config, train, validation, steps, feedback, trust_judges, conditioning, subsets
+    )
     records.save(result, run / "evaluation.json")
     echo(records.table(result))
     for name, rows in result.pictures.items():

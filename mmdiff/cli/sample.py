@@ -30,11 +30,13 @@ def sample(
     ] = None,
     conditioning: Annotated[
         str | None,
-        typer.Option(help="how observed values steer: channels, plug-in, self-guidance, replacement, or several"),
+        typer.Option(
+            help="how observed values steer: concatenation, aggregation, head-guidance, replacement, or several"
+        ),
     ] = None,
     aggregate: Annotated[str | None, typer.Option(help="what enters z_t: all, none, or names with commas")] = None,
     solver: Annotated[str | None, typer.Option(help="another solver than the run's")] = None,
-    feed: Annotated[str | None, typer.Option(help="unknown modalities: draw, mean or mode")] = None,
+    feedback: Annotated[str | None, typer.Option(help="unknown modalities: draw, mean or mode")] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="samples that are computed at once; default: the run's sample.batch_size", min=1)
     ] = None,
@@ -56,7 +58,7 @@ def sample(
     runs.prepare(pipeline, dtype, compiled)
     settings = {
         "num_inference_steps": steps or own.steps,
-        "feed": own.feed if feed is None else feed,
+        "feedback": own.feedback if feedback is None else feedback,
         "max_batch_size": batch_size or own.batch_size,
     }
     if conditioning is not None:

@@ -53,7 +53,7 @@ class _Open(_Base):
 class MaskingConfig(Strict):
     """Random holes in the anchor: a fresh one whenever a row is visited in training, one per row in evaluation."""
 
-    law: str = "squares"  # squares, box, half, checkerboard, free-form; mixed: one of them per row
+    pattern: str = "squares"  # squares, box, half, checkerboard, free-form; mixed: one of them per row
     ratio: tuple[Share, Share] = (0.1, 0.75)  # range of the share of hidden pixels, or one number
 
     @field_validator("ratio", mode="before")
@@ -131,11 +131,11 @@ class SchedulerConfig(_Open):
 
 
 class StatesConfig(Strict):
-    """The law by which training draws each modality's state (README, Theory, section 4)."""
+    """The distribution by which training draws each modality's state (README, Theory, section 4)."""
 
     # each_alone: at most one modality is observed; half_alone: so in half of the samples; source: always aggregated;
     # heads: always absent
-    law: Literal["independent", "each_alone", "half_alone", "source", "heads"] = "independent"
+    distribution: Literal["independent", "each_alone", "half_alone", "source", "heads"] = "independent"
     aggregated: float = Field(0.5, ge=0, le=1)  # probability of the flag, for auxiliary modalities
     observed: float = Field(0.3, ge=0, le=1)  # probability of the flag, for auxiliary modalities
     anchor_observed: float = Field(0.15, ge=0, le=1)  # the anchor is given, the rest is read from it
@@ -212,7 +212,7 @@ class SampleConfig(Strict):
     steps: int = Field(20, ge=1, le=100_000)  # solver steps
     guidance_scale: float = Field(1.0, ge=0, le=1e4)  # classifier-free, of observed modalities; 1 is off
     guidance: dict[str, Scale] = {}  # {modality: scale}, over guidance_scale
-    feed: Literal["draw", "mean", "mode"] | None = None  # unknown aggregated modalities; none: as fits the solver
+    feedback: Literal["draw", "mean", "mode"] | None = None  # unknown aggregated modalities; none: as fits the solver
     batch_size: int = Field(256, ge=1, le=10**7)
 
     def scales(self, observed: Iterable[str]) -> dict[str, float]:
@@ -248,7 +248,7 @@ class EvaluateConfig(Strict):
     features: str = "auto"  # of FID and KID: pixels, inception, a SqueezeNet file; auto: inception if it is here
     lpips: LpipsConfig = LpipsConfig()
     zero_shot: ZeroShotConfig | None = None  # a CLIP baseline for labels
-    masks: dict[FolderName, MaskingConfig] = {}  # {name: holes} of masked images; default: that of data.masking
+    masking: dict[FolderName, MaskingConfig] = {}  # {name: holes} of masked images; default: that of data.masking
 
 
 class Config(Strict):

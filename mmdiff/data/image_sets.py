@@ -1,4 +1,4 @@
-"""Bags of views: a data set with one image per row and a column that names its object becomes sets of images."""
+"""ImageSets of views: a data set with one image per row and a column that names its object becomes sets of images."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ PHOTOS, DISTRACTORS = "photos", "distractors"
 _TYPES = {PHOTOS: datasets.List(datasets.Image()), DISTRACTORS: datasets.List(datasets.Value("bool"))}
 
 
-class Bags(MadeRows):
+class ImageSets(MadeRows):
     """Rows of one split.
 
-    Each is the first row of an object (its front view, which is in no bag) with two further columns: ``photos``, a list
+    Each is the first row of an object (its front view, which is in no set) with two further columns: ``photos``, a list
     of other views of it in random order, and ``distractors``, which of them are views of other objects. Objects take
     turns, so that every one of them has as many rows as the others.
 
@@ -30,7 +30,7 @@ class Bags(MadeRows):
         image: its column of images.
         fronts: the row in ``base`` of each object's front view.
         views: the rows of each object's other views in this split.
-        rows: how many bags.
+        rows: how many image_sets.
         sizes: least and largest number of images, all equally likely; an object with fewer views shows those.
         distractors: range of the share of images that are of other objects, uniform; one image is always right.
         key: of the random numbers.
@@ -105,20 +105,20 @@ def load(
     every: int = 6,
     distractors: float | Sequence[float] = 0.0,
     seed: int = 0,
-) -> dict[str, Bags]:
-    """{"train", "validation"} of bags, see `Bags`.
+) -> dict[str, ImageSets]:
+    """{"train", "validation"} of image sets, see `ImageSets`.
 
     Args:
         splits: of a source with an image and an object per row; rows without an object are left out.
         object, image: its columns.
         split: which one of them.
-        views: images per bag, one number or the least and the largest.
-        rows, validation_rows: how many bags.
-        hold_out: "views": every k-th view of every object is in validation bags only; "objects": every k-th object, for
+        views: images per set, one number or the least and the largest.
+        rows, validation_rows: how many image_sets.
+        hold_out: "views": every k-th view of every object is in validation sets only; "objects": every k-th object, for
             retrieval of things that training never saw.
         every: k.
         distractors: share of images of other objects, or its range.
-        seed: of the bags.
+        seed: of the image_sets.
 
     Raises:
         InputError: for a column that is not there, a number that does not fit, or a split without objects.
@@ -136,12 +136,12 @@ def load(
             groups.setdefault(row[object], []).append(index)
     seen = [group for group in groups.values() if len(group) > 1]  # a front view and another one
 
-    def bags(name: str, count: int, chosen: list[tuple[int, list[int]]]) -> Bags:
+    def image_sets(name: str, count: int, chosen: list[tuple[int, list[int]]]) -> ImageSets:
         chosen = [(front, others) for front, others in chosen if others]
         if not chosen:
             raise InputError("object", object, f"leaves no object for {name}: each needs a first row and further ones")
         fronts, others = (list(part) for part in zip(*chosen))
-        return Bags(base, image, fronts, others, count, sizes, shares, fold(seed, 0, f"bags/{name}"))
+        return ImageSets(base, image, fronts, others, count, sizes, shares, fold(seed, 0, f"bags/{name}"))
 
     def kept(items: list[Any], held: bool) -> list[Any]:
         return [item for k, item in enumerate(items) if (k % every == every - 1) == held]
@@ -150,7 +150,7 @@ def load(
     for name, count, held in (("train", rows, False), ("validation", validation_rows, True)):
         own = kept(seen, held) if hold_out == "objects" else seen
         others = [group[1:] if hold_out == "objects" else kept(group[1:], held) for group in own]
-        parts[name] = bags(name, count, [(group[0], rest) for group, rest in zip(own, others)])
+        parts[name] = image_sets(name, count, [(group[0], rest) for group, rest in zip(own, others)])
     return parts
 
 

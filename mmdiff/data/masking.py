@@ -1,7 +1,7 @@
 """Holes for masked training: which pixels of an image are known, as a pure function of (seed, position).
 
-A law is a field of arrival times: pixels are hidden in its order until the asked share is reached. What arrives at one
-moment is the unit of the law, and the share that comes out exceeds the asked one by less than one unit.
+A pattern is a field of arrival times: pixels are hidden in its order until the asked share is reached. What arrives at
+one moment is the unit of the pattern, and the share that comes out exceeds the asked one by less than one unit.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ _BRUSH = 0.1  # typical thickness of a stroke, as a part of the side
 
 
 def known_masks(
-    law: str, ratio: float | Sequence[float], height: int, width: int, seed: int, positions: Tensor
+    pattern: str, ratio: float | Sequence[float], height: int, width: int, seed: int, positions: Tensor
 ) -> Tensor:
     """Masks of what is known: (B, 1, height, width) float32, 1 = known, 0 = hole, on the device of ``positions``.
 
     The same (seed, position) has the same hole whatever else is in the batch.
 
     Args:
-        law: a key of `LAWS`; the units are a square (squares), a row or a column (box, half), a cell of the 8 × 8 grid
-            (checkerboard), a pixel (free-form); of mixed those of the law that a position gets.
+        pattern: a key of `PATTERNS`; the units are a square (squares), a row or a column (box, half), a cell of the
+            8 × 8 grid (checkerboard), a pixel (free-form); of mixed those of the pattern that a position gets.
         ratio: share of hidden pixels, inside (0, 1); a pair (low, high) draws it uniformly for every sample.
         height, width: pixels.
         seed: of the run.
         positions: (B,) int64, for example row numbers or places in the global batch.
 
     Raises:
-        InputError: for an unknown law, or a ratio outside (0, 1).
+        InputError: for an unknown pattern, or a ratio outside (0, 1).
     """
-    if law not in LAWS:
-        raise InputError("law", law, f"choose one of {', '.join(LAWS)}")
+    if pattern not in PATTERNS:
+        raise InputError("pattern", pattern, f"choose one of {', '.join(PATTERNS)}")
     low, high = _range(ratio)
     share = low + (high - low) * uniform(seed, 0, "holes/ratio", positions)  # (B,)
-    arrival = LAWS[law](seed, positions, height, width, share).flatten(1)  # (B, H W)
+    arrival = PATTERNS[pattern](seed, positions, height, width, share).flatten(1)  # (B, H W)
     count = (share * (height * width)).round().long().clamp(1, height * width)
     last = arrival.sort(dim=1).values.gather(1, count[:, None] - 1)  # (B, 1), when the share is reached
     return (arrival > last).float().reshape(-1, 1, height, width)
@@ -117,9 +117,9 @@ def _free_form(seed: int, positions: Tensor, height: int, width: int, share: Ten
 
 
 def _mixed(seed: int, positions: Tensor, height: int, width: int, share: Tensor) -> Tensor:
-    """One of the other laws, each equally often: what a model learns that shall restore any hole."""
+    """One of the other patterns, each equally often: what a model learns that shall restore any hole."""
     which = (len(_PURE) * uniform(seed, 0, "holes/law", positions)).long()[:, None, None]  # (B, 1, 1)
-    fields = [law(seed, positions, height, width, share).reshape(-1, height, width) for law in _PURE.values()]
+    fields = [pattern(seed, positions, height, width, share).reshape(-1, height, width) for pattern in _PURE.values()]
     return sum(torch.where(which == index, field, 0.0) for index, field in enumerate(fields))  # (B, H, W)
 
 
@@ -138,12 +138,12 @@ def _centres(size: int, positions: Tensor) -> Tensor:
     return (torch.arange(size, device=positions.device) + 0.5) / size
 
 
-Law = Callable[[int, Tensor, int, int, Tensor], Tensor]
-_PURE: dict[str, Law] = {
+Pattern = Callable[[int, Tensor, int, int, Tensor], Tensor]
+_PURE: dict[str, Pattern] = {
     "squares": _squares,
     "box": _box,
     "half": _half,
     "checkerboard": _checkerboard,
     "free-form": _free_form,
 }
-LAWS: dict[str, Law] = {**_PURE, "mixed": _mixed}
+PATTERNS: dict[str, Pattern] = {**_PURE, "mixed": _mixed}

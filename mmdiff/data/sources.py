@@ -12,9 +12,8 @@ from typing import Any
 
 import datasets
 
-from mmdiff.data import abo, digits, folders
-from mmdiff.data import image_sets as bags
-from mmdiff.data.shapes import image_sets as shape_bags
+from mmdiff.data import abo, digits, folders, image_sets
+from mmdiff.data.shapes import image_sets as shape_sets
 from mmdiff.data.source_checks import check_arguments, check_files, check_options, check_saved
 from mmdiff.data.table import ROW, Rows
 from mmdiff.errors import InputError
@@ -46,20 +45,20 @@ _REFUSED = {  # options of `datasets.load_dataset` that change the kind of thing
 Source = str | list[str]
 
 
-def _bags(hub: bool, /, source: str, **options: Any) -> Mapping[str, Rows]:
-    """Any other source as bags of its views, see `mmdiff.data.image_sets.load`."""
+def _image_sets(hub: bool, /, source: str, **options: Any) -> Mapping[str, Rows]:
+    """Any other source as image_sets of its views, see `mmdiff.data.image_sets.load`."""
     if not isinstance(source, str):
         raise InputError("data.options.source", source, "needs a path or a name as text")
-    check_arguments("bags", bags.load, options)
-    return bags.load(load(source, {}, hub), **options)
+    check_arguments("image_sets", image_sets.load, options)
+    return image_sets.load(load(source, {}, hub), **options)
 
 
 EMBEDDED: dict[str, Callable[..., Mapping[str, Rows]]] = {
     "abo": abo.load,
-    "bags": functools.partial(_bags, True),
+    "image_sets": functools.partial(_image_sets, True),
     "digits": digits.load,
     "folders": folders.load,
-    "shapes": shape_bags.load,
+    "shapes": shape_sets.load,
 }
 
 
@@ -126,7 +125,7 @@ def _held_out(rows: Rows, holdout: int) -> tuple[Rows, Rows]:
 
 def load(source: Source, options: dict[str, Any], hub: bool = True) -> Mapping[str, Rows]:
     """{split: rows} of a source; arguments and errors as of `open_splits`."""
-    embedded = {**EMBEDDED, "bags": functools.partial(_bags, hub)}
+    embedded = {**EMBEDDED, "image_sets": functools.partial(_image_sets, hub)}
     if isinstance(source, str) and source in embedded:
         check_arguments(source, embedded[source], options)
         try:

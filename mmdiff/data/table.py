@@ -38,11 +38,11 @@ class Rows(Protocol):
 class Holes(NamedTuple):
     """How a masked image is made from another modality's image.
 
-    ``law`` and ``ratio`` as in `mmdiff.data.masking.known_masks`; ``seed`` of the holes.
+    ``pattern`` and ``ratio`` as in `mmdiff.data.masking.known_masks`; ``seed`` of the holes.
     """
 
     source: str
-    law: str
+    pattern: str
     ratio: tuple[float, float]
     seed: int
 
@@ -188,7 +188,7 @@ class Table(torch.utils.data.Dataset):
         values, present = dict(batch.values), dict(batch.present)
         for name, holes in self.holes.items():
             image = values[holes.source]
-            known = known_masks(holes.law, holes.ratio, *image.shape[-2:], holes.seed, samples)  # (B, 1, H, W)
+            known = known_masks(holes.pattern, holes.ratio, *image.shape[-2:], holes.seed, samples)  # (B, 1, H, W)
             values[name] = torch.cat([image * known, known], dim=1)
             present[name] = present[holes.source]
         return Batch(values, present, batch.unusable)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
-from mmdiff.build import state_law
+from mmdiff.build import state_probabilities
 from mmdiff.config import Config
 from mmdiff.data import Table
 from mmdiff.errors import InputError
@@ -22,10 +22,10 @@ from mmdiff.evaluation.scorers import scorer
 from mmdiff.metrics.classification import class_shares, classification
 from mmdiff.metrics.clip_zero_shot import ZeroShot
 from mmdiff.metrics.features import distances, extractor
-from mmdiff.metrics.neighbours import MEMORISED_EXPECTED, Memory
+from mmdiff.metrics.neighbours import MEMORISED_EXPECTED, MemorisationTest
 from mmdiff.modalities import Label
 from mmdiff.pipeline import MTDiffusionPipeline
-from mmdiff.sampling.conditioning import feed_for, usable_ways, ways_of_text
+from mmdiff.sampling.conditioning import feedback_for, usable_ways, ways_of_text
 
 PICTURED = 8  # rows of a picture
 
@@ -36,7 +36,7 @@ def evaluate(
     train: Table,
     validation: Table,
     steps: tuple[int, ...] | None = None,
-    feed: str | None = None,
+    feedback: str | None = None,
     trust_custom_modalities: bool = False,
     conditioning: Iterable[str] = (),
     subsets: bool = False,
@@ -48,25 +48,25 @@ def evaluate(
         config: the run's; `evaluate.*` and `sample.*` count.
         train, validation: real rows; judges and features are fitted on training rows only.
         steps: numbers of solver steps to compare; default `sample.steps`.
-        feed: see the pipeline; default `sample.feed`.
+        feedback: see the pipeline; default `sample.feedback`.
         trust_custom_modalities: of runs that serve as judges.
-        conditioning: ways to compare, such as "channels" or "channels+self-guidance", see the pipeline; default: as
+        conditioning: ways to compare, such as "concatenation+head-guidance", see the pipeline; default: as
             trained, with and without aggregating.
         subsets: score every subset of observed modalities instead, see `Scene.subsets`.
     """
     pipeline.set_progress_bar_config(disable=True)
     scene = Scene(pipeline, config, train, validation, trust_custom_modalities, conditioning)
-    reads = state_law(config, config.anchor).observed > 0 and not subsets
+    reads = state_probabilities(config, config.anchor).observed > 0 and not subsets
     rows = [*(scene.reads() if reads else ()), *(() if subsets else scene.floors())]
     draws = scene.subsets if subsets else scene.samples
     for count in steps or (config.sample.steps,):
         for seed in config.evaluate.seeds:
-            for row in draws(count, seed, feed or config.sample.feed):
+            for row in draws(count, seed, feedback or config.sample.feedback):
                 row.setting |= {"steps": count, "seed": seed}
                 rows.append(row)
-    known = config, steps, feed, scene.conditioning, subsets, dict(pipeline.scheduler.config)
-    feed = feed_for(feed or config.sample.feed, pipeline.scheduler.is_stochastic)
-    facts = scene.facts | {"feed": feed, "settings": settings_hash(*known)}
+    known = config, steps, feedback, scene.conditioning, subsets, dict(pipeline.scheduler.config)
+    feedback = feedback_for(feedback or config.sample.feedback, pipeline.scheduler.is_stochastic)
+    facts = scene.facts | {"feedback": feedback, "settings": settings_hash(*known)}
     return Evaluation(manifest(pipeline, config, train, validation) | facts, rows, scene.pictures)
 
 
@@ -92,7 +92,7 @@ class Scene:
         (images,) = complete(real, self.anchor)
         self.extractor = extractor(config.evaluate.features, images)
         self.features = self.extractor(images)
-        self.memory = Memory(images.numpy(), complete(self.held_out, self.anchor)[0].numpy())
+        self.memory = MemorisationTest(images.numpy(), complete(self.held_out, self.anchor)[0].numpy())
         modalities = self.model.modalities
         self.read_out = [n for n in self.model.auxiliary if scorer(modalities[n]) and not modalities[n].predicts_anchor]
         found = {name: find_judge(config, self.model, name, real, trust) for name in self.read_out}
@@ -161,11 +161,13 @@ class Scene:
 
     # --------------------------------------------------------------------------------------------- the rest → anchor
 
-    def samples(self, steps: int, seed: int, feed: str | None) -> Iterator[Row]:
+    def samples(self, steps: int, seed: int, feedback: str | None) -> Iterator[Row]:
         """Joint samples and each modality → anchor: with and without aggregating, or by each way of conditioning."""
-        arguments = {"num_inference_steps": steps, "feed": feed}
+        arguments = {"num_inference_steps": steps, "feedback": feedback}
         count, states = self.config.evaluate.num_samples, self.config.states
-        if state_law(self.config, self.anchor).observed == 1 or states.anchor_hidden == 1:  # nothing is denoised
+        if (
+            state_probabilities(self.config, self.anchor).observed == 1 or states.anchor_hidden == 1
+        ):  # nothing is denoised
             return
         aggregates = (True, False)[not self._weighted() :]
         for aggregate in aggregates:
@@ -201,7 +203,7 @@ class Scene:
                 f"{name} → {other}", other, {}, {"n": count} | scorer(modality)(modality, drawn[other], truth[chosen])
             )
 
-    def subsets(self, steps: int, seed: int, feed: str | None) -> Iterator[Row]:
+    def subsets(self, steps: int, seed: int, feedback: str | None) -> Iterator[Row]:
         """Every non-empty proper subset of modalities observed, from held-out rows that have them all.
 
         A modality that is drawn is scored against its own row's value where the anchor is observed, and against what a
@@ -215,7 +217,7 @@ class Scene:
         for size in range(1, len(names)):
             for observed in itertools.combinations(names, size):
                 given = {name: truth[name] for name in observed}
-                drawn = self._draw(count, seed, observed=given, num_inference_steps=steps, feed=feed)
+                drawn = self._draw(count, seed, observed=given, num_inference_steps=steps, feedback=feedback)
                 found, read = drawn | given, self.anchor in observed
                 rest = " + ".join(name for name in names if name not in {*observed, *self.conditions})
                 for name in sorted(set(self.read_out) - set(observed)) if read else self.judges:
@@ -228,7 +230,7 @@ class Scene:
 
     def floors(self) -> Iterator[Row]:
         """masked image → anchor where nothing is drawn: the mean fill, and the head in one evaluation."""
-        for name in self.restoring if state_law(self.config, self.anchor).observed < 1 else ():
+        for name in self.restoring if state_probabilities(self.config, self.anchor).observed < 1 else ():
             yield from self._restored(name, 0, FLOORS, {}, num_inference_steps=0)
 
     def _restored(
@@ -282,7 +284,7 @@ class Scene:
         sample = self.config.sample
         given = set(arguments.get("observed", {}))
         denoised = self.anchor not in given and arguments.get("num_inference_steps") != 0
-        shown = denoised and "channels" in arguments.get("conditioning", ("channels",))
+        shown = denoised and "concatenation" in arguments.get("conditioning", ("concatenation",))
         scales = sample.scales(given & set(self.model.observable)) if shown else {}
         return draw(self.pipeline, count, sample.batch_size, seed, guidance_scale=scales, **arguments)
 

@@ -1,4 +1,4 @@
-"""Restored images against the truth, in the hole and on the whole, for fixed sets of masks."""
+"""Reconstructed images against the truth, in the hole and on the whole, for fixed hole patterns."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mmdiff.metrics.image import psnr, ssim
 from mmdiff.metrics.lpips import Perceptual
 from mmdiff.modalities.masked_image import mean_fill
 
-SEED = 0  # of the masks: the same for every model
+SEED = 0  # of the holes: the same for every model
 FLOORS = ("mean fill", "head")  # ways that depend neither on solver steps nor on a seed
 Draw = Callable[..., dict[str, Tensor]]
 
@@ -27,7 +27,7 @@ class HoleScores:
     """Scores of restored held-out images.
 
     Args:
-        config: `evaluate.masks` (default: the modality's own holes), `evaluate.num_samples`, `evaluate.lpips`.
+        config: `evaluate.masking` (default: the modality's own holes), `evaluate.num_samples`, `evaluate.lpips`.
         held_out: real rows.
         anchor: name of the image.
     """
@@ -37,8 +37,8 @@ class HoleScores:
         rows = held_out.all(min(config.evaluate.num_samples, len(held_out)))
         (self.truth,) = complete(rows, anchor)
         self.positions = rows.present[anchor].nonzero()[:, 0]  # a row keeps its hole whatever else is missing
-        for title, law in config.evaluate.masks.items():  # refused before anything is sampled
-            self._known(f"evaluate.masks.{title}", law)
+        for title, masking in config.evaluate.masking.items():  # refused before anything is sampled
+            self._known(f"evaluate.masking.{title}", masking)
         self.perceptual, self.facts = self._perceptual()
         self.facts |= {"mask seed": SEED, "restored images": len(self.truth)}
 
@@ -55,7 +55,7 @@ class HoleScores:
     def ways(
         self, name: str, draw: Draw, by: tuple[str, ...] = (*FLOORS, "samples")
     ) -> Iterator[tuple[dict[str, Any], Tensor, Tensor, Tensor]]:
-        """(setting, masked value, known pixels, restored images) of every set of masks and every way to restore.
+        """(setting, masked value, known pixels, restored images) of every hole pattern and every way to fill it.
 
         Args:
             name: of the masked image.
@@ -63,8 +63,8 @@ class HoleScores:
             by: which of the mean fill, the head and samples; those are left out that were not trained.
         """
         states, own = self.config.states, self.config.data.masking.get(name, MaskingConfig())
-        for title, law in (self.config.evaluate.masks or {name: own}).items():
-            known = self._known(f"evaluate.masks.{title}", law)
+        for title, masking in (self.config.evaluate.masking or {name: own}).items():
+            known = self._known(f"evaluate.masking.{title}", masking)
             value = torch.cat([self.truth * known, known], dim=1)
             ways = {}
             if "mean fill" in by:
@@ -74,13 +74,13 @@ class HoleScores:
             if "samples" in by and states.anchor_hidden < 1:
                 ways["samples"] = draw(len(value), observed={name: value})[self.anchor]
             for way, images in ways.items():
-                about = {"masks": title, "law": law.law, "ratio": list(law.ratio), "by": way}
+                about = {"holes": title, "pattern": masking.pattern, "ratio": list(masking.ratio), "by": way}
                 yield about, value, known, pasted(images, self.truth, known)
 
-    def _known(self, key: str, law: MaskingConfig) -> Tensor:
+    def _known(self, key: str, masking: MaskingConfig) -> Tensor:
         """(n, 1, H, W), 1 = known."""
         try:
-            return known_masks(law.law, law.ratio, *self.truth.shape[2:], SEED, self.positions)
+            return known_masks(masking.pattern, masking.ratio, *self.truth.shape[2:], SEED, self.positions)
         except InputError as error:
             raise InputError(f"{key}.{error.key}", error.value, error.remedy) from None
 

@@ -17,7 +17,7 @@ from mmdiff.modalities import Label
 from mmdiff.model import MTDiffusionModel
 
 ROWS = 256  # that are read to see which values are there
-_NAMED = ("judges", "features", "lpips", "zero_shot", "masks")
+_NAMED = ("judges", "features", "lpips", "zero_shot", "masking")
 
 
 def check_evaluation(

@@ -24,10 +24,11 @@ class Judge:
         """(n, …) -> class ids (n,)."""
         return self._knn.predict(flat(images))
 
+
 MEMORISED_EXPECTED = 0.5  # half of fresh real rows lie below the median of fresh real rows
 
 
-class Memory:
+class MemorisationTest:
     """How near samples come to training rows, against how near held-out rows come (Euclidean, in pixels).
 
     Args:

@@ -33,8 +33,8 @@ def confusions(predicted: ArrayLike, truth: ArrayLike, num_classes: int, ignore:
 def segmentation(predicted: ArrayLike, truth: ArrayLike, num_classes: int, ignore: int | None = None) -> dict[str, Any]:
     """mIoU and pixel accuracy of maps of class ids (n, H, W), over the pixels of all images, with 95 % intervals.
 
-    mIoU is the mean over the classes that occur in truth or prediction; "IoU per class" has None for the others. Where
-    ``ignore`` is itself a class, it takes no part in the mean. The intervals are over images.
+    mIoU is the mean over the classes that occur in truth or prediction; "IoU per class" has None for the others. The
+    class ``ignore`` takes no part in the mean. The intervals are over images.
 
     Raises:
         InputError: an id outside 0 … K − 1, or every pixel is ignored.

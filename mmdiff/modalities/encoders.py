@@ -160,7 +160,7 @@ class Convolutions(nn.Module):
 
 
 def _by_groups(channels: int, **_: Any) -> nn.Module:
-    """Normalisation of groups of eight channels: on bags of shapes it learns faster than one group of all."""
+    """Normalisation of groups of eight channels: on image sets of shapes it learns faster than one group of all."""
     return nn.GroupNorm(channels // math.gcd(8, channels), channels)
 
 

@@ -74,9 +74,9 @@ class Fusion(nn.Module, ABC):
     def forward(self, members: Tensor, mask: Tensor) -> Fused:
         self._check(members, mask)
         wide = members.to(torch.promote_types(members.dtype, torch.float32))
-        bags = (wide if wide.ndim == 4 else wide[:, :, None]).transpose(1, 2)  # (B, T, n, d)
-        size, tokens, count, _ = bags.shape
-        sets = _packed(bags.flatten(0, 1), mask.repeat_interleave(tokens, dim=0))
+        image_sets = (wide if wide.ndim == 4 else wide[:, :, None]).transpose(1, 2)  # (B, T, n, d)
+        size, tokens, count, _ = image_sets.shape
+        sets = _packed(image_sets.flatten(0, 1), mask.repeat_interleave(tokens, dim=0))
         fused, table = self.fuse(sets)  # (B T, d), (B T, m)
         weights = sets.places(table, count).reshape(size, tokens, count).mean(dim=1)  # (B, n)
         return Fused(fused.reshape(size, *members.shape[2:]).to(members.dtype), weights)
@@ -179,17 +179,17 @@ def build_fusion(kind: str, dim: int, hidden: int = 128) -> Fusion:
     return FUSIONS[kind](dim, hidden)
 
 
-def _packed(bags: Tensor, mask: Tensor) -> Sets:
-    """Bags (B, n, d) and their mask (B, n) without the gaps."""
+def _packed(image_sets: Tensor, mask: Tensor) -> Sets:
+    """ImageSets (B, n, d) and their mask (B, n) without the gaps."""
     counts = mask.sum(dim=1)  # (B,)
     largest = max(counts.tolist(), default=0)
     # a projection that no two different members share but by accident; what it makes of a gap is overwritten
-    along = torch.arange(1, bags.shape[2] + 1, device=bags.device, dtype=bags.dtype).cos()
-    keys = (bags.detach() @ along).nan_to_num().masked_fill(~mask, torch.inf)  # (B, n)
+    along = torch.arange(1, image_sets.shape[2] + 1, device=image_sets.device, dtype=image_sets.dtype).cos()
+    keys = (image_sets.detach() @ along).nan_to_num().masked_fill(~mask, torch.inf)  # (B, n)
     order = keys.argsort(dim=1, stable=True)[:, :largest]  # (B, m)
-    filled = torch.arange(largest, device=bags.device) < counts[:, None]
-    sets = torch.arange(len(bags), device=bags.device)
-    rows = bags.flatten(0, 1)[(order + sets[:, None] * bags.shape[1])[filled]]  # (N, d)
+    filled = torch.arange(largest, device=image_sets.device) < counts[:, None]
+    sets = torch.arange(len(image_sets), device=image_sets.device)
+    rows = image_sets.flatten(0, 1)[(order + sets[:, None] * image_sets.shape[1])[filled]]  # (N, d)
     return Sets(rows, counts.cumsum(0) - counts, sets.repeat_interleave(counts), order, filled)
 
 

@@ -12,8 +12,13 @@ from mmdiff.modalities import KnownPart, Modality
 from mmdiff.model import MTDiffusionModel
 from mmdiff.values import names, plain
 
-CHANNELS, PLUG_IN, SELF_GUIDANCE, REPLACEMENT = WAYS = ("channels", "plug-in", "self-guidance", "replacement")
-FEEDS = ("draw", "mean", "mode")
+CONCATENATION, AGGREGATION, HEAD_GUIDANCE, REPLACEMENT = WAYS = (
+    "concatenation",
+    "aggregation",
+    "head-guidance",
+    "replacement",
+)
+FEEDBACKS = ("draw", "mean", "mode")
 LONGEST = 1000  # of resampling; RePaint takes 10
 Ways = str | Iterable[str]
 
@@ -25,7 +30,7 @@ class Conditioning:
     Attributes:
         channels: shown to the network in their observation channels.
         plugged: whose values stand in c_t; ``fed``: unknown ones that stand in it too, read from their heads.
-        guides: {name: scale of the self-guidance by its head}.
+        guides: {name: scale of the head-guidance by its head}.
         scales: {name: scale of the classifier-free guidance}.
         known: what replacement holds fixed of z_0, by modality; ``resampling``: (jump_length, jump_n_sample).
     """
@@ -55,7 +60,7 @@ def conditioning_of(
     conditioning: Ways | Mapping[str, Ways] | None,
     aggregated: set[str],
     guidance_scale: float | Mapping[str, float] = 1.0,
-    self_guidance_scale: float | Mapping[str, float] = 1.0,
+    head_guidance_scale: float | Mapping[str, float] = 1.0,
     resampling: tuple[int, int] = (2, 5),
     denoising: bool = True,
 ) -> Conditioning:
@@ -66,9 +71,9 @@ def conditioning_of(
         values: of the observed modalities; the anchor's steers nothing, it is read.
         conditioning: a way or several of `WAYS` for every observed modality that can use it, or {modality: ways}, or
             None: as trained (the channels where training ever showed the modality as observed, c_t where it is
-            aggregated; where neither holds, replacement or self-guidance).
+            aggregated; where neither holds, replacement or head-guidance).
         aggregated: modalities that take part in c_t, see `aggregated_names`.
-        guidance_scale, self_guidance_scale, resampling: see the pipeline.
+        guidance_scale, head_guidance_scale, resampling: see the pipeline.
         denoising: False where the heads are read at once; only channels can be used then.
 
     Raises:
@@ -91,11 +96,11 @@ def conditioning_of(
     anchor = model.modalities[model.anchor]
     known = {name: model.modalities[name].known_part(values[name], anchor) for name in sorted(using(REPLACEMENT))}
     return Conditioning(
-        channels=using(CHANNELS),
-        plugged=using(PLUG_IN),
+        channels=using(CONCATENATION),
+        plugged=using(AGGREGATION),
         fed=frozenset(aggregated - set(values)),
-        guides=self_guidance_scales(self_guidance_scale, using(SELF_GUIDANCE)),
-        scales=guidance_scales(guidance_scale, observed, using(CHANNELS)),
+        guides=head_guidance_scales(head_guidance_scale, using(HEAD_GUIDANCE)),
+        scales=guidance_scales(guidance_scale, observed, using(CONCATENATION)),
         known=known,
         resampling=_checked_resampling(resampling),
     )
@@ -105,9 +110,9 @@ def _able(model: MTDiffusionModel, name: str, aggregated: set[str], denoising: b
     """The ways that this modality can use."""
     modality: Modality = model.modalities[name]
     able = {
-        CHANNELS: name in model.observable,
-        PLUG_IN: denoising and name in aggregated,
-        SELF_GUIDANCE: denoising and modality.generated and not modality.predicts_anchor,
+        CONCATENATION: name in model.observable,
+        AGGREGATION: denoising and name in aggregated,
+        HEAD_GUIDANCE: denoising and modality.generated and not modality.predicts_anchor,
         REPLACEMENT: denoising and modality.fixes_anchor,
     }
     return frozenset(way for way in WAYS if able[way])
@@ -119,13 +124,13 @@ def usable_ways(model: MTDiffusionModel, name: str, aggregated: set[str]) -> fro
 
 
 def ways_of_text(text: str) -> frozenset[str]:
-    """ "channels+self-guidance" -> its ways."""
+    """ "concatenation+head-guidance" -> its ways."""
     return _as_ways("conditioning", text.split("+"))
 
 
 def _as_trained(able: frozenset[str]) -> frozenset[str]:
-    trained = able & {CHANNELS, PLUG_IN}
-    return trained or frozenset([way for way in (REPLACEMENT, SELF_GUIDANCE) if way in able][:1])
+    trained = able & {CONCATENATION, AGGREGATION}
+    return trained or frozenset([way for way in (REPLACEMENT, HEAD_GUIDANCE) if way in able][:1])
 
 
 def _as_ways(key: str, given: Ways) -> frozenset[str]:
@@ -175,18 +180,18 @@ def _checked_resampling(resampling: tuple[int, int]) -> tuple[int, int]:
     return jumps[0], jumps[1]
 
 
-def feed_for(feed: str | None, stochastic: bool) -> str:
+def feedback_for(feedback: str | None, stochastic: bool) -> str:
     """How unknown aggregated modalities enter z_t; by default what is right for the solver (Theory, section 5).
 
     Raises:
-        InputError: on an unknown feed, and on "mode" with a deterministic solver, where it is wrong.
+        InputError: on an unknown feedback, and on "mode" with a deterministic solver, where it is wrong.
     """
-    feed = ("draw" if stochastic else "mean") if feed is None else feed
-    if not isinstance(feed, str) or feed not in FEEDS:
-        raise InputError("feed", feed, f"choose one of {', '.join(FEEDS)}")
-    if feed == "mode" and not stochastic:
-        raise InputError("feed", feed, "is wrong with a deterministic solver; use mean, or a stochastic solver")
-    return feed
+    feedback = ("draw" if stochastic else "mean") if feedback is None else feedback
+    if not isinstance(feedback, str) or feedback not in FEEDBACKS:
+        raise InputError("feedback", feedback, f"choose one of {', '.join(FEEDBACKS)}")
+    if feedback == "mode" and not stochastic:
+        raise InputError("feedback", feedback, "is wrong with a deterministic solver; use mean, or a stochastic solver")
+    return feedback
 
 
 def aggregated_names(aggregate: bool | Iterable[str] | None, weighted: Mapping[str, float]) -> set[str]:
@@ -222,19 +227,21 @@ def guidance_scales(
     shown = set(observed if channels is None else channels)
     if not isinstance(guidance_scale, Mapping):
         if observed and not shown and guidance_scale != 1.0:
-            raise InputError("guidance_scale", guidance_scale, "needs an observed modality in conditioning channels")
+            raise InputError(
+                "guidance_scale", guidance_scale, "needs an observed modality in conditioning concatenation"
+            )
         return {name: float(guidance_scale) for name in observed if name in shown and guidance_scale != 1.0}
     for name in sorted(set(guidance_scale) - shown):
-        unseen = "needs conditioning channels" if name in observed else "this modality is not observed"
+        unseen = "needs conditioning concatenation" if name in observed else "this modality is not observed"
         raise InputError(f"guidance_scale.{name}", guidance_scale[name], unseen)
     return {name: float(scale) for name, scale in sorted(guidance_scale.items()) if scale != 1.0}
 
 
-def self_guidance_scales(scale: float | Mapping[str, float], guiding: Iterable[str]) -> dict[str, float]:
-    """{self-guiding modality: scale}, by default 1, which is exact for exact heads; those with scale 0 left out."""
+def head_guidance_scales(scale: float | Mapping[str, float], guiding: Iterable[str]) -> dict[str, float]:
+    """{head-guiding modality: scale}, by default 1, which is exact for exact heads; those with scale 0 left out."""
     guiding = sorted(guiding)
     if not isinstance(scale, Mapping):
         return {name: float(scale) for name in guiding if scale != 0.0}
     for name in sorted(set(scale) - set(guiding)):
-        raise InputError(f"self_guidance_scale.{name}", scale[name], "needs conditioning self-guidance")
+        raise InputError(f"head_guidance_scale.{name}", scale[name], "needs conditioning head-guidance")
     return {name: float(scale.get(name, 1.0)) for name in guiding if scale.get(name, 1.0) != 0.0}

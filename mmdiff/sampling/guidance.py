@@ -1,6 +1,6 @@
-"""One evaluation of the network in a reverse step: branches, classifier-free guidance, self-guidance, feedback.
+"""One evaluation of the network in a reverse step: branches, classifier-free guidance, head-guidance, feedback.
 
-Self-guidance adds the gradient of the model's own log p_θ(x_i | z_t): with z_t = signal · z_0 + c + noise · ε,
+Head guidance adds the gradient of the model's own log p_θ(x_i | z_t): with z_t = signal · z_0 + c + noise · ε,
 Tweedie's formula (Efron, 2011) and Bayes' rule give E[z_0 | z_t, x_i] from E[z_0 | z_t].
 """
 
@@ -19,7 +19,7 @@ from mmdiff.sampling.conditioning import Conditioning
 from mmdiff.schedulers import MTScheduler
 
 MIN_SIGNAL = (
-    1e-2  # √ā_t below which there is no self-guidance: z_t says nothing of z_0, and its gradient is divided by it
+    1e-2  # √ā_t below which there is no head-guidance: z_t says nothing of z_0, and its gradient is divided by it
 )
 
 
@@ -154,8 +154,8 @@ def _recentred(
     return meant - read + moved / signal
 
 
-def fed_encoding(modality: Modality, params: Tensor, feed: str, drawn: Tensor) -> Tensor:
+def fed_encoding(modality: Modality, params: Tensor, feedback: str, drawn: Tensor) -> Tensor:
     """The encoding of an unknown modality from its head: E(draw), Σ_k p(k) E(k), or E(mode)."""
-    if feed == "mean":
+    if feedback == "mean":
         return modality.expected_encoding(params)
-    return modality.encode(drawn if feed == "draw" else modality.mode(params))
+    return modality.encode(drawn if feedback == "draw" else modality.mode(params))

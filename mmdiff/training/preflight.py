@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmdiff import plots
-from mmdiff.build import Experiment, state_law
+from mmdiff.build import Experiment, state_probabilities
 from mmdiff.config import Config
 from mmdiff.data import Batch
 from mmdiff.errors import InputError
@@ -23,7 +23,7 @@ from mmdiff.training.trainer import Trainer
 
 ROWS = 8  # real rows that are encoded
 LARGEST, SMALLEST = 10.0, 0.01  # root mean square of an anchor's encodings; the noise has 1
-_KEYS = {"num_inference_steps": "sample.steps", "feed": "sample.feed", "guidance_scale": "sample.guidance"}
+_KEYS = {"num_inference_steps": "sample.steps", "feedback": "sample.feedback", "guidance_scale": "sample.guidance"}
 
 
 def preflight(experiment: Experiment, trainer: Trainer, trust_judges: bool = False) -> None:
@@ -81,13 +81,13 @@ def check_learns(config: Config, model: MTDiffusionModel) -> None:
     for name in sorted(name for name, share in missing.items() if share == 1):
         lost = "anchor, so nothing is denoised" if name == config.anchor else "value, so nothing of it is learned"
         _warn(f"data.missing.{name} = 1.0: hides every {lost}")
-    denoised = state_law(config, config.anchor).observed < 1 and config.states.anchor_hidden < 1
+    denoised = state_probabilities(config, config.anchor).observed < 1 and config.states.anchor_hidden < 1
     read = [n for n in model.generated if config.modalities[n].loss_weight > 0 and missing.get(n) != 1]
     if denoised:
         return
     hidden = config.states.anchor_hidden == 1
     key = "states.anchor_hidden" if hidden else "states.anchor_observed"
-    share = config.states.anchor_hidden if hidden else state_law(config, config.anchor).observed
+    share = config.states.anchor_hidden if hidden else state_probabilities(config, config.anchor).observed
     if not read:
         remedy = "nothing is denoised then, and no modality has a loss_weight above 0: nothing is learned"
         raise InputError(key, share, remedy)

@@ -19,7 +19,7 @@ from mmdiff.config import SampleConfig, TrainConfig
 from mmdiff.data import Batch, Order
 from mmdiff.data.order import MicroBatches
 from mmdiff.errors import InputError, TrainingError
-from mmdiff.objective import MTObjective, Where
+from mmdiff.objective import BatchPosition, MTObjective
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.randomness import fold
 from mmdiff.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -91,7 +91,7 @@ class Trainer:
             self.table.unusable.add(batch.unusable)
             share = self.micro_batches.positions(part)
             positions = torch.arange(share.start, share.stop, device=accelerator.device)
-            where = Where(step, positions, config.batch_size)
+            where = BatchPosition(step, positions, config.batch_size)
             last = part == config.accumulate - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.objective):
                 output = self.objective(batch.to(accelerator.device), where)

@@ -54,7 +54,10 @@ def test_a_second_evaluation_keeps_the_first(cli: Cli, run_copy: Path) -> None:
     rows = json.loads(first)["rows"]
     drawn = [row for row in rows if row["direction"] != "image → label"]  # that is read in one evaluation
     assert {row["setting"]["steps"] for row in drawn} == {3, 5}
-    assert cli("evaluate", run_copy, "evaluate.num_samples=20", "--solver", "DDIMScheduler", "--feed", "mean").code == 0
+    assert (
+        cli("evaluate", run_copy, "evaluate.num_samples=20", "--solver", "DDIMScheduler", "--feedback", "mean").code
+        == 0
+    )
     now = json.loads((run_copy / "evaluation.json").read_text())
     assert now["manifest"]["solver"] == "DDIMScheduler"
     (earlier,) = now["earlier"].values()
@@ -121,7 +124,7 @@ def test_show_describes_and_plots(cli: Cli, tiny_file: Path, tmp_path: Path) -> 
 
 
 def test_help_lists_the_benchmarks(cli: Cli) -> None:
-    assert all(name in cli("benchmark", "--help").out for name in ("speed", "restoration"))
+    assert all(name in cli("benchmark", "--help").out for name in ("speed", "reconstruction"))
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
@@ -230,7 +233,7 @@ def test_a_run_without_a_pipeline_is_refused(cli: Cli, run_copy: Path, tmp_path:
     ("arguments", "start"),
     [
         (["--steps", "3,x"], "--steps = '3,x': write whole numbers"),
-        (["--feed", "mode"], "feed = 'mode': is wrong with a deterministic solver"),
+        (["--feedback", "mode"], "feedback = 'mode': is wrong with a deterministic solver"),
         (["--solver", "LMS"], "solver = 'LMS': "),
         (["evaluate.num_samples=1"], "evaluate.num_samples = 1: "),
     ],

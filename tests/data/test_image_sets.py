@@ -1,4 +1,4 @@
-"""Bags of views of any data set: what is held out stays out, every draw is a function of the seed, nothing repeats."""
+"""Image sets of any data set: what is held out stays out, every draw is a function of the seed, nothing repeats."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
     rows = [(png(k, v), k, f"object {k}") for v in range(VIEWS) for k in range(OBJECTS)]
     rows += [(png(6, 0), None, "no object"), (png(6, 1), 6, "alone")]
     columns = dict(zip(("image", "thing", "name"), map(list, zip(*rows)), strict=True))
-    path = tmp_path_factory.mktemp("bags") / "views.parquet"
+    path = tmp_path_factory.mktemp("image_sets") / "views.parquet"
     types = {"image": datasets.Image(), "thing": datasets.Value("int64"), "name": datasets.Value("string")}
     datasets.Dataset.from_dict(columns, features=datasets.Features(types)).to_parquet(path)
     return str(path)
 
 
-def bags(source: str, **options: Any) -> tuple[Any, Any]:
-    return open_splits("bags", options={"source": source, "object": "thing", "rows": 60, "every": 4, **options})
+def image_sets(source: str, **options: Any) -> tuple[Any, Any]:
+    return open_splits("image_sets", options={"source": source, "object": "thing", "rows": 60, "every": 4, **options})
 
 
 def shown(image: Any) -> tuple[int, int]:
@@ -56,7 +56,7 @@ def views(rows: Any) -> set[tuple[int, int]]:
 
 
 def test_a_row_is_the_front_view_with_other_views_of_the_object(source: str) -> None:
-    train, validation = bags(source, views=[1, 4], validation_rows=30)
+    train, validation = image_sets(source, views=[1, 4], validation_rows=30)
     assert (len(train), len(validation)) == (60, 30)
     assert train.column_names == ["image", "thing", "name", "photos", "distractors"] == list(train.features)
     sizes = Counter()
@@ -71,7 +71,7 @@ def test_a_row_is_the_front_view_with_other_views_of_the_object(source: str) -> 
 
 
 def test_views_are_held_out(source: str) -> None:
-    train, validation = bags(source, views=[1, 4], rows=300)
+    train, validation = image_sets(source, views=[1, 4], rows=300)
     expected = {(thing, view) for thing in range(OBJECTS) for view in range(1, VIEWS)}
     assert views(train).isdisjoint(views(validation)) and views(train) | views(validation) == expected
     assert {view for _, view in views(validation)} == {4, 8}  # every fourth after the front
@@ -79,31 +79,31 @@ def test_views_are_held_out(source: str) -> None:
 
 
 def test_objects_are_held_out(source: str) -> None:
-    train, validation = bags(source, hold_out="objects", views=3)
+    train, validation = image_sets(source, hold_out="objects", views=3)
     assert {row["thing"] for row in train} == {0, 1, 2, 4} and {row["thing"] for row in validation} == {3}
     assert {thing for thing, _ in views(validation)} == {3} and len(views(validation)) == VIEWS - 1
     assert all(len(row["photos"]) == 3 for row in train)
 
 
 def test_distractors_are_views_of_others_and_are_marked(source: str) -> None:
-    train, _ = bags(source, views=4, distractors=0.5)
+    train, _ = image_sets(source, views=4, distractors=0.5)
     first = 0
     for row in train:
         foreign = [shown(photo)[0] != row["thing"] for photo in row["photos"]]
         assert row["distractors"] == foreign and sum(foreign) == 2
         first += foreign[0]
     assert first / len(train) == pytest.approx(0.5, abs=0.25)
-    one, _ = bags(source, views=1, distractors=0.9)
+    one, _ = image_sets(source, views=1, distractors=0.9)
     assert not any(any(row["distractors"]) for row in one)
 
 
 def test_rows_are_a_function_of_the_seed_and_the_index(source: str) -> None:
-    train, validation = bags(source, rows=20, distractors=[0, 0.5])
-    again = pickle.loads(pickle.dumps(bags(source, rows=40, distractors=[0, 0.5])[0]))
+    train, validation = image_sets(source, rows=20, distractors=[0, 0.5])
+    again = pickle.loads(pickle.dumps(image_sets(source, rows=40, distractors=[0, 0.5])[0]))
     for index in (0, 3, 19):
         assert [shown(p) for p in train[index]["photos"]] == [shown(p) for p in again[index]["photos"]]
         assert train.select([index]).select_columns("distractors")[0] == {"distractors": train[index]["distractors"]}
-    other, _ = bags(source, rows=20, distractors=[0, 0.5], seed=1)
+    other, _ = image_sets(source, rows=20, distractors=[0, 0.5], seed=1)
     assert [len(row["photos"]) for row in other] != [len(row["photos"]) for row in train]
 
 
@@ -119,17 +119,17 @@ def test_rows_are_a_function_of_the_seed_and_the_index(source: str) -> None:
         ({"hold_out": "rows"}, "hold_out = 'rows': choose views or objects"),
         ({"every": 1}, "every = 1: needs at least 2"),
         ({"every": 40}, "object = 'thing': leaves no object for validation"),
-        ({"photos": 3}, "data.options.[a-z_]+ = .*is no option of bags"),
+        ({"photos": 3}, "data.options.[a-z_]+ = .*is no option of image_sets"),
     ],
 )
 def test_what_does_not_fit_is_refused(source: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        bags(source, **options)
+        image_sets(source, **options)
 
 
 def experiment(tiny: dict[str, Any], source: str, **image: Any) -> Any:
     tiny["data"] = {
-        "source": "bags",
+        "source": "image_sets",
         "options": {"source": source, "object": "object" if source == str(COIL) else "thing", "views": [1, 3]},
         "columns": {"image_set": "photos", "label": "object" if source == str(COIL) else "thing"},
         "cache_mib": 0,
@@ -156,6 +156,6 @@ def test_coil_is_bags_of_72_views_of_9_objects(tiny: dict[str, Any]) -> None:
     assert built.config.modalities["label"].settings()["num_classes"] == 9
     assert built.train.batch(range(9)).values["label"].tolist() == list(range(9))
     assert built.train.batch(range(4)).values["image_set"].shape == (4, 3, 4, 16, 16)
-    train, validation = open_splits("bags", options={"source": str(COIL), "hold_out": "objects", "every": 3})
+    train, validation = open_splits("image_sets", options={"source": str(COIL), "hold_out": "objects", "every": 3})
     assert {row["object"] for row in train.select_columns("object")} == {0, 1, 3, 4, 6, 7}
     assert {row["object"] for row in validation.select_columns("object")} == {2, 5, 8}

@@ -1,4 +1,4 @@
-"""Holes depend on (seed, position) only, hide the asked share, and have the form that their law promises."""
+"""Holes depend on (seed, position) only, hide the asked share, and have the form that their pattern promises."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from mmdiff.data.masking import LAWS, known_masks
+from mmdiff.data.masking import PATTERNS, known_masks
 from mmdiff.errors import InputError
 
 HEIGHT, WIDTH = 32, 40
@@ -25,27 +25,27 @@ UNITS = {
     "free-form": 1,
     "mixed": WIDTH,  # the largest of them
 }
-PURE = [law for law in LAWS if law != "mixed"]
-every_law = pytest.mark.parametrize("law", LAWS)
+PURE = [pattern for pattern in PATTERNS if pattern != "mixed"]
+every_law = pytest.mark.parametrize("pattern", PATTERNS)
 
 
-def holes(law: str, ratio: float | tuple[float, float] = 0.3, count: int = 64, seed: int = 0) -> Tensor:
+def holes(pattern: str, ratio: float | tuple[float, float] = 0.3, count: int = 64, seed: int = 0) -> Tensor:
     """(count, H, W) bool, True = hidden."""
-    return known_masks(law, ratio, HEIGHT, WIDTH, seed, torch.arange(count))[:, 0] == 0
+    return known_masks(pattern, ratio, HEIGHT, WIDTH, seed, torch.arange(count))[:, 0] == 0
 
 
 @every_law
-def test_masks_are_zeros_and_ones_of_the_promised_shape(law: str) -> None:
-    masks = known_masks(law, (0.1, 0.6), HEIGHT, WIDTH, 0, torch.arange(5))
+def test_masks_are_zeros_and_ones_of_the_promised_shape(pattern: str) -> None:
+    masks = known_masks(pattern, (0.1, 0.6), HEIGHT, WIDTH, 0, torch.arange(5))
     assert masks.shape == (5, 1, HEIGHT, WIDTH) and masks.dtype == torch.float32
     assert masks.unique().tolist() == [0.0, 1.0]
 
 
 @every_law
 @pytest.mark.parametrize("ratio", [0.4, (0.1, 0.7)])
-def test_any_split_and_order_of_a_batch_gives_the_same_masks(law: str, ratio: Any) -> None:
+def test_any_split_and_order_of_a_batch_gives_the_same_masks(pattern: str, ratio: Any) -> None:
     def masks(positions: Tensor) -> Tensor:
-        return known_masks(law, ratio, HEIGHT, WIDTH, 7, positions)
+        return known_masks(pattern, ratio, HEIGHT, WIDTH, 7, positions)
 
     positions = torch.tensor([3, 0, 2**40, 11, 5, 3, 8])
     whole = masks(positions)
@@ -57,8 +57,8 @@ def test_any_split_and_order_of_a_batch_gives_the_same_masks(law: str, ratio: An
 
 
 @every_law
-def test_positions_and_seeds_have_holes_of_their_own(law: str) -> None:
-    first, other = holes(law, (0.2, 0.6), seed=1), holes(law, (0.2, 0.6), seed=2)
+def test_positions_and_seeds_have_holes_of_their_own(pattern: str) -> None:
+    first, other = holes(pattern, (0.2, 0.6), seed=1), holes(pattern, (0.2, 0.6), seed=2)
     same = (first == other).flatten(1).all(dim=1).float().mean()
     assert same < 0.1  # `half` has few forms
     assert len(first.flatten(1).unique(dim=0)) > 30
@@ -66,35 +66,35 @@ def test_positions_and_seeds_have_holes_of_their_own(law: str) -> None:
 
 @every_law
 @pytest.mark.parametrize("ratio", [0.02, 0.25, 0.5, 0.9])
-def test_the_share_is_the_asked_one_up_to_a_unit(law: str, ratio: float) -> None:
+def test_the_share_is_the_asked_one_up_to_a_unit(pattern: str, ratio: float) -> None:
     asked = round(ratio * HEIGHT * WIDTH)
-    excess = holes(law, ratio, 500).flatten(1).sum(dim=1) - asked
-    assert int(excess.min()) >= 0 and int(excess.max()) < UNITS[law]
+    excess = holes(pattern, ratio, 500).flatten(1).sum(dim=1) - asked
+    assert int(excess.min()) >= 0 and int(excess.max()) < UNITS[pattern]
 
 
 @every_law
-def test_a_pair_is_a_uniform_share(law: str) -> None:
+def test_a_pair_is_a_uniform_share(pattern: str) -> None:
     low, high, count = 0.2, 0.6, 2000
-    share = holes(law, (low, high), count).float().mean(dim=(1, 2)).sort().values
+    share = holes(pattern, (low, high), count).float().mean(dim=(1, 2)).sort().values
     uniform = low + (high - low) * (torch.arange(count) + 0.5) / count
     # Kolmogorov's distance of 2000 draws is below 0.04 (p = 0.003); the share is up to a unit larger
-    unit = UNITS[law] / (HEIGHT * WIDTH)
+    unit = UNITS[pattern] / (HEIGHT * WIDTH)
     assert float((share - uniform).min()) > -0.04 * (high - low) - 1 / (HEIGHT * WIDTH)
     assert float((share - uniform).max()) < 0.04 * (high - low) + unit
     assert float(share.min()) >= low - 1 / (HEIGHT * WIDTH) and float(share.max()) <= high + unit
 
 
 @every_law
-def test_masks_are_made_on_the_device_of_the_positions(law: str) -> None:
+def test_masks_are_made_on_the_device_of_the_positions(pattern: str) -> None:
     masks = known_masks(
-        law, 0.3, HEIGHT, WIDTH, 0, torch.arange(3, device="meta")
+        pattern, 0.3, HEIGHT, WIDTH, 0, torch.arange(3, device="meta")
     )  # refuses any other device's tensors
     assert masks.device.type == "meta" and masks.shape == (3, 1, HEIGHT, WIDTH)
 
 
-def test_mixed_holes_are_of_each_law_equally_often() -> None:
+def test_mixed_holes_are_of_each_pattern_equally_often() -> None:
     mixed = holes("mixed", (0.2, 0.6), 2000)
-    same = torch.stack([(mixed == holes(law, (0.2, 0.6), 2000)).flatten(1).all(dim=1) for law in PURE])
+    same = torch.stack([(mixed == holes(pattern, (0.2, 0.6), 2000)).flatten(1).all(dim=1) for pattern in PURE])
     assert same.any(dim=0).all()
     assert float((same.float().mean(dim=1) - 1 / len(PURE)).abs().max()) < 0.04  # 4 standard errors
 
@@ -104,9 +104,9 @@ def test_laws_differ() -> None:
         assert float((holes(one) == holes(other)).flatten(1).all(dim=1).float().mean()) < 0.05
 
 
-@pytest.mark.parametrize("law", [law for law in PURE if law not in ("box", "free-form")])
-def test_every_pixel_is_hidden_equally_often_where_the_law_is_homogeneous(law: str) -> None:
-    often = holes(law, 0.5, 4000).float().mean(dim=0)
+@pytest.mark.parametrize("pattern", [pattern for pattern in PURE if pattern not in ("box", "free-form")])
+def test_every_pixel_is_hidden_equally_often_where_the_law_is_homogeneous(pattern: str) -> None:
+    often = holes(pattern, 0.5, 4000).float().mean(dim=0)
     quarters = often.unfold(0, HEIGHT // 2, HEIGHT // 2).unfold(1, WIDTH // 2, WIDTH // 2).mean(dim=(2, 3))
     assert float((quarters - often.mean()).abs().max()) < 0.02
 
@@ -166,13 +166,13 @@ def test_a_free_form_hole_is_a_few_connected_strokes() -> None:
 
 @every_law
 @pytest.mark.parametrize(("height", "width"), [(1, 9), (8, 8), (13, 7)])
-def test_small_and_uneven_images_have_holes(law: str, height: int, width: int) -> None:
-    share = 1 - known_masks(law, 0.5, height, width, 0, torch.arange(20)).mean(dim=(1, 2, 3))
+def test_small_and_uneven_images_have_holes(pattern: str, height: int, width: int) -> None:
+    share = 1 - known_masks(pattern, 0.5, height, width, 0, torch.arange(20)).mean(dim=(1, 2, 3))
     assert float(share.min()) >= 0.4 and float(share.max()) <= 1
 
 
 BAD: list[tuple[str, Callable[[], Tensor]]] = [
-    ("law = 'ring': choose one of squares", lambda: known_masks("ring", 0.5, 8, 8, 0, torch.arange(2))),
+    ("pattern = 'ring': choose one of squares", lambda: known_masks("ring", 0.5, 8, 8, 0, torch.arange(2))),
     *[
         (f"ratio = {ratio!r}: ", lambda ratio=ratio: known_masks("box", ratio, 8, 8, 0, torch.arange(2)))
         for ratio in (0.0, 1.0, -0.1, float("nan"), (0.5, 0.2), (0.0, 0.5), (0.5, 1.0), (0.1, 0.2, 0.3), [0.5])

@@ -398,18 +398,18 @@ def test_options_of_a_csv_file_are_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("inner", [3, None, ["a"], {"a": 1}])
 def test_the_source_of_bags_is_text(inner: Any) -> None:
-    assert refusal("bags", options={"source": inner, "object": "label"}).startswith("data.options.source = ")
+    assert refusal("image_sets", options={"source": inner, "object": "label"}).startswith("data.options.source = ")
 
 
 @pytest.mark.parametrize(
-    ("source", "options"), [("digits", {}), ("shapes", {}), ("bags", {"source": "digits", "object": "label"})]
+    ("source", "options"), [("digits", {}), ("shapes", {}), ("image_sets", {"source": "digits", "object": "label"})]
 )
 def test_an_unknown_option_of_an_embedded_set_is_named(source: str, options: dict[str, Any]) -> None:
     assert refusal(source, options={**options, "surprise": 1}).startswith("data.options.surprise = 1: ")
 
 
 def test_bags_of_a_name_of_the_hub_may_be_forbidden() -> None:
-    assert "hub name" in refusal("bags", options={"source": "someone/something", "object": "label"}, hub=False)
+    assert "hub name" in refusal("image_sets", options={"source": "someone/something", "object": "label"}, hub=False)
 
 
 @pytest.mark.parametrize("source", ["nope.pkl", "a/b.CSV", "a/b.npz", "data.Zip", "a/b.jsonl"])

@@ -176,7 +176,7 @@ def test_a_bad_row_stops_training_with_its_line(configure: Configure, source: Ca
 
 # --------------------------------------------------------------------------------------------------------------- holes
 
-MASKED = ["modalities.masked={kind: masked_image}", "data.masking.masked={law: squares, ratio: [0.2, 0.6]}"]
+MASKED = ["modalities.masked={kind: masked_image}", "data.masking.masked={pattern: squares, ratio: [0.2, 0.6]}"]
 
 
 def visits(*pairs: tuple[int, int]) -> list[Visit]:
@@ -272,8 +272,8 @@ def test_what_was_missing_stays_missing(configure: Configure, source: Callable[.
     [
         ("data.missing.depth=0.1", "data = 'depth': names no modality; choose from image, label"),
         ("data.missing.label=1.5", "data.missing.label = 1.5: "),
-        ("data.masking.depth={law: box}", "data = 'depth': names no modality"),
-        ("data.masking.label={law: stars}", "data.masking.label.law = 'stars': choose one of squares, "),
+        ("data.masking.depth={pattern: box}", "data = 'depth': names no modality"),
+        ("data.masking.label={pattern: stars}", "data.masking.label.pattern = 'stars': choose one of squares, "),
         ("data.masking.label={ratio: 0}", "data.masking.label.ratio = (0.0, 0.0): the share of hidden pixels is"),
         ("data.options={rows: 3}", "data.options.rows = 3: is no option of digits"),
     ],

@@ -36,7 +36,7 @@ BACKBONE = {
     "norm_num_groups": 4,
     "attention_head_dim": 8,
 }
-MASKS = {"few": {"law": "squares", "ratio": 0.2}, "half": {"law": "half", "ratio": 0.5}}
+MASKS = {"few": {"pattern": "squares", "ratio": 0.2}, "half": {"pattern": "half", "ratio": 0.5}}
 
 
 def shapes(*auxiliary: str, **sections: Tree) -> Tree:
@@ -53,7 +53,7 @@ def shapes(*auxiliary: str, **sections: Tree) -> Tree:
         "evaluate": {"at_end": False, "num_samples": 16, "features": "pixels"},
     }
     if "masked_image" in auxiliary:
-        tree["data"]["masking"] = {"masked_image": {"law": "squares", "ratio": [0.1, 0.75]}}
+        tree["data"]["masking"] = {"masked_image": {"pattern": "squares", "ratio": [0.1, 0.75]}}
     return tree | {name: tree.get(name, {}) | section for name, section in sections.items()}
 
 
@@ -93,7 +93,7 @@ def no_weights_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def five() -> Setup:
     tree = shapes(
-        "mask", "masked_image", "label", "embedding", evaluate={"masks": MASKS}, states={"anchor_hidden": 0.1}
+        "mask", "masked_image", "label", "embedding", evaluate={"masking": MASKS}, states={"anchor_hidden": 0.1}
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_HOME", __file__)
@@ -118,7 +118,7 @@ def test_every_direction_is_scored(five: Setup) -> None:
         expected += [(direction, of) for of in ("image", *scored)]
     expected += [("masked_image → image", "image")] * 6
     assert sorted(directions(five.found)) == sorted(expected)
-    ways = [(r.setting["masks"], r.setting["by"]) for r in five.found.rows if r.direction == "masked_image → image"]
+    ways = [(r.setting["holes"], r.setting["by"]) for r in five.found.rows if r.direction == "masked_image → image"]
     floors = [(masks, by) for masks in MASKS for by in ("mean fill", "head")]
     assert ways == floors + [(masks, "samples") for masks in MASKS]
 
@@ -145,7 +145,7 @@ def test_rows_say_how_many_and_how_sure(five: Setup) -> None:
         ({"anchor_observed": 1}, True, set(), False),
         ({"anchor_hidden": 1, "anchor_observed": 0}, False, {"mean fill", "head"}, False),
         ({"anchor_observed": 0}, False, {"mean fill", "samples"}, True),
-        ({"law": "source"}, False, {"mean fill", "samples"}, True),
+        ({"distribution": "source"}, False, {"mean fill", "samples"}, True),
         ({}, True, {"mean fill", "samples"}, True),
     ],
     ids=["reader", "reconstructor", "no reader", "source", "default"],
@@ -179,15 +179,15 @@ def test_samples_are_compared_with_and_without_aggregating() -> None:
 
 def test_ways_of_conditioning_are_compared_in_one_table() -> None:
     """Each direction by every way that it can use, on the same noise; what nothing draws is scored once."""
-    tree = shapes("label", "masked_image", states={"anchor_hidden": 0.1}, evaluate={"masks": MASKS, "seeds": [0, 1]})
+    tree = shapes("label", "masked_image", states={"anchor_hidden": 0.1}, evaluate={"masking": MASKS, "seeds": [0, 1]})
     tree["modalities"]["label"]["weight"] = {"schedule": "constant", "scale": 1.0}
-    ways = ["channels", "plug-in", "channels+self-guidance", "replacement"]
+    ways = ["concatenation", "aggregation", "concatenation+head-guidance", "replacement"]
     pipeline, experiment, found = evaluated(tree, conditioning=ways)
     by = [r.setting["conditioning"] for r in found.rows if (r.direction, r.of) == ("label → image", "image")]
     assert by == ways[:3] * 2
     restored = [r.setting for r in found.rows if r.direction == "masked_image → image"]
-    assert [(s["masks"], s["by"], s.get("conditioning")) for s in restored[4:]] == [
-        (masks, "samples", way) for _ in (0, 1) for way in ("channels", "replacement") for masks in MASKS
+    assert [(s["holes"], s["by"], s.get("conditioning")) for s in restored[4:]] == [
+        (masks, "samples", way) for _ in (0, 1) for way in ("concatenation", "replacement") for masks in MASKS
     ]
     assert [s["by"] for s in restored[:4]] == ["mean fill", "head"] * 2 and "seed" not in restored[0]
     assert [r.setting["aggregate"] for r in found.rows if (r.direction, r.of) == ("joint", "image")] == [
@@ -197,11 +197,14 @@ def test_ways_of_conditioning_are_compared_in_one_table() -> None:
     assert len(found.pictures["masked_image"][0]) == 6  # truth, masked, mean fill, head, and two ways
 
     given = torch.arange(16) % 5
-    arguments = {"observed": {"label": given}, "conditioning": ["plug-in"], "num_inference_steps": 2}
+    arguments = {"observed": {"label": given}, "conditioning": ["aggregation"], "num_inference_steps": 2}
     images = evaluators.draw(pipeline, 16, 256, 1, **arguments)["image"]
-    row = row_of(found, "label → image", "image", conditioning="plug-in", seed=1)
+    row = row_of(found, "label → image", "image", conditioning="aggregation", seed=1)
     assert row.scores["std over samples"] == pytest.approx(float(images.std(dim=0).mean()))
-    for bad, text in (("magic", "conditioning = 'magic'"), ("plug-in+replacement", "none of label, masked_image can")):
+    for bad, text in (
+        ("magic", "conditioning = 'magic'"),
+        ("aggregation+replacement", "none of label, masked_image can"),
+    ):
         with pytest.raises(InputError) as caught:
             evaluate(pipeline, experiment, conditioning=[bad])
         assert text in str(caught.value) and "\n" not in str(caught.value)
@@ -332,14 +335,21 @@ def test_too_few_rows_are_refused_in_one_line() -> None:
 
 
 def test_the_manifest_and_the_table_say_how(five: Setup) -> None:
-    expected = {"data": "shapes", "training rows": 64, "held-out rows": 32, "samples": 16, "seeds": [0], "feed": "mean"}
+    expected = {
+        "data": "shapes",
+        "training rows": 64,
+        "held-out rows": 32,
+        "samples": 16,
+        "seeds": [0],
+        "feedback": "mean",
+    }
     assert expected.items() <= five.found.manifest.items()
     assert five.found.manifest["FID and KID features"] == "pixels, PCA 32"
     assert five.found.manifest["LPIPS"].startswith("not measured: torchvision's weights cannot be had")
     assert five.found.manifest["solver"] == five.experiment.config.scheduler.solver
     text = records.table(five.found)
-    assert "masked_image → image: image  (masks=half, law=half, ratio=[0.5, 0.5], by=samples, steps=2, 1 seed)" in text
-    assert "masked_image → image: image  (masks=half, law=half, ratio=[0.5, 0.5], by=head, 1 seed)" in text
+    line = "masked_image → image: image  (holes=half, pattern=half, ratio=[0.5, 0.5], by="
+    assert f"{line}samples, steps=2, 1 seed)" in text and f"{line}head, 1 seed)" in text
     assert "image → mask: mask  (1 seed)" in text
     json.dumps(five.found.to_json(), allow_nan=False)
 

@@ -21,8 +21,8 @@ from mmdiff.pipeline import MTDiffusionPipeline
 
 WEIGHTS = Path(__file__).parents[3] / "shared" / "data" / "weights"
 SIZE = 16
-# (law, ratio, largest unit in pixels: a square, a line, a cell, a pixel)
-LAWS = {
+# (pattern, ratio, largest unit in pixels: a square, a line, a cell, a pixel)
+PATTERNS = {
     "tenth": ("squares", 0.1, (SIZE // 8) ** 2),
     "range": ("squares", [0.3, 0.6], (SIZE // 8) ** 2),
     "half": ("half", 0.5, SIZE),
@@ -30,7 +30,7 @@ LAWS = {
     "board": ("checkerboard", 0.5, (SIZE // 8) ** 2),
     "free": ("free-form", 0.4, 1),
 }
-MASKS = {name: {"law": law, "ratio": ratio} for name, (law, ratio, _) in LAWS.items()}
+MASKS = {name: {"pattern": pattern, "ratio": ratio} for name, (pattern, ratio, _) in PATTERNS.items()}
 
 
 class Restored(NamedTuple):
@@ -42,18 +42,18 @@ class Restored(NamedTuple):
 
     def of(self, masks: str, by: str) -> tuple[Tensor, Tensor, Tensor]:
         """(masked value, known pixels, restored images)."""
-        return next(rest for setting, *rest in self.found if (setting["masks"], setting["by"]) == (masks, by))
+        return next(rest for setting, *rest in self.found if (setting["holes"], setting["by"]) == (masks, by))
 
 
 def restored(*others: str, seed: int = 0, hidden: float = 0.2, **evaluate: Any) -> Restored:
     """Shapes with a masked image and other modalities; the model has its first weights."""
-    settings = {"num_samples": 12, "masks": MASKS, "features": "pixels"} | evaluate
+    settings = {"num_samples": 12, "masking": MASKS, "features": "pixels"} | evaluate
     tree = {
         "name": "tiny",
         "data": {
             "source": "shapes",
             "options": {"rows": 32, "validation_rows": 20, "size": SIZE},
-            "masking": {"masked_image": {"law": "squares", "ratio": [0.1, 0.75]}},
+            "masking": {"masked_image": {"pattern": "squares", "ratio": [0.1, 0.75]}},
         },
         "modalities": {name: {"kind": name} for name in ("image", "masked_image", *others)},
         "backbone": {"block_out_channels": [8], "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8},
@@ -87,13 +87,13 @@ def one(offline: None) -> Restored:
 
 
 def test_known_pixels_are_the_truth_in_every_way(one: Restored) -> None:
-    assert [(s["masks"], s["by"]) for s, *_ in one.found] == [
-        (masks, by) for masks in LAWS for by in ("mean fill", "head", "samples")
+    assert [(s["holes"], s["by"]) for s, *_ in one.found] == [
+        (masks, by) for masks in PATTERNS for by in ("mean fill", "head", "samples")
     ]
     truth = one.experiment.validation.all(12).values["image"]
     assert torch.equal(one.holes.truth, truth)
     for setting, value, known, images in one.found:
-        assert setting["law"] == LAWS[setting["masks"]][0]
+        assert setting["pattern"] == PATTERNS[setting["holes"]][0]
         assert images.shape == truth.shape and known.shape == (12, 1, SIZE, SIZE)
         where = (known == 1).expand_as(truth)
         assert torch.equal(images[where], truth[where])
@@ -105,7 +105,7 @@ def test_known_pixels_are_the_truth_in_every_way(one: Restored) -> None:
 
 def test_masks_depend_on_nothing_but_law_ratio_and_row(one: Restored) -> None:
     few = {"other name": MASKS["half"], "range": MASKS["range"]}
-    other = restored("label", "embedding", seed=5, hidden=0.0, num_samples=20, masks=few)
+    other = restored("label", "embedding", seed=5, hidden=0.0, num_samples=20, masking=few)
     assert {setting["by"] for setting, *_ in other.found} == {"mean fill", "samples"}  # its head learned nothing
     for here, there in (("half", "other name"), ("range", "range")):
         known, more = one.of(here, "samples")[1], other.of(there, "samples")[1]
@@ -115,7 +115,7 @@ def test_masks_depend_on_nothing_but_law_ratio_and_row(one: Restored) -> None:
 
 
 def test_the_hidden_share_is_that_of_the_law(one: Restored) -> None:
-    for masks, (_, ratio, unit) in LAWS.items():
+    for masks, (_, ratio, unit) in PATTERNS.items():
         _, known, images = one.of(masks, "head")
         share = (1 - known).mean(dim=(1, 2, 3))  # per row
         low, high = ratio if isinstance(ratio, list) else (ratio, ratio)
@@ -157,15 +157,17 @@ def test_scores_by_hand(one: Restored) -> None:
 
 
 def test_the_modalitys_own_holes_are_the_default(offline: None) -> None:
-    found = restored(masks={}, num_samples=3).found
-    assert {(s["masks"], s["law"], tuple(s["ratio"])) for s, *_ in found} == {("masked_image", "squares", (0.1, 0.75))}
+    found = restored(masking={}, num_samples=3).found
+    assert {(s["holes"], s["pattern"], tuple(s["ratio"])) for s, *_ in found} == {
+        ("masked_image", "squares", (0.1, 0.75))
+    }
 
 
 def test_bad_sets_of_masks_are_refused_by_name(offline: None) -> None:
-    for bad, key in (({"law": "star"}, "law"), ({"ratio": 1.0}, "ratio"), ({"ratio": [0.5, 0.2]}, "ratio")):
+    for bad, key in (({"pattern": "star"}, "pattern"), ({"ratio": 1.0}, "ratio"), ({"ratio": [0.5, 0.2]}, "ratio")):
         with pytest.raises(InputError) as caught:
-            restored(masks={"fine": {}, "mine": bad})
-        assert caught.value.key == f"evaluate.masks.mine.{key}"
+            restored(masking={"fine": {}, "mine": bad})
+        assert caught.value.key == f"evaluate.masking.mine.{key}"
 
 
 # --------------------------------------------------------------------------------------------------------------- LPIPS
@@ -191,7 +193,7 @@ def test_a_local_file_that_does_not_fit_is_refused(offline: None, tmp_path: Path
 @pytest.mark.data
 def test_lpips_of_local_weights(offline: None, one: Restored) -> None:
     file = WEIGHTS / "squeezenet1_1_caffe_imagenetnorm.pth"
-    with_lpips = restored(masks={"half": MASKS["half"]}, lpips={"net": "squeeze", "backbone": str(file)})
+    with_lpips = restored(masking={"half": MASKS["half"]}, lpips={"net": "squeeze", "backbone": str(file)})
     assert with_lpips.holes.facts["LPIPS"] == "LPIPS-squeeze-caffe"
     by: dict[str, dict[str, Any]] = {}
     score: Callable[..., dict[str, Any]] = with_lpips.holes.scores

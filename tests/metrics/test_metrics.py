@@ -16,7 +16,7 @@ from mmdiff.errors import InputError
 from mmdiff.metrics.bootstrap import interval, scored, statistic_interval
 from mmdiff.metrics.classification import class_shares, classification, retrieval
 from mmdiff.metrics.image import PSNR_OF_EQUAL, psnr, ssim
-from mmdiff.metrics.neighbours import MEMORISED_EXPECTED, Judge, Memory
+from mmdiff.metrics.neighbours import MEMORISED_EXPECTED, Judge, MemorisationTest
 from mmdiff.metrics.segmentation import confusions, segmentation
 
 
@@ -28,7 +28,7 @@ def images(count: int, seed: int, scale: float = 1.0) -> np.ndarray:
 
 def test_fresh_rows_are_memorised_by_half_and_copies_entirely() -> None:
     train, held_out, fresh = images(500, 0), images(500, 1), images(500, 2)
-    memory = Memory(train, held_out)
+    memory = MemorisationTest(train, held_out)
     share = memory.share(fresh)
     # a share of 500 against a median of 500: both vary with variance ¼ / 500
     assert abs(share - MEMORISED_EXPECTED) < 4 * math.sqrt(2 * 0.25 / 500)

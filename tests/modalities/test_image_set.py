@@ -25,7 +25,7 @@ from mmdiff.modalities.contract import check_modality
 from mmdiff.modalities.encoders import POOLS, ClipTower, Convolutions
 from mmdiff.modalities.fusion import FUSIONS
 from mmdiff.model import MTDiffusionModel
-from mmdiff.objective import Where
+from mmdiff.objective import BatchPosition
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.plots import set_weights
 from mmdiff.sampling.guidance import branches, guided
@@ -265,7 +265,12 @@ def test_a_tower_reads_images_of_another_size(clip: str) -> None:
 def tree(tiny: dict[str, Any]) -> dict[str, Any]:
     tiny["data"] = {
         "source": "shapes",
-        "options": {"rows": 24, "validation_rows": 12, "size": 16, "bags": {"views": [1, 3], "distractors": [0, 0.5]}},
+        "options": {
+            "rows": 24,
+            "validation_rows": 12,
+            "size": 16,
+            "image_sets": {"views": [1, 3], "distractors": [0, 0.5]},
+        },
         "columns": {"image": "front", "image_set": "photos", "label": "kind"},
         "cache_mib": 0,
     }
@@ -287,7 +292,7 @@ def test_it_has_neither_head_nor_loss_and_is_trained(config: Config) -> None:
     for name, parameter in model.named_parameters():  # what a fresh network has as zeros lets no gradient through
         if not parameter.any() and "image_set" not in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    output = experiment.objective(experiment.train.batch(range(16)), Where(0, torch.arange(16), 16))
+    output = experiment.objective(experiment.train.batch(range(16)), BatchPosition(0, torch.arange(16), 16))
     assert {"l2/label"} == {name for name in output.terms if name.startswith("l2")}
     output.loss.backward()
     for name, parameter in model.modalities["image_set"].named_parameters():
@@ -299,7 +304,7 @@ def test_an_absent_set_changes_nothing(config: Config) -> None:
     experiment = build(config)
     batch = experiment.train.batch(range(6))
     batch.present["image_set"][:] = False
-    where = Where(0, torch.arange(6), 6)
+    where = BatchPosition(0, torch.arange(6), 6)
     loss = experiment.objective(batch, where).loss
     batch.values["image_set"][:] = torch.nan
     assert torch.equal(experiment.objective(batch, where).loss, loss)
@@ -374,8 +379,8 @@ def test_sets_condition_and_their_weights_come_out(config: Config, cli: Cli, tmp
     assert set(joint.samples) == {"image", "label"} and joint.weights == {}
     read = pipe(observed={"image_set": sets[:1], "image": joint.samples["image"][:1]})
     assert set(read.samples) == {"image", "label", "image_set"}
-    with pytest.raises(InputError, match="conditioning = 'self-guidance': cannot use observed image_set"):
-        pipe(observed={"image_set": sets}, conditioning="self-guidance")
+    with pytest.raises(InputError, match="conditioning = 'head-guidance': cannot use observed image_set"):
+        pipe(observed={"image_set": sets}, conditioning="head-guidance")
 
     for index, image in enumerate(sets[0]):
         image.save(tmp_path / f"{index}.png")

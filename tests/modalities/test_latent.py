@@ -53,7 +53,7 @@ def tree(folder: Path) -> dict[str, Any]:
         "data": {
             "source": "shapes",
             "options": {"rows": 64, "validation_rows": 16, "size": SIZE},
-            "masking": {"masked": {"law": "box", "ratio": 0.3}},
+            "masking": {"masked": {"pattern": "box", "ratio": 0.3}},
         },
         "modalities": {
             "image": {"kind": "image", "space": "latent", "autoencoder": str(folder / "autoencoder")},

@@ -99,7 +99,6 @@ class Unnamed:
         raise RuntimeError
 
 
-
 @pytest.mark.parametrize(
     ("arguments", "key"),
     [
@@ -107,7 +106,7 @@ class Unnamed:
         ({"guidance_scale": {"label": INF}, "observed": {"label": 1}}, "guidance_scale.label"),
         ({"guidance_scale": -1.0}, "guidance_scale"),
         ({"guidance_scale": "2"}, "guidance_scale"),
-        ({"self_guidance_scale": NAN}, "self_guidance_scale"),
+        ({"head_guidance_scale": NAN}, "head_guidance_scale"),
         ({"num_inference_steps": True}, "num_inference_steps"),
         ({"num_inference_steps": 2.5}, "num_inference_steps"),
         ({"num_inference_steps": None}, "num_inference_steps"),
@@ -153,7 +152,7 @@ class Unnamed:
         ({"aggregate": {"label": False}}, "aggregate"),
         ({"aggregate": [["label"]]}, "aggregate"),
         ({"aggregate": ["x", 1]}, "aggregate"),
-        ({"feed": np.array(["draw", "mean"])}, "feed"),
+        ({"feedback": np.array(["draw", "mean"])}, "feedback"),
         ({"output_type": np.array(["pil", "pt"])}, "output_type"),
         ({"resampling": (1, 10**9)}, "resampling"),
         ({"observed": {"image": torch.zeros(1, 1, 8, 8).to(torch.float8_e4m3fn)}}, "observed.image"),

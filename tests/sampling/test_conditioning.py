@@ -15,11 +15,11 @@ from mmdiff.modalities import Label, Shape
 from mmdiff.model import MTDiffusionModel, MTDiffusionModelOutput
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.sampling.conditioning import (
-    FEEDS,
+    FEEDBACKS,
     Conditioning,
     aggregated_names,
     conditioning_of,
-    feed_for,
+    feedback_for,
     guidance_scales,
 )
 from mmdiff.sampling.guidance import Evaluation, branches, fed_encoding, guided, steered
@@ -95,7 +95,7 @@ def test_gradients_flow_through_guidance() -> None:
 
 
 @pytest.mark.parametrize(
-    ("feed", "stochastic", "expected"),
+    ("feedback", "stochastic", "expected"),
     [
         (None, True, "draw"),
         (None, False, "mean"),
@@ -104,20 +104,20 @@ def test_gradients_flow_through_guidance() -> None:
         ("mode", True, "mode"),
     ],
 )
-def test_feeds_and_their_defaults(feed: str | None, stochastic: bool, expected: str) -> None:
-    assert feed_for(feed, stochastic) == expected
+def test_feeds_and_their_defaults(feedback: str | None, stochastic: bool, expected: str) -> None:
+    assert feedback_for(feedback, stochastic) == expected
 
 
 @pytest.mark.parametrize(
-    ("feed", "stochastic", "text"),
+    ("feedback", "stochastic", "text"),
     [
-        ("mode", False, "feed = 'mode': is wrong with a deterministic solver"),
-        ("median", True, "feed = 'median': choose one of draw, mean, mode"),
+        ("mode", False, "feedback = 'mode': is wrong with a deterministic solver"),
+        ("median", True, "feedback = 'median': choose one of draw, mean, mode"),
     ],
 )
-def test_wrong_feeds_are_refused(feed: str, stochastic: bool, text: str) -> None:
+def test_wrong_feeds_are_refused(feedback: str, stochastic: bool, text: str) -> None:
     with pytest.raises(InputError) as caught:
-        feed_for(feed, stochastic)
+        feedback_for(feedback, stochastic)
     assert text in str(caught.value)
 
 
@@ -127,9 +127,9 @@ def test_what_is_fed() -> None:
     params, drawn = torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([2])
     rows = label.encode(torch.arange(3))
     expected = {"draw": rows[2:], "mode": rows[:1], "mean": (0.5 * rows[0] + 0.3 * rows[1] + 0.2 * rows[2])[None]}
-    assert expected.keys() == set(FEEDS)
-    for feed, encoding in expected.items():
-        torch.testing.assert_close(fed_encoding(label, params, feed, drawn), encoding)
+    assert expected.keys() == set(FEEDBACKS)
+    for feedback, encoding in expected.items():
+        torch.testing.assert_close(fed_encoding(label, params, feedback, drawn), encoding)
 
 
 # ------------------------------------------------------------------------------------------------ names and scales
@@ -198,12 +198,17 @@ def test_by_default_values_act_as_trained() -> None:
 @pytest.mark.parametrize(
     ("conditioning", "channels", "plugged", "guides"),
     [
-        ("channels", {"label", "colour"}, set(), set()),
-        (["channels", "plug-in"], {"label", "colour"}, {"label"}, set()),
-        ({"self-guidance"}, set(), set(), {"label", "colour"}),
-        (("self-guidance", "plug-in"), set(), {"label"}, {"label", "colour"}),
-        ({"label": "plug-in"}, {"colour"}, {"label"}, set()),
-        ({"label": ["self-guidance"], "colour": ["channels", "self-guidance"]}, {"colour"}, set(), {"label", "colour"}),
+        ("concatenation", {"label", "colour"}, set(), set()),
+        (["concatenation", "aggregation"], {"label", "colour"}, {"label"}, set()),
+        ({"head-guidance"}, set(), set(), {"label", "colour"}),
+        (("head-guidance", "aggregation"), set(), {"label"}, {"label", "colour"}),
+        ({"label": "aggregation"}, {"colour"}, {"label"}, set()),
+        (
+            {"label": ["head-guidance"], "colour": ["concatenation", "head-guidance"]},
+            {"colour"},
+            set(),
+            {"label", "colour"},
+        ),
     ],
 )
 def test_ways_for_all_and_by_name(conditioning: Any, channels: set[str], plugged: set[str], guides: set[str]) -> None:
@@ -217,39 +222,45 @@ def test_ways_for_all_and_by_name(conditioning: Any, channels: set[str], plugged
     [
         (
             {"conditioning": "magic"},
-            "conditioning = 'magic': choose from channels, plug-in, self-guidance, replacement",
+            "conditioning = 'magic': choose from concatenation, aggregation, head-guidance, replacement",
         ),
         ({"conditioning": []}, "conditioning = []: names no way"),
         ({"conditioning": {"label": []}}, "conditioning.label = []: names no way"),
-        ({"conditioning": {"mask": "channels"}}, "conditioning.mask = 'channels': is no observed auxiliary modality"),
+        (
+            {"conditioning": {"mask": "concatenation"}},
+            "conditioning.mask = 'concatenation': is no observed auxiliary modality",
+        ),
         ({"conditioning": "replacement"}, "conditioning = 'replacement': cannot use observed colour: here it can use"),
         (
-            {"conditioning": ["channels", "replacement"]},
+            {"conditioning": ["concatenation", "replacement"]},
             "conditioning = 'replacement': no observed modality can use it",
         ),
         (
-            {"conditioning": "plug-in"},
-            "conditioning = 'plug-in': cannot use observed colour: here it can use channels,",
+            {"conditioning": "aggregation"},
+            "conditioning = 'aggregation': cannot use observed colour: here it can use concatenation,",
         ),
         (
-            {"conditioning": {"colour": "plug-in"}},
-            "conditioning.colour = 'plug-in': here it can use channels, self-gui",
+            {"conditioning": {"colour": "aggregation"}},
+            "conditioning.colour = 'aggregation': here it can use concatenation, head-gui",
         ),
         (
-            {"conditioning": {"label": "plug-in"}, "aggregated": ()},
-            "conditioning.label = 'plug-in': here it can use ch",
+            {"conditioning": {"label": "aggregation"}, "aggregated": ()},
+            "conditioning.label = 'aggregation': here it can use conc",
         ),
-        ({"conditioning": {"label": ["channels", "replacement"]}}, "conditioning.label = 'replacement': here it can"),
-        ({"conditioning": "self-guidance", "denoising": False}, "conditioning = 'self-guidance': cannot use observed"),
         (
-            {"conditioning": "self-guidance", "guidance_scale": 2.0},
+            {"conditioning": {"label": ["concatenation", "replacement"]}},
+            "conditioning.label = 'replacement': here it can",
+        ),
+        ({"conditioning": "head-guidance", "denoising": False}, "conditioning = 'head-guidance': cannot use observed"),
+        (
+            {"conditioning": "head-guidance", "guidance_scale": 2.0},
             "guidance_scale = 2.0: needs an observed modality in",
         ),
         (
-            {"conditioning": {"label": "plug-in"}, "guidance_scale": {"label": 2.0}},
-            "guidance_scale.label = 2.0: needs conditioning channels",
+            {"conditioning": {"label": "aggregation"}, "guidance_scale": {"label": 2.0}},
+            "guidance_scale.label = 2.0: needs conditioning concatenation",
         ),
-        ({"self_guidance_scale": {"label": 2.0}}, "self_guidance_scale.label = 2.0: needs conditioning self-guidance"),
+        ({"head_guidance_scale": {"label": 2.0}}, "head_guidance_scale.label = 2.0: needs conditioning head-guidance"),
         ({"resampling": 3}, "resampling = 3: needs (jump_length, jump_n_sample)"),
         ({"resampling": (0, 1)}, "resampling = (0, 1): needs (jump_length, jump_n_sample)"),
         ({"resampling": (1, 2, 3)}, "resampling = (1, 2, 3): needs"),
@@ -261,10 +272,10 @@ def test_what_cannot_be_is_refused_in_one_line(arguments: dict[str, Any], text: 
     assert text in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_self_guidance_beside_channels_reads_the_branch_that_does_not_see_the_value() -> None:
+def test_head_guidance_beside_channels_reads_the_branch_that_does_not_see_the_value() -> None:
     """The gradient of log p(colour | z_t, label), its head where colour is not observed, in total nats."""
     model, scheduler = build(), MTDiffusionScheduler(num_train_timesteps=20)
-    chosen = conditioning_of(model, VALUES, {"colour": ["channels", "self-guidance"]}, {"label"})
+    chosen = conditioning_of(model, VALUES, {"colour": ["concatenation", "head-guidance"]}, {"label"})
     encodings = model.encode({"label": VALUES["label"]})
     told = branches(model, VALUES, chosen.aggregated, chosen.channels, chosen.left_out, like=SAMPLE)
     times = torch.tensor([4, 4])

@@ -1,4 +1,4 @@
-"""Self-guidance is exact for exact heads, plug-in alone is not: a two-label mixture in closed form, in the pipeline."""
+"""Head guidance is exact for exact heads, aggregation alone is not: a two-label mixture in closed form."""
 
 from __future__ import annotations
 
@@ -103,37 +103,37 @@ def conditional_trajectory(solver: str, kind: str, count: int, steps: int, shift
 
 @pytest.mark.parametrize("solver", [DDPM, DDIM, DPM])
 @pytest.mark.parametrize("kind", ["v_prediction", "epsilon", "sample"])
-@pytest.mark.parametrize("ways", ["self-guidance", ("plug-in", "self-guidance")])
-def test_self_guidance_with_exact_heads_is_the_conditional_sampler(ways: Any, kind: str, solver: str) -> None:
+@pytest.mark.parametrize("ways", ["head-guidance", ("aggregation", "head-guidance")])
+def test_head_guidance_with_exact_heads_is_the_conditional_sampler(ways: Any, kind: str, solver: str) -> None:
     """Every step's E[z_0 | z_t, x] is that of Bayes' rule, whether the label stands in z_t or not."""
     pipe = mixture(solver, prediction_type=kind, **SMALL)
-    shift = pipe.scheduler.cumulative_weights("label")[-1] if "plug-in" in ways else 0.0
+    shift = pipe.scheduler.cumulative_weights("label")[-1] if "aggregation" in ways else 0.0
     expected = conditional_trajectory(solver, kind, 20, 10, shift)
     found = images(pipe, 20, 10, conditioning=ways)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)  # diffusers' tables are float32
-    other = images(pipe, 20, 10, conditioning=ways, self_guidance_scale=0.5)
+    other = images(pipe, 20, 10, conditioning=ways, head_guidance_scale=0.5)
     assert (other - expected).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("solver", [DDPM, DPM])
-def test_self_guidance_draws_from_the_conditional_law_and_plug_in_alone_does_not(solver: str) -> None:
+def test_head_guidance_draws_from_the_conditional_law_and_plug_in_alone_does_not(solver: str) -> None:
     n, pipe = 4000, mixture(solver)  # cosine: the first steps, with ā_t < 1e-4, are not guided
-    guided = images(pipe, n, 100, conditioning="self-guidance")
+    guided = images(pipe, n, 100, conditioning="head-guidance")
     assert float(guided.mean()) == pytest.approx(float(MODES[0]), abs=4 * S / n**0.5 + 0.01)
     assert float(guided.std()) == pytest.approx(S, abs=4 * S / (2 * n) ** 0.5 + 0.01)
-    plugged = images(pipe, n, 100, conditioning="plug-in")
+    plugged = images(pipe, n, 100, conditioning="aggregation")
     assert float(plugged.mean()) < 0.5 and float(plugged.std()) > 0.3
 
 
 def test_the_scale_sharpens_what_the_head_says() -> None:
     pipe = mixture()
-    means = [images(pipe, 500, 20, conditioning="self-guidance", self_guidance_scale=s).mean() for s in (0.0, 0.5, 1.0)]
+    means = [images(pipe, 500, 20, conditioning="head-guidance", head_guidance_scale=s).mean() for s in (0.0, 0.5, 1.0)]
     assert means[0] < means[1] < means[2]
-    by_name = images(pipe, 5, 20, conditioning="self-guidance", self_guidance_scale={"label": 0.5})
-    assert torch.equal(by_name, images(pipe, 5, 20, conditioning={"label": ["self-guidance"]}, self_guidance_scale=0.5))
+    by_name = images(pipe, 5, 20, conditioning="head-guidance", head_guidance_scale={"label": 0.5})
+    assert torch.equal(by_name, images(pipe, 5, 20, conditioning={"label": ["head-guidance"]}, head_guidance_scale=0.5))
 
 
 def test_weights_are_left_without_gradients() -> None:
     pipe = mixture()
-    assert not images(pipe, 3, 4, conditioning="self-guidance").requires_grad
+    assert not images(pipe, 3, 4, conditioning="head-guidance").requires_grad
     assert all(parameter.grad is None for parameter in pipe.model.parameters())

@@ -151,7 +151,7 @@ def masked(size: int) -> Tensor:
 
 
 @pytest.mark.parametrize("latent", [False, True])
-@pytest.mark.parametrize("ways", [None, "replacement", ["channels", "replacement"]])
+@pytest.mark.parametrize("ways", [None, "replacement", ["concatenation", "replacement"]])
 def test_known_pixels_come_back_bit_by_bit(latent: bool, ways: Any) -> None:
     value = masked(16 if latent else 8)
     pipe = masked_pipeline(latent)
@@ -223,5 +223,5 @@ def test_without_training_on_holes_replacement_is_the_default() -> None:
         for ways in (None, "replacement")
     )
     assert torch.equal(default["image"], named["image"])
-    with pytest.raises(InputError, match="conditioning = 'channels': cannot use observed masked: here it can use repl"):
-        pipe(2, {"masked": value}, 4, conditioning="channels")
+    with pytest.raises(InputError, match="conditioning = 'concatenation': cannot use observed masked: here"):
+        pipe(2, {"masked": value}, 4, conditioning="concatenation")

@@ -16,7 +16,7 @@ from mmdiff.build import build_stand_in
 from mmdiff.config import Config, load_config
 from mmdiff.data.order import Visit
 from mmdiff.errors import InputError, TrainingError
-from mmdiff.objective import Where
+from mmdiff.objective import BatchPosition
 from mmdiff.training.dry_run import dry_run
 
 GIB = 2**30
@@ -88,7 +88,7 @@ def forward_flops(config: Config) -> tuple[float, float]:
             module.register_forward_hook(count)
     size = config.train.batch_size
     batch = experiment.train.__getitems__([Visit(k, k) for k in range(size)])
-    experiment.objective(batch, Where(0, torch.arange(size), size))
+    experiment.objective(batch, BatchPosition(0, torch.arange(size), size))
     return float(sum(found)), float(sum(read_bytes))
 
 
@@ -128,7 +128,7 @@ def test_every_kind_runs_on_stand_ins(configure: Callable[..., Config]) -> None:
         "modalities.masked={kind: masked_image, channels: 1, size: 16}",
         "modalities.clip={kind: embedding, dim: 12}",
         "modalities.depth={kind: dense, channels: 1, size: 16}",
-        "data.masking.masked={law: box}",
+        "data.masking.masked={pattern: box}",
     ]
     report = read(dry_run(configure(*kinds, "train.batch_size=4")))
     assert report.parameters > 0 and report.seconds >= 0

@@ -14,7 +14,7 @@ import mmdiff
 from mmdiff.build import build_stand_in
 from mmdiff.config import Config, load_config
 from mmdiff.data import Batch
-from mmdiff.objective import Where
+from mmdiff.objective import BatchPosition
 from mmdiff.training import train
 
 FLOW = ["scheduler.kind=flow_match", "scheduler.num_train_timesteps=50", "modalities.label.num_classes=10"]
@@ -74,11 +74,11 @@ def test_the_command_line_samples_with_another_solver_of_the_path(cli: Callable,
 @pytest.mark.parametrize("prediction_type", ["velocity", "sample"])
 def test_the_objective_is_the_flow_matching_loss(configure: Callable[..., Config], prediction_type: str) -> None:
     """Without auxiliary states: the mean of ‖target − network((1 − σ) z_0 + σ ε, σT)‖² at stratified logit-normal σ."""
-    states = "states={law: heads, anchor_observed: 0}"
+    states = "states={distribution: heads, anchor_observed: 0}"
     experiment = build_stand_in(configure(*FLOW, states, f"scheduler.prediction_type={prediction_type}"))
     objective, model = experiment.objective, experiment.model
     alive(model)
-    where, present = Where(0, torch.arange(8), 8), torch.ones(8, dtype=torch.bool)
+    where, present = BatchPosition(0, torch.arange(8), 8), torch.ones(8, dtype=torch.bool)
     values = {n: m.examples(8, torch.Generator().manual_seed(0)) for n, m in model.modalities.items()}
     batch = Batch(values, dict.fromkeys(values, present))
     timesteps = objective.draw_timesteps(where, present)

@@ -251,9 +251,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(run_copy: Path, tmp_path: P
     disk = tmp_path / "disk"
     disk.mkdir()
     size = 2 * sum(path.stat().st_size for path in run_copy.rglob("*") if path.is_file())
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True
-    )
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True)
     if mounted.returncode:
         pytest.skip("no file system can be mounted here")
     try:

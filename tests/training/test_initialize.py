@@ -20,7 +20,7 @@ from mmdiff.model import MTDiffusionModel, MTDiffusionModelOutput
 from mmdiff.objective import MTObjective
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.schedulers import MTDiffusionScheduler
-from mmdiff.states import StateLaw
+from mmdiff.states import StateProbabilities
 from mmdiff.training import train
 from mmdiff.training.initialize import initialize
 
@@ -40,9 +40,9 @@ def objective(kinds: Kinds, seed: int, uncertainty: bool = False, **backbone: An
     model = MTDiffusionModel({"image": IMAGE, **kinds}, {"kind": "unet", **LAYERS, **backbone})
     learned = {name: {"schedule": "learned"} for name in kinds if model.modalities[name].aggregable}
     scheduler = MTDiffusionScheduler(num_train_timesteps=20, weights=learned)
-    laws = {name: StateLaw(0.5, 0.5) for name in model.names}
+    probabilities = {name: StateProbabilities(0.5, 0.5) for name in model.names}
     weights = dict.fromkeys(model.generated, 1.0)
-    return alive(MTObjective(model, scheduler, laws, weights, uncertainty=uncertainty))
+    return alive(MTObjective(model, scheduler, probabilities, weights, uncertainty=uncertainty))
 
 
 def moved(folder: Path, before: Kinds, now: Kinds, **backbone: Any) -> tuple[MTObjective, MTObjective, dict[str, Any]]:

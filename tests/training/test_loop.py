@@ -16,7 +16,7 @@ from torch import nn
 
 from mmdiff.config import Config, TrainConfig, load_config
 from mmdiff.errors import InputError, TrainingError
-from mmdiff.states import LAWS
+from mmdiff.states import DISTRIBUTIONS
 from mmdiff.training import train
 from mmdiff.training.checkpoint import seal
 from mmdiff.training.ema import Ema
@@ -55,10 +55,10 @@ def test_the_config_in_the_folder_is_resolved(finished_run: Path) -> None:
     assert config.modalities["label"].settings() == {"num_classes": 10, "names": list("0123456789"), "unknown": -1}
 
 
-@pytest.mark.parametrize("law", LAWS)
-def test_every_law_of_states_ends_with_a_pipeline_and_a_grid(configure: Configure, law: str) -> None:
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_every_distribution_of_states_ends_with_a_pipeline_and_a_grid(configure: Configure, distribution: str) -> None:
     """Sampling is steered by what training showed; guidance where there is nothing to guide is off."""
-    folder = train(configure("train.steps=2", f"states.law={law}", "sample.guidance_scale=2"))
+    folder = train(configure("train.steps=2", f"states.distribution={distribution}", "sample.guidance_scale=2"))
     assert names(folder / "samples") == ["step-2.png"]
     assert (folder / "pipeline" / "model_index.json").is_file()
 

@@ -19,7 +19,7 @@ from PIL import Image as PILImage
 from mmdiff.build import Experiment, build
 from mmdiff.config import Config, load_config
 from mmdiff.data import Batch
-from mmdiff.objective import Where
+from mmdiff.objective import BatchPosition
 from mmdiff.training import train
 
 Configure = Callable[..., Config]
@@ -60,7 +60,7 @@ def configure(tiny: dict[str, Any], tmp_path: Path) -> Configure:
     tiny["data"] = {
         "source": str(tmp_path / "rows.parquet"),
         "holdout": 4,
-        "masking": {"masked": {"law": "box", "ratio": 0.4}},
+        "masking": {"masked": {"pattern": "box", "ratio": 0.4}},
     }
     tiny["modalities"] = {
         "image": {"kind": "image"},
@@ -122,7 +122,7 @@ def experiment(configure: Configure) -> Experiment:
 def terms_and_gradients(experiment: Experiment, batch: Batch) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     objective = experiment.objective
     objective.zero_grad()
-    output = objective(batch, Where(3, torch.arange(len(batch.present["image"])), len(batch.present["image"])))
+    output = objective(batch, BatchPosition(3, torch.arange(len(batch.present["image"])), len(batch.present["image"])))
     output.loss.backward()
     terms = {name: float(term) for name, term in output.terms.items()}
     return terms, {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}

@@ -72,7 +72,7 @@ ALL_MODALITIES = {
     "data": {
         "source": "shapes",
         "options": {"rows": 60, "validation_rows": 4, "size": 16},
-        "masking": {"masked": {"law": "squares", "ratio": [0.2, 0.6]}},
+        "masking": {"masked": {"pattern": "squares", "ratio": [0.2, 0.6]}},
         "missing": {"image": 0.2, "mask": 0.3, "masked": 0.3, "label": 0.3, "embedding": 0.3},
     },
     "modalities": {

@@ -60,7 +60,7 @@ class Sets:
 
 
 class Classifiers(Way):
-    """Pretrained on single photos for each seed; then the fusion learns on bags, and what `Settings.learns` adds to it.
+    """Pretrained on single photos for each seed; then the fusion learns on sets, and what `Settings.learns` adds.
 
     All photos in one large image are reduced to the size of one, as by a vision-language model's processor; encoder and
     linear layer are fine-tuned on it, whatever the fusions may learn.
@@ -84,7 +84,7 @@ class Classifiers(Way):
 
     @cached_property
     def _classes(self) -> list[str]:
-        ((_, answers),) = self.bags.answers.items()
+        ((_, answers),) = self.image_sets.answers.items()
         return sorted(set(answers))
 
     def _targets(self, answers: dict[str, list[str]]) -> Tensor:
@@ -93,8 +93,8 @@ class Classifiers(Way):
 
     @cached_property
     def _sets(self) -> dict[Cell | None, Sets]:
-        """The training bags (None), and those of each cell."""
-        return {None: Sets(self.bags.photos), **{cell: Sets(self.test(cell).photos) for cell in self.cells}}
+        """The training image sets (None), and those of each cell."""
+        return {None: Sets(self.image_sets.photos), **{cell: Sets(self.test(cell).photos) for cell in self.cells}}
 
     def _features(self, model: Classifier, cell: Cell | None, seed: int) -> Tensor:
         """What the frozen encoder of a seed makes of all photos (N, d): all fusions see the same."""
@@ -146,12 +146,12 @@ class Classifiers(Way):
         return fusion
 
     def _tune_on_large(self, model: Classifier, seed: int) -> None:
-        images = torch.stack([_pixels(self._in_one(photos)) for photos in self.bags.photos])
+        images = torch.stack([_pixels(self._in_one(photos)) for photos in self.image_sets.photos])
         self._learn(model, [model.head, model.encoder], lambda rows: model.features(images[rows]), seed)
 
     def _learn(self, model: Classifier, parts: list[nn.Module], embed: Callable[[Tensor], Tensor], seed: int) -> None:
-        """``embed``: rows of the training bags (B,) -> (B, d)."""
-        targets = self._targets(self.bags.answers)
+        """``embed``: rows of the training image sets (B,) -> (B, d)."""
+        targets = self._targets(self.image_sets.answers)
         learned = [parameter for part in parts for parameter in part.parameters()]
 
         def loss(rows: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ class Classifiers(Way):
 class Retrieval(Classifiers):
     """Which of the held-out objects is it? The one whose front view is nearest, by the cosine of features.
 
-    Of those objects, and of the sets' photos, training has seen none (``hold_out: objects`` of the source "bags"), and
+    Of those objects, and of the sets' photos, training has seen none (``hold_out: objects`` of "image_sets"), and
     the linear layer is of no use.
     """
 

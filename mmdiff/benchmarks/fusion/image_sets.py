@@ -1,4 +1,4 @@
-"""Bags of photos with what is asked about them, at any number of photos and share of distractors."""
+"""ImageSets of photos with what is asked about them, at any number of photos and share of distractors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import datasets
 from PIL import Image as PILImage
 
-from mmdiff.benchmarks.fusion.settings import Bagged, Settings, Task
+from mmdiff.benchmarks.fusion.settings import SetData, Settings, Task
 from mmdiff.data import Rows
 from mmdiff.data.sources import open_splits
 from mmdiff.errors import InputError
@@ -18,7 +18,7 @@ from mmdiff.modalities.pictures import flat, loaded
 Photos = list[PILImage.Image]
 
 
-class Bags(NamedTuple):
+class ImageSets(NamedTuple):
     """B sets: ``photos``, which of them are ``distractors``, and {task: the B right answers}."""
 
     photos: list[Photos]
@@ -26,17 +26,17 @@ class Bags(NamedTuple):
     answers: dict[str, list[str]]
 
 
-def training_bags(settings: Settings) -> Bags:
+def training_sets(settings: Settings) -> ImageSets:
     """The training rows, with the law that the options state."""
     return _read(settings, *_rows(settings.data, settings.data.options, held_out=False))
 
 
-def single_photos(settings: Settings) -> Bags:
+def single_photos(settings: Settings) -> ImageSets:
     """The training rows with one photo each, which is right."""
     return _read(settings, *_rows(settings.data, _with_law(settings.data, 1, 0.0), held_out=False))
 
 
-def held_out_bags(settings: Settings, views: int, share: float) -> Bags:
+def held_out_sets(settings: Settings, views: int, share: float) -> ImageSets:
     """The first held-out rows with ``views`` photos each, of which a share (rounded at random) are distractors."""
     rows, features = _rows(settings.data, _with_law(settings.data, views, share), held_out=True)
     return _read(settings, rows, features, settings.test.rows)
@@ -72,20 +72,20 @@ def square(photo: Any, size: int) -> PILImage.Image:
     return picture if picture.size == (size, size) else picture.resize((size, size), PILImage.Resampling.BICUBIC)
 
 
-def _with_law(data: Bagged, views: int, share: float) -> dict[str, Any]:
-    """The options with another law of bags; the source shapes has it in a section of its own."""
+def _with_law(data: SetData, views: int, share: float) -> dict[str, Any]:
+    """The options with another law of image sets; the source shapes has it in a section of its own."""
     options = copy.deepcopy(data.options)
-    law = options["bags"] if isinstance(options.get("bags"), dict) else options
+    law = options["image_sets"] if isinstance(options.get("image_sets"), dict) else options
     law |= {"views": views, "distractors": share}
     return options
 
 
-def _rows(data: Bagged, options: dict[str, Any], held_out: bool) -> tuple[Rows, Any]:
+def _rows(data: SetData, options: dict[str, Any], held_out: bool) -> tuple[Rows, Any]:
     rows = open_splits(data.source, data.split, data.validation_split, options=options)[int(held_out)]
     return rows, rows.features
 
 
-def _read(settings: Settings, rows: Rows, features: Any, limit: int | None = None) -> Bags:
+def _read(settings: Settings, rows: Rows, features: Any, limit: int | None = None) -> ImageSets:
     data = settings.data
     columns = {name for task in settings.tasks.values() for name in task.columns}
     _check_columns(rows, (data.photos, *sorted(columns)))
@@ -96,7 +96,7 @@ def _read(settings: Settings, rows: Rows, features: Any, limit: int | None = Non
     photos = [[square(photo, data.size) for photo in row[data.photos]] for row in found]
     distractors = [row[data.distractors] if marked else [False] * len(row[data.photos]) for row in found]
     answers = {name: [_answer(row, task, features) for row in found] for name, task in settings.tasks.items()}
-    return Bags(photos, distractors, answers)
+    return ImageSets(photos, distractors, answers)
 
 
 def _check_columns(rows: Rows, wanted: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""What the ways of the fusion benchmark have in common: entries, cells of held-out bags, and the training loop."""
+"""What the tasks of the fusion benchmark share: entries, cells of held-out image sets, the training loop."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmdiff.benchmarks.fusion.image_sets import Bags, held_out_bags, single_photos, training_bags
+from mmdiff.benchmarks.fusion.image_sets import ImageSets, held_out_sets, single_photos, training_sets
 from mmdiff.benchmarks.fusion.settings import Schedule, Settings
 from mmdiff.modalities.fusion import FUSIONS
 
@@ -29,7 +29,7 @@ class Answers(NamedTuple):
 
 
 class Way(ABC):
-    """Learns from bags and answers what is asked about others.
+    """Learns from image sets and answers what is asked about others.
 
     Args:
         settings: of the experiment.
@@ -40,22 +40,22 @@ class Way(ABC):
         self.settings, self.folder = settings, folder
         test = settings.test
         self.cells: list[Cell] = [(views, share) for share in test.distractors for views in test.views]
-        self._tests: dict[Cell, Bags] = {}
+        self._tests: dict[Cell, ImageSets] = {}
 
     @cached_property
-    def bags(self) -> Bags:
+    def image_sets(self) -> ImageSets:
         """For training."""
-        return training_bags(self.settings)
+        return training_sets(self.settings)
 
     @cached_property
-    def single(self) -> Bags:
+    def single(self) -> ImageSets:
         """For pretraining."""
         return single_photos(self.settings)
 
-    def test(self, cell: Cell) -> Bags:
-        """Held-out bags."""
+    def test(self, cell: Cell) -> ImageSets:
+        """Held-out image_sets."""
         if cell not in self._tests:
-            self._tests[cell] = held_out_bags(self.settings, *cell)
+            self._tests[cell] = held_out_sets(self.settings, *cell)
         return self._tests[cell]
 
     @abstractmethod

@@ -112,13 +112,13 @@ def _computed(way: Way, entry: str, seed: int) -> Part:
     started = time.perf_counter()
     rows = []
     for (views, share), answers in way.answers(entry, seed):
-        bags = way.test((views, share))
+        image_sets = way.test((views, share))
         for task, given in answers.items():
             kind = way.settings.tasks[task].kind
-            row = {"task": task, "views": views, "distractors": share, "sets": len(bags.photos)}
-            row["answers"] = len(set(bags.answers[task]))
-            row |= scores(kind, best(kind, given.texts, bags.answers[task]), bags.answers[task])
-            rows.append(row | _mass(given, bags.distractors))
+            row = {"task": task, "views": views, "distractors": share, "sets": len(image_sets.photos)}
+            row["answers"] = len(set(image_sets.answers[task]))
+            row |= scores(kind, best(kind, given.texts, image_sets.answers[task]), image_sets.answers[task])
+            rows.append(row | _mass(given, image_sets.distractors))
     return {"entry": entry, "seed": seed, "seconds": time.perf_counter() - started, "scores": rows}
 
 

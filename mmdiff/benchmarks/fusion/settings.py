@@ -19,11 +19,11 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-class Bagged(_Strict):
+class SetData(_Strict):
     """Rows with a column of lists of photos."""
 
-    source: str  # "shapes" with bags, "bags", "abo", … see `mmdiff.data`
-    options: dict[str, Any] = {}  # of the source: the law of the training bags, and how many rows there are
+    source: str  # "shapes" with image sets, "image_sets", "abo", … see `mmdiff.data`
+    options: dict[str, Any] = {}  # of the source: the law of the training image sets, and how many rows there are
     split: str = "train"
     validation_split: str = "validation"
     photos: str = "photos"
@@ -41,7 +41,7 @@ class Task(_Strict):
 
 
 class Test(_Strict):
-    """The held-out bags."""
+    """The held-out image_sets."""
 
     rows: Count = 500
     views: Annotated[list[Count], Field(min_length=1)] = [1, 2, 4, 6]
@@ -74,14 +74,16 @@ class Settings(_Strict):
     # encoder → fusion → linear layer; the same, but the nearest front view answers; or a vision-language model
     way: Literal["classifier", "retrieval", "vlm"] = "classifier"
     seeds: Count = 5
-    data: Bagged
+    data: SetData
     tasks: Annotated[dict[str, Task], Field(min_length=1)]
     test: Test = Test()
     hidden: Count = 64  # width of the attentions' layer
     pretraining: Schedule  # on single photos, without distractors; 0 steps for a published model
-    training: Schedule  # on bags
+    training: Schedule  # on image sets
     encoder: dict[str, Any] = {"kind": "convolutions"}  # of the classifier, see `mmdiff.modalities.encoders`
-    learns: Literal["fusion", "head", "all"] = "fusion"  # on bags, of the classifier: fusion, fusion and head, all
+    learns: Literal["fusion", "head", "all"] = (
+        "fusion"  # on image sets, of the classifier: fusion, fusion and head, all
+    )
     small: Small = Small()  # the vision-language model
     model: str | None = None  # another one by hub name or folder
     new_tokens: Count = 12  # of an answer

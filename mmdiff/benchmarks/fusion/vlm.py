@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmdiff.benchmarks.fusion.image_sets import Bags, Photos, one_large
+from mmdiff.benchmarks.fusion.image_sets import ImageSets, Photos, one_large
 from mmdiff.benchmarks.fusion.learning import FINE_TUNED, SINGLE, ZERO_SHOT, Answers, Cell, Way, fit
 from mmdiff.modalities.fusion import FUSIONS
 from mmdiff.vlm import Inputs, Reader, VisionLanguageModel
@@ -29,7 +29,7 @@ class LanguageModels(Way):
     def answers(self, entry: str, seed: int) -> Iterable[tuple[Cell, dict[str, Answers]]]:
         model, reader = self._pretrained(entry if entry in FUSIONS else "mean", seed)
         if entry in FUSIONS:
-            self._learn(model, reader, "fusion", self.bags, seed)
+            self._learn(model, reader, "fusion", self.image_sets, seed)
         elif entry == FINE_TUNED:
             self._learn(model, reader, "connector", self._large, seed)
         model.eval()
@@ -38,9 +38,9 @@ class LanguageModels(Way):
             yield cell, {task: self._asked(model, reader, entry, task, photos) for task in self.settings.tasks}
 
     @cached_property
-    def _large(self) -> Bags:
-        """The training bags, of one large image each."""
-        return self.bags._replace(photos=[[one_large(photos)] for photos in self.bags.photos])
+    def _large(self) -> ImageSets:
+        """The training image sets, of one large image each."""
+        return self.image_sets._replace(photos=[[one_large(photos)] for photos in self.image_sets.photos])
 
     # ------------------------------------------------------------------------------------------------------- learning
 
@@ -68,16 +68,16 @@ class LanguageModels(Way):
         partial.replace(folder)
         return folder
 
-    def _learn(self, model: VisionLanguageModel, reader: Reader, part: str, bags: Bags, seed: int) -> None:
+    def _learn(self, model: VisionLanguageModel, reader: Reader, part: str, image_sets: ImageSets, seed: int) -> None:
         """Row k is asked the k-th of all tasks, in turn."""
         schedule = self.settings.pretraining if part == "all" else self.settings.training
-        learned, rows = model.learn(part), range(len(bags.photos))
+        learned, rows = model.learn(part), range(len(image_sets.photos))
         if not learned or not schedule.steps:
             return
         names = list(self.settings.tasks)
         tasks = [names[row % len(names)] for row in rows]
-        answers = [bags.answers[task][row] for row, task in enumerate(tasks)]
-        inputs = reader(bags.photos, [self.settings.tasks[task].question for task in tasks], answers)
+        answers = [image_sets.answers[task][row] for row, task in enumerate(tasks)]
+        inputs = reader(image_sets.photos, [self.settings.tasks[task].question for task in tasks], answers)
 
         def loss(picks: Tensor) -> Tensor:
             found = model(*(tensor[picks] for tensor in inputs)).loss

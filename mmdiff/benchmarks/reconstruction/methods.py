@@ -16,7 +16,7 @@ from diffusers import RePaintScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from mmdiff.build import state_law
+from mmdiff.build import state_probabilities
 from mmdiff.config import Config
 from mmdiff.modalities import MaskedImage
 from mmdiff.modalities.masked_image import mean_fill, smooth_fill
@@ -68,12 +68,14 @@ class Trained:
     @property
     def shown(self) -> float:
         """How often training showed the masked image."""
-        return state_law(self.config, self.masked).observed if self.masked else 0.0
+        return state_probabilities(self.config, self.masked).observed if self.masked else 0.0
 
     @property
     def denoises(self) -> bool:
         """Whether training ever denoised the anchor."""
-        return self.config.states.anchor_hidden < 1 and state_law(self.config, self.config.anchor).observed < 1
+        return (
+            self.config.states.anchor_hidden < 1 and state_probabilities(self.config, self.config.anchor).observed < 1
+        )
 
     @property
     def has_head(self) -> bool:
@@ -191,7 +193,7 @@ def _asked(run: Trained, pixels: Tensor, known: Tensor, **arguments: Any) -> Ten
 
 def _drawn(ways: str, trained: Callable[[Trained], bool]) -> Method:
     def settings(run: Trained, options: Options) -> list[Setting]:
-        guided = options.guidance if "channels" in ways and run.shown < 1 else (1.0,)
+        guided = options.guidance if "concatenation" in ways and run.shown < 1 else (1.0,)
         return [
             {"ways": ways, "steps": steps} | ({"guidance": scale} if scale != 1 else {})
             for steps in options.steps
@@ -286,9 +288,9 @@ METHODS: dict[str, Method] = {
     "telea": Method(telea, seeded=False),
     "navier-stokes": Method(navier_stokes, seeded=False),
     "head": Method(head, lambda run: run.has_head, seeded=False),
-    "channels": _drawn("channels", lambda run: run.shown > 0),
+    "concatenation": _drawn("concatenation", lambda run: run.shown > 0),
     "replacement": _drawn("replacement", lambda run: run.shown < 1),
-    "channels+replacement": _drawn("channels+replacement", lambda run: run.shown > 0),
+    "concatenation+replacement": _drawn("concatenation+replacement", lambda run: run.shown > 0),
     "repaint": Method(
         repaint,
         lambda run: run.is_plain,

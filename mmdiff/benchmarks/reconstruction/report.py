@@ -1,4 +1,4 @@
-"""What the restoration benchmark found: rows with intervals, paired differences, one table, one JSON, one picture."""
+"""What masked reconstruction gave: rows with intervals, paired differences, one table, one JSON, one picture."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mmdiff.errors import InputError
 from mmdiff.evaluation.report import circumstances
 from mmdiff.metrics.bootstrap import interval, scored
 
-ALL = "all"  # laws together: means over them, image by image
+ALL = "all"  # patterns together: means over them, image by image
 PAIRED = ("LPIPS, hole", "PSNR, hole", "SSIM, hole")
 PICTURED = 8  # rows of the picture, at least
 SHOWN = {  # columns of the text: the rest stands in the JSON
@@ -33,7 +33,7 @@ SHOWN = {  # columns of the text: the rest stands in the JSON
     "LPIPS whole": f"LPIPS, whole, {RAW}",
     "PSNR whole": f"PSNR, whole, {RAW}",
 }
-Group = list[Result]  # of one entry and ratio: one law's, or all laws'
+Group = list[Result]  # of one entry and ratio: one pattern's, or all patterns'
 
 
 def tree(benchmark: Benchmark, results: Sequence[Result], reference: str | None = None) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def tree(benchmark: Benchmark, results: Sequence[Result], reference: str | None 
     """
     chosen = _reference([result.entry for result in results], reference)
     groups = list(_groups(results))
-    rows = [_row(law, group) for law, group in groups]
+    rows = [_row(pattern, group) for pattern, group in groups]
     return {
         "manifest": _manifest(benchmark, results) | {"compared with": chosen},
         "rows": rows,
@@ -57,26 +57,26 @@ def tree(benchmark: Benchmark, results: Sequence[Result], reference: str | None 
     }
 
 
-def text(found: dict[str, Any], each_law: bool = True) -> str:
+def text(found: dict[str, Any], each_pattern: bool = True) -> str:
     """The table, and the differences; long lines.
 
     Args:
         found: of `tree`.
-        each_law: tell every law by itself, too, where there are several.
+        each_pattern: tell every pattern by itself, too, where there are several.
     """
-    if not each_law and any(row["law"] == ALL for row in found["rows"]):
-        kept = {name: [row for row in found[name] if row["law"] == ALL] for name in ("rows", "differences")}
+    if not each_pattern and any(row["pattern"] == ALL for row in found["rows"]):
+        kept = {name: [row for row in found[name] if row["pattern"] == ALL] for name in ("rows", "differences")}
         found = {**found, **kept}
     lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in found["manifest"].items()]
-    for (ratio, law), rows in _by_place(found["rows"]):
-        title = f"holes {law}, {ratio:g} of the pixels, {rows[0]['images']} images"
+    for (ratio, pattern), rows in _by_place(found["rows"]):
+        title = f"holes {pattern}, {ratio:g} of the pixels, {rows[0]['images']} images"
         seeds = max(len(row["seeds"]) for row in rows)
         cells = [["method", *SHOWN, "diversity", "s/image", "evaluations"], *map(_cells, rows)]
         lines += ["", f"{title}, {seeds} seed{'s' * (seeds > 1)}; ± half of the 95 % interval", *_aligned(cells)]
-    for (ratio, law), rows in _by_place(found["differences"]):
+    for (ratio, pattern), rows in _by_place(found["differences"]):
         cells = [["method", *(f"{name}: difference" for name in PAIRED)]]
         cells += [[row["method"], *(_difference(row[name]) for name in PAIRED)] for row in rows]
-        title = f"minus {found['manifest']['compared with']}, image by image: holes {law}, {ratio:g}"
+        title = f"minus {found['manifest']['compared with']}, image by image: holes {pattern}, {ratio:g}"
         lines += ["", title, *_aligned(cells)]
     return "\n".join(lines)
 
@@ -86,13 +86,13 @@ def pictures(benchmark: Benchmark, results: Sequence[Result]) -> tuple[list[str]
     and the rows show different images."""
     sets, truth = benchmark.masks, benchmark.truth
     image = benchmark.runs[0].pipeline.model.modalities[benchmark.config.anchor]
-    by = {(result.entry.label, result.masks.law, result.masks.ratio): result.cells[0] for result in results}
+    by = {(result.entry.label, result.masks.pattern, result.masks.ratio): result.cells[0] for result in results}
     labels = list(dict.fromkeys(result.entry.label for result in results if result.entry.method != "masked"))
     rows = []
     for row in range(max(PICTURED, len(sets))):
         masks, index = sets[row * len(sets) // max(PICTURED, len(sets))], row % len(truth)
         known = masks.known[index]  # (1, H, W)
-        fills = (by[label, masks.law, masks.ratio].fills[index].float() / 127.5 - 1 for label in labels)
+        fills = (by[label, masks.pattern, masks.ratio].fills[index].float() / 127.5 - 1 for label in labels)
         filled = [torch.where(known > 0, truth[index], fill) for fill in fills]
         rows.append(image.postprocess(torch.stack([truth[index], truth[index] * known, *filled])))
     return ["source", "masked", *labels], rows
@@ -102,26 +102,26 @@ def pictures(benchmark: Benchmark, results: Sequence[Result]) -> tuple[list[str]
 
 
 def _groups(results: Sequence[Result]) -> Iterable[tuple[str, Group]]:
-    """(law, results) of every ratio and entry: each law, and where there are several all of them together."""
+    """(pattern, results) of every ratio and entry: each pattern, and where there are several all of them together."""
     order = {}
     for result in results:
         order.setdefault(result.masks.ratio, {}).setdefault(result.entry.label, []).append(result)
     for by_entry in order.values():
-        laws = [result.masks.law for result in next(iter(by_entry.values()))]
-        for group in by_entry.values() if len(laws) > 1 else ():
+        patterns = [result.masks.pattern for result in next(iter(by_entry.values()))]
+        for group in by_entry.values() if len(patterns) > 1 else ():
             yield ALL, group
-        for index, law in enumerate(laws):
+        for index, pattern in enumerate(patterns):
             for group in by_entry.values():
-                yield law, [group[index]]
+                yield pattern, [group[index]]
 
 
 def _scores(group: Group, name: str) -> np.ndarray:
-    """(seeds, n): means over laws."""
+    """(seeds, n): means over patterns."""
     cells = [[cell.scores[name].double().numpy() for cell in result.cells] for result in group]
     return np.asarray(cells).mean(axis=0)
 
 
-def _row(law: str, group: Group) -> dict[str, Any]:
+def _row(pattern: str, group: Group) -> dict[str, Any]:
     entry, cells = group[0].entry, [cell for result in group for cell in result.cells]
     scores: dict[str, Any] = {}
     for name in cells[0].scores:
@@ -129,7 +129,7 @@ def _row(law: str, group: Group) -> dict[str, Any]:
         scores |= scored(name, values.mean(axis=0))
         scores[f"{name}, by seed"] = values.mean(axis=1).tolist()
     return {
-        **_place(law, group),
+        **_place(pattern, group),
         "run": entry.run.name if entry.run else None,
         "by": entry.method,
         "setting": entry.setting,
@@ -143,8 +143,8 @@ def _row(law: str, group: Group) -> dict[str, Any]:
     }
 
 
-def _place(law: str, group: Group) -> dict[str, Any]:
-    return {"method": group[0].entry.label, "law": law, "ratio": group[0].masks.ratio}
+def _place(pattern: str, group: Group) -> dict[str, Any]:
+    return {"method": group[0].entry.label, "pattern": pattern, "ratio": group[0].masks.ratio}
 
 
 def diversity(result: Result) -> float | None:
@@ -168,10 +168,12 @@ def _mean_or_none(values: list[float | None]) -> float | None:
 
 def _differences(groups: list[tuple[str, Group]], reference: str) -> Iterable[dict[str, Any]]:
     """Every entry minus the reference, image by image, with a bootstrap interval of the mean over images."""
-    of_reference = {(law, group[0].masks.ratio): group for law, group in groups if group[0].entry.label == reference}
-    for law, group in groups:
+    of_reference = {
+        (pattern, group[0].masks.ratio): group for pattern, group in groups if group[0].entry.label == reference
+    }
+    for pattern, group in groups:
         if group[0].entry.label != reference:
-            base, found = of_reference[law, group[0].masks.ratio], _place(law, group)
+            base, found = of_reference[pattern, group[0].masks.ratio], _place(pattern, group)
             for name in PAIRED:
                 values = _scores(group, name).mean(axis=0) - _scores(base, name).mean(axis=0)  # (n,)
                 found[name] = {"mean": float(values.mean()), "95 %": list(interval(values))}
@@ -184,7 +186,7 @@ def _reference(entries: list[Entry], asked: str | None) -> str:
         if asked not in labels:
             raise InputError("--reference", asked, f"choose one of {'; '.join(labels)}")
         return asked
-    own = [entry.label for entry in entries if entry.run and entry.run.has_head and entry.method == "channels"]
+    own = [entry.label for entry in entries if entry.run and entry.run.has_head and entry.method == "concatenation"]
     return (own or [entry.label for entry in entries if entry.run] or labels)[0]
 
 
@@ -197,13 +199,13 @@ def _manifest(benchmark: Benchmark, results: Sequence[Result]) -> dict[str, Any]
     return circumstances(benchmark.device) | {
         "data": benchmark.config.data.source,
         "images": f"the first {len(benchmark.truth)} held-out rows, sha256 {benchmark.images_digest}",
-        "masks": {f"{masks.law} {masks.ratio:g}": masks.facts() for masks in benchmark.masks},
+        "masks": {f"{masks.pattern} {masks.ratio:g}": masks.facts() for masks in benchmark.masks},
         "sampling seeds": list(benchmark.seeds),
         **benchmark.perceptual.facts(),
         "LPIPS on the hole": "the spatial map, upsampled to the (enlarged) image, averaged over the hole's pixels",
         "SSIM on the hole": "the map's mean over the hole's pixels",
         "paste-back": "known pixels of every method's 8-bit output are replaced by the truth's, the same way for all",
-        "intervals": "95 % bootstrap over images (percentiles, 2000 draws) of means over seeds and laws",
+        "intervals": "95 % bootstrap over images (percentiles, 2000 draws) of means over seeds and patterns",
         "diversity": "mean squared difference on the hole, in [-1, 1], between pairs of seeds",
         "evaluations": "of the backbone per image, counted; guidance's branches count",
         "chosen on training images": benchmark.chosen,
@@ -243,7 +245,7 @@ def _training_seconds(path: Path, batch_size: int) -> float | None:
 def _by_place(rows: list[dict[str, Any]]) -> Iterable[tuple[tuple[float, str], list[dict[str, Any]]]]:
     places: dict[tuple[float, str], list[dict[str, Any]]] = {}
     for row in rows:
-        places.setdefault((row["ratio"], row["law"]), []).append(row)
+        places.setdefault((row["ratio"], row["pattern"]), []).append(row)
     return places.items()
 
 

@@ -1,4 +1,4 @@
-"""The restoration benchmark: the same images, holes and scores for every method, each part stored as it comes."""
+"""The reconstruction benchmark: the same images, holes and scores for every method, each part stored as it comes."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from mmdiff.metrics.lpips import Perceptual
 from mmdiff.randomness import fold
 
 PROTOCOL = 1  # of the scores; stored parts of another one are not taken
-TUNING = 16  # training images on which a method's free settings are chosen, holes of every law and size
+TUNING = 16  # training images on which a method's free settings are chosen, holes of every pattern and size
 CHOSEN_BY = "LPIPS, hole"  # their mean
 RAW = "not pasted"
 
 
 class MaskSet(NamedTuple):
-    """Holes of one law and size: ``known`` (n, 1, H, W), 1 = known."""
+    """Holes of one pattern and size: ``known`` (n, 1, H, W), 1 = known."""
 
-    law: str
+    pattern: str
     ratio: float
     known: Tensor
 
@@ -84,7 +84,7 @@ class Benchmark:
     Args:
         runs: of one data set.
         folder: parts are kept there, and an interrupted benchmark is continued from them.
-        laws, ratios: of the holes.
+        patterns, ratios: of the holes.
         images: how many held-out images.
         seeds: how many, of what is drawn.
         methods: names of `METHODS`, or None: all that the runs can do.
@@ -98,7 +98,7 @@ class Benchmark:
         self,
         runs: Sequence[Trained],
         folder: Path,
-        laws: Sequence[str] = ("squares",),
+        patterns: Sequence[str] = ("squares",),
         ratios: Sequence[float] = (0.5,),
         images: int = 64,
         seeds: int = 1,
@@ -114,9 +114,9 @@ class Benchmark:
         self._train, held_out = open_rows(self.config)
         self.truth, self.positions = _images(first, held_out, images)
         self.masks = [
-            MaskSet(law, ratio, known_masks(law, ratio, *self.truth.shape[2:], SEED, self.positions))
+            MaskSet(pattern, ratio, known_masks(pattern, ratio, *self.truth.shape[2:], SEED, self.positions))
             for ratio in ratios
-            for law in laws
+            for pattern in patterns
         ]
         self.chosen: dict[str, dict[str, Any]] = {}  # what training images decided
         self.images_digest = digest(_bytes(self.truth))
@@ -129,7 +129,7 @@ class Benchmark:
         found = []
         with tqdm(total=total, disable=not progress, unit="part") as bar:
             for entry, masks in wanted:
-                bar.set_postfix_str(f"{masks.law} {masks.ratio:g}, {entry.label}")
+                bar.set_postfix_str(f"{masks.pattern} {masks.ratio:g}, {entry.label}")
                 cells = []
                 for seed in self._seeds(entry):
                     cells.append(self.cell(entry, masks, seed))
@@ -144,7 +144,11 @@ class Benchmark:
         """A part, from the folder where it stands there."""
         key = self._key(entry, seed, images=self.images_digest, masks=masks.facts()["sha256"])
         run = entry.run.name if entry.run else "floor"
-        path = self.folder / "parts" / f"{run}-{entry.method}-{masks.law}-{masks.ratio:g}-{seed}-{key[:16]}.safetensors"
+        path = (
+            self.folder
+            / "parts"
+            / f"{run}-{entry.method}-{masks.pattern}-{masks.ratio:g}-{seed}-{key[:16]}.safetensors"
+        )
         if not path.is_file():
             _write(self._computed(entry, self.truth, masks.known, seed), path, key)
         return _read(path, key)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from mmdiff.build import build_model, build_objective, build_scheduler, build_table, open_rows
 from mmdiff.config import Config, load_config
 from mmdiff.errors import InputError, TrainingError
-from mmdiff.objective import Where
+from mmdiff.objective import BatchPosition
 from mmdiff.resolve import resolve
 from mmdiff.training.checkpoint import checkpoints
 from mmdiff.training.loop import train
@@ -95,5 +95,5 @@ def validation_loss(run: Path) -> float:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch, count = batch.to(device), len(next(iter(batch.present.values())))
     positions = torch.arange(count, device=device)
-    losses = [objective.to(device)(batch, Where(draw, positions, count)).loss for draw in range(DRAWS)]
+    losses = [objective.to(device)(batch, BatchPosition(draw, positions, count)).loss for draw in range(DRAWS)]
     return float(torch.stack(losses).mean())

@@ -1,4 +1,4 @@
-"""Shapes with a bag of photos per object: each shows a part of it somewhere else, and some show something else."""
+"""Shapes with a set of photos per object: each shows a part of it somewhere else, and some show something else."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _DRAWN = 12  # uniform numbers of a photo
 _DARK = 0.25  # brightness of a stranger's stripes
 
 
-class Bags(NamedTuple):
-    """The law of bags.
+class ImageSets(NamedTuple):
+    """How image sets are drawn.
 
     Attributes:
         views: least and largest number of photos, all equally likely.
@@ -28,7 +28,7 @@ class Bags(NamedTuple):
             the rest of its bounding square is grey.
         distractors: range of the share of photos that show another object, uniform; one photo is always right.
         strangers: whether such objects have a striped surface, so that every photo says by itself that it does not
-            belong; else they are objects of other attributes, and only the rest of the bag says so.
+            belong; else they are objects of other attributes, and only the rest of the set says so.
     """
 
     views: tuple[int, int] = (1, 6)
@@ -46,7 +46,7 @@ class Photo(NamedTuple):
     window: np.ndarray
 
 
-class ShapeBags(Shapes):
+class ShapeSets(Shapes):
     """Rows of shapes with further columns.
 
     ``photos``: a list of images of an object of the row's shape and colour at other places and scales, and of others;
@@ -55,17 +55,17 @@ class ShapeBags(Shapes):
 
     Args:
         split, rows, size, views, seed: see `Shapes`.
-        bags: their law.
+        image_sets: how they are drawn.
     """
 
-    def __init__(self, split: str, rows: int, size: int, views: int, seed: int, bags: Bags) -> None:
+    def __init__(self, split: str, rows: int, size: int, views: int, seed: int, image_sets: ImageSets) -> None:
         super().__init__(split, rows, size, views, seed)
-        self.bags = bags
-        self._keys["bags"] = fold(seed, 0, f"shapes/{split}/bags")
+        self.image_sets = image_sets
+        self._keys["image_sets"] = fold(seed, 0, f"shapes/{split}/bags")
 
     def _members(self, row: int, thing: Thing) -> list[Photo]:
-        (least, most), (low, high) = self.bags.views, self.bags.distractors
-        uniform = row_uniform(self._keys["bags"], row, 3 + _DRAWN * most)
+        (least, most), (low, high) = self.image_sets.views, self.image_sets.distractors
+        uniform = row_uniform(self._keys["image_sets"], row, 3 + _DRAWN * most)
         count = least + int(uniform[0] * (most - least + 1))
         others = min(int((low + (high - low) * uniform[1]) * count + uniform[2]), count - 1)
         each = uniform[3:].reshape(most, _DRAWN)[:count]
@@ -79,9 +79,9 @@ class ShapeBags(Shapes):
         return [photo.distractor for photo in self._members(row, thing)]
 
     def _picture(self, photo: Photo) -> Image.Image:
-        striped = photo.distractor and self.bags.strangers
+        striped = photo.distractor and self.image_sets.strangers
         pixels = render(photo.thing, photo.backdrop, self.size, _stripes(self.size) if striped else 1.0)
-        pixels[_hidden(photo, self.bags.visible, self.size)] = OCCLUDER
+        pixels[_hidden(photo, self.image_sets.visible, self.size)] = OCCLUDER
         return Image.fromarray(pixels)
 
     def _front(self, row: int, thing: Thing, backdrop: np.ndarray) -> Image.Image:
@@ -109,36 +109,38 @@ def load(
     size: int = 32,
     views: int = 4,
     seed: int = 0,
-    bags: Mapping[str, Any] | None = None,
+    image_sets: Mapping[str, Any] | None = None,
 ) -> dict[str, Shapes]:
-    """{"train", "validation"}, see `Shapes`; with the fields of `Bags` also the columns of `ShapeBags`.
+    """{"train", "validation"}, see `Shapes`; with the fields of `ImageSets` also the columns of `ShapeSets`.
 
     Raises:
-        InputError: as in `shapes.load`, and for bags of no photo, of distractors only, or with nothing to see.
+        InputError: as in `shapes.load`, and for image sets of no photo, of distractors only, or with nothing to see.
     """
     plain = shapes.load(rows, validation_rows, size, views, seed)
-    if bags is None:
+    if image_sets is None:
         return plain
-    law = _checked(Bags(**bags))
-    return {split: ShapeBags(split, len(own), size, views, seed, law) for split, own in plain.items()}
+    drawn = _checked(ImageSets(**image_sets))
+    return {split: ShapeSets(split, len(own), size, views, seed, drawn) for split, own in plain.items()}
 
 
-def _checked(law: Bags) -> Bags:
-    views, shares = (_pair(name, value) for name, value in (("views", law.views), ("distractors", law.distractors)))
+def _checked(given: ImageSets) -> ImageSets:
+    views, shares = (_pair(name, value) for name, value in (("views", given.views), ("distractors", given.distractors)))
     if not (1 <= views[0] <= views[1] and all(isinstance(count, int) for count in views)):
-        raise InputError("bags.views", law.views, "needs the least and the largest number of photos, 1 at least")
+        raise InputError(
+            "image_sets.views", given.views, "needs the least and the largest number of photos, 1 at least"
+        )
     if not 0 <= shares[0] <= shares[1] < 1:
-        raise InputError("bags.distractors", law.distractors, "needs a range of shares, 0 <= low <= high < 1")
-    if not 0 < law.visible <= 2:
-        raise InputError("bags.visible", law.visible, "is the window's side in radii, 0 < visible <= 2")
-    return law._replace(views=views, distractors=shares)
+        raise InputError("image_sets.distractors", given.distractors, "needs a range of shares, 0 <= low <= high < 1")
+    if not 0 < given.visible <= 2:
+        raise InputError("image_sets.visible", given.visible, "is the window's side in radii, 0 < visible <= 2")
+    return given._replace(views=views, distractors=shares)
 
 
 def _pair(name: str, value: Any) -> tuple[Any, Any]:
     """One number, or a range."""
     ends = tuple(value) if isinstance(value, list | tuple) else (value, value)
     if len(ends) != 2 or not all(isinstance(end, int | float) for end in ends):
-        raise InputError(f"bags.{name}", value, "needs one number, or two: low and high")
+        raise InputError(f"image_sets.{name}", value, "needs one number, or two: low and high")
     return ends
 
 

@@ -1,4 +1,4 @@
-"""`mmdiff benchmark fusion`: bags at any law, scores by hand, what learns, and a benchmark that goes on."""
+"""`mmdiff benchmark fusion`: image sets at any law, scores by hand, what learns, and a benchmark that goes on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from mmdiff.benchmarks.fusion import run as fusion_accuracy
 from mmdiff.benchmarks.fusion.classifier import Classifiers, Retrieval
-from mmdiff.benchmarks.fusion.image_sets import front_views, held_out_bags, one_large, single_photos, training_bags
+from mmdiff.benchmarks.fusion.image_sets import front_views, held_out_sets, one_large, single_photos, training_sets
 from mmdiff.benchmarks.fusion.learning import ENTRIES, FINE_TUNED, ZERO_SHOT, fit
 from mmdiff.benchmarks.fusion.scores import best, between_seeds, mass, scores
 from mmdiff.benchmarks.fusion.settings import Schedule, Settings, load_settings
@@ -84,23 +84,23 @@ def test_seeds_have_students_interval() -> None:
     assert between_seeds([0.5])["95 %"] is None
 
 
-# ----------------------------------------------------------------------------------------------------------------- bags
+# -------------------------------------------------------------------------------------------------------- image sets
 
 
 @pytest.mark.parametrize("stem", ["accuracy_shapes", "accuracy_coil"])
 def test_bags_follow_the_law_that_is_asked_for(stem: str) -> None:
     settings = toy(stem)
     assert {len(photos) for photos in single_photos(settings).photos} == {1}
-    held_out = held_out_bags(settings, 4, 0.5)
+    held_out = held_out_sets(settings, 4, 0.5)
     assert len(held_out.photos) == 6 and all(len(photos) == 4 for photos in held_out.photos)
     assert [sum(flags) for flags in held_out.distractors] == [2] * 6
     assert held_out.photos[0][0].size == (settings.data.size,) * 2
-    assert max(map(len, training_bags(settings).photos)) > 3
-    assert held_out.answers == held_out_bags(settings, 1, 0.0).answers  # the same objects at every law
+    assert max(map(len, training_sets(settings).photos)) > 3
+    assert held_out.answers == held_out_sets(settings, 1, 0.0).answers  # the same objects at every law
 
 
 def test_answers_are_the_texts_of_columns() -> None:
-    answers = held_out_bags(toy("accuracy_shapes_llava"), 1, 0.0).answers
+    answers = held_out_sets(toy("accuracy_shapes_llava"), 1, 0.0).answers
     for kind, attributes, caption in zip(*(answers[task] for task in ("category", "attributes", "caption"))):
         color, shape = kind.split()
         assert (attributes, caption) == (f"{color} , {shape}", f"a {color} {shape}")
@@ -150,9 +150,9 @@ def test_an_object_never_seen_is_found_by_its_front_view(tmp_path: Path) -> None
     """Each front view finds itself, in whatever order; training has none of these objects, no set a front view."""
     settings = toy("retrieval_coil", "test.rows=8")
     way, fronts = Retrieval(settings, tmp_path), front_views(settings)
-    assert set(fronts) == set(held_out_bags(settings, 1, 0.0).answers["object"]) and len(fronts) > 1
-    assert not set(fronts) & set(training_bags(settings).answers["object"])
-    shown = {photo.tobytes() for photos in held_out_bags(settings, 4, 0.5).photos for photo in photos}
+    assert set(fronts) == set(held_out_sets(settings, 1, 0.0).answers["object"]) and len(fronts) > 1
+    assert not set(fronts) & set(training_sets(settings).answers["object"])
+    shown = {photo.tobytes() for photos in held_out_sets(settings, 4, 0.5).photos for photo in photos}
     assert not shown & {front.tobytes() for front in fronts.values()}
     model, pixels = way._pretrained(0), [torch.from_numpy(np.array(front)) for front in fronts.values()]
     with torch.no_grad():
@@ -163,7 +163,7 @@ def test_an_object_never_seen_is_found_by_its_front_view(tmp_path: Path) -> None
 @pytest.mark.parametrize("stem", ["accuracy_shapes_llava", "accuracy_shapes_blip2"])
 def test_a_language_model_learns_its_answers(tmp_path: Path, stem: str) -> None:
     """It says by heart what it has seen often: three sets, a task each."""
-    more = ["data.options.rows=3", "data.options.bags.views=1", "data.options.bags.distractors=0"]
+    more = ["data.options.rows=3", "data.options.image_sets.views=1", "data.options.image_sets.distractors=0"]
     more += ["pretraining.steps=60", "pretraining.learning_rate=5e-3", *SMALL]
     way = LanguageModels(toy(stem, *more), tmp_path)
     model, reader = way._pretrained("attention", 0)

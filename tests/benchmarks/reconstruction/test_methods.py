@@ -1,4 +1,4 @@
-"""Ways to fill holes: floors by hand, evaluations counted, RePaint's conversion and law on an exact Gaussian."""
+"""Ways to fill holes: floors by hand, evaluations counted, RePaint's conversion and pattern on an exact Gaussian."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ BACKBONE |= {"attention_head_dim": 4}
 
 
 def images(count: int = 4, channels: int = 3) -> tuple[Tensor, Tensor]:
-    """8-bit noise (n, C, 8, 8) in [−1, 1], and holes of every law."""
+    """8-bit noise (n, C, 8, 8) in [−1, 1], and holes of every pattern."""
     pixels = torch.randint(256, (count, channels, SIZE, SIZE), generator=Generator().manual_seed(0)) / 127.5 - 1
     return pixels, known_masks("mixed", (0.2, 0.6), SIZE, SIZE, 0, torch.arange(count))
 
@@ -126,10 +126,10 @@ def test_scores_do_not_see_what_a_method_did_to_known_pixels() -> None:
 # -------------------------------------------------------------------------------------------------------------- methods
 
 ABLE = [
-    ({}, {"head", "channels", "replacement", "channels+replacement"}),  # (a)
+    ({}, {"head", "concatenation", "replacement", "concatenation+replacement"}),  # (a)
     ({"hidden": 1.0, "observed": 1.0}, {"head"}),  # (b)
     ({"masked": False, "hidden": 0.0}, {"repaint", "sdedit"}),  # (c), (d)
-    ({"observed": 1.0, "hidden": 0.0, "loss_weight": 0.0}, {"channels", "channels+replacement"}),  # (e)
+    ({"observed": 1.0, "hidden": 0.0, "loss_weight": 0.0}, {"concatenation", "concatenation+replacement"}),  # (e)
     ({"observed": 0.0, "hidden": 0.0}, {"replacement"}),
 ]
 
@@ -142,19 +142,19 @@ def test_a_run_can_do_what_it_was_trained_for(settings: dict[str, Any], expected
 
 def test_rows_follow_the_options() -> None:
     options = Options(steps=(2, 3), guidance=(1.0, 2.0), repaint=((1, 1, 4), (2, 2, 6)), sdedit=(3,))
-    rows = METHODS["channels"].settings(run(), options)
+    rows = METHODS["concatenation"].settings(run(), options)
     assert [(row["steps"], row.get("guidance", 1)) for row in rows] == [(2, 1), (2, 2.0), (3, 1), (3, 2.0)]
     assert len(METHODS["replacement"].settings(run(), options)) == 2  # guidance belongs to channels
-    assert len(METHODS["channels"].settings(run(observed=1.0), options)) == 2  # never trained without
+    assert len(METHODS["concatenation"].settings(run(observed=1.0), options)) == 2  # never trained without
     assert METHODS["repaint"].settings(None, options) == [{"jumps": [1, 1, 4]}, {"jumps": [2, 2, 6]}]
 
 
 COUNTS = [
     (head, {}, True, 1),
-    (draws, {"ways": "channels", "steps": 4}, True, 4),
-    (draws, {"ways": "channels", "steps": 3, "guidance": 2.0}, True, 6),
+    (draws, {"ways": "concatenation", "steps": 4}, True, 4),
+    (draws, {"ways": "concatenation", "steps": 3, "guidance": 2.0}, True, 6),
     (draws, {"ways": "replacement", "steps": 4}, True, 4),
-    (draws, {"ways": "channels+replacement", "steps": 4}, True, 4),
+    (draws, {"ways": "concatenation+replacement", "steps": 4}, True, 4),
     (repaint, {"jumps": [2, 3, 6], "eta": 0.0}, False, 14),
     (repaint, {"jumps": [1, 1, 6], "eta": 1.0}, False, 6),
     (sdedit, {"steps": 7, "strength": 0.6, "eta": 1.0}, False, 7),
@@ -222,7 +222,7 @@ def test_repaint_comes_to_the_conditional_law() -> None:
 
 
 def test_sdedit_keeps_its_guide_where_it_is_weak() -> None:
-    """A little noise leaves the guide, the blurred known pixel; all of it leaves the data's law."""
+    """A little noise leaves the guide, the blurred known pixel; all of it leaves the data's pattern."""
     trained, count = exact("sample"), 400
     known = torch.tensor([1.0, 0.0], dtype=torch.float64).expand(count, 1, 1, 2)
     weak, strong = (

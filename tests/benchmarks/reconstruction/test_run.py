@@ -1,4 +1,4 @@
-"""The restoration benchmark: the same images and holes for all, parts that are taken up again and never mixed."""
+"""The reconstruction benchmark: the same images and holes for all, parts that are taken up again and never mixed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def tree(name: str, backbone: Path, masked: bool = True) -> dict[str, Any]:
     data: dict[str, Any] = {"source": "shapes", "options": {"rows": 24, "validation_rows": 12, "size": SIZE}}
     modalities: dict[str, Any] = {"image": {"kind": "image"}}
     if masked:
-        data["masking"] = {"masked_image": {"law": "mixed", "ratio": [0.1, 0.75]}}
+        data["masking"] = {"masked_image": {"pattern": "mixed", "ratio": [0.1, 0.75]}}
         modalities["masked_image"] = {"kind": "masked_image", "states": {"observed": 0.7}}
     return {
         "name": name,
@@ -54,7 +54,7 @@ def tree(name: str, backbone: Path, masked: bool = True) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, backbone: Path) -> Path:
     """Run folders "both" and "plain", of random weights."""
-    folder = tmp_path_factory.mktemp("restoration")
+    folder = tmp_path_factory.mktemp("reconstruction")
     for name, masked in (("both", True), ("plain", False)):
         experiment = build(parse_config(tree(name, backbone, masked)))
         torch.manual_seed(0)
@@ -115,16 +115,16 @@ def test_masks_and_images_are_fixed_by_their_seed(whole: Whole, folder: Path, tm
     assert other.masks[0].facts() == same.facts() and same.facts()["seed"] == 0
     assert other.images_digest == whole.scene.images_digest
     hashes = [masks.facts()["sha256"] for masks in whole.scene.masks]
-    more = benchmark(loaded(folder, "plain"), tmp_path, laws=("box",), images=4, methods=["mean"]).masks
+    more = benchmark(loaded(folder, "plain"), tmp_path, patterns=("box",), images=4, methods=["mean"]).masks
     assert len({*hashes, *(masks.facts()["sha256"] for masks in more)}) == 4
-    changed = MaskSet(same.law, same.ratio, same.known.clone())
+    changed = MaskSet(same.pattern, same.ratio, same.known.clone())
     changed.known[3, 0, 5, 7] = 1 - changed.known[3, 0, 5, 7]
     assert changed.facts()["sha256"] != same.facts()["sha256"]
     assert digest(same.known.bool()) != digest(same.known.bool().reshape(4, 1, SIZE // 2, SIZE * 2))
 
 
 def test_every_method_is_there_and_costs_what_it_costs(whole: Whole) -> None:
-    own = ["head", "channels", "replacement", "channels+replacement"]
+    own = ["head", "concatenation", "replacement", "concatenation+replacement"]
     labels = [entry.label for entry in whole.scene.entries]
     assert [label.split(" (")[0] for label in labels] == [
         *FLOORS,
@@ -134,7 +134,7 @@ def test_every_method_is_there_and_costs_what_it_costs(whole: Whole) -> None:
     ]
     rows = {(row["method"].split(" (")[0], row["ratio"]): row for row in whole.found["rows"]}
     assert len(rows) == 2 * len(labels)
-    expected = {"mean": 0, "both: head": 1, "both: channels": 2, "plain: repaint": 6, "plain: sdedit": 3}
+    expected = {"mean": 0, "both: head": 1, "both: concatenation": 2, "plain: repaint": 6, "plain: sdedit": 3}
     for name, evaluations in expected.items():
         assert rows[name, 0.25]["evaluations per image"] == evaluations, name
     for (name, _), row in rows.items():
@@ -147,7 +147,7 @@ def test_every_method_is_there_and_costs_what_it_costs(whole: Whole) -> None:
             assert np.mean(row[f"{score}, by seed"]) == pytest.approx(row[score])
         if "replacement" in name or name.startswith("plain"):  # they put known pixels back by themselves
             assert row["PSNR, whole"] == pytest.approx(row[f"PSNR, whole, {RAW}"], abs=1e-6)
-    assert rows["both: channels", 0.5]["PSNR, whole"] > rows["both: channels", 0.5][f"PSNR, whole, {RAW}"] + 1
+    assert rows["both: concatenation", 0.5]["PSNR, whole"] > rows["both: concatenation", 0.5][f"PSNR, whole, {RAW}"] + 1
 
 
 def test_stored_scores_are_those_of_the_stored_fills(whole: Whole) -> None:
@@ -168,7 +168,7 @@ def test_stored_scores_are_those_of_the_stored_fills(whole: Whole) -> None:
 
 def test_differences_are_image_by_image(whole: Whole) -> None:
     reference = whole.found["manifest"]["compared with"]
-    assert reference == "both: channels (steps 2)"
+    assert reference == "both: concatenation (steps 2)"
     by = {(result.entry.label, result.masks.ratio): result for result in whole.results}
     assert len(whole.found["differences"]) == 2 * (len(whole.scene.entries) - 1)
     for found in whole.found["differences"]:
@@ -208,21 +208,21 @@ def test_the_manifest_and_the_table(whole: Whole) -> None:
 
 def test_laws_together_are_means_over_laws(folder: Path, tmp_path: Path) -> None:
     scene = benchmark(
-        loaded(folder, "both"), tmp_path, laws=("squares", "half"), ratios=(0.5,), methods=["mean", "channels"]
+        loaded(folder, "both"), tmp_path, patterns=("squares", "half"), ratios=(0.5,), methods=["mean", "concatenation"]
     )
     results = scene.results(progress=False)
     found = standings.tree(scene, results)
-    assert [row["law"] for row in found["rows"]] == ["all"] * 2 + ["squares"] * 2 + ["half"] * 2
-    scores = [row["LPIPS, hole"] for row in found["rows"] if row["by"] == "channels"]
+    assert [row["pattern"] for row in found["rows"]] == ["all"] * 2 + ["squares"] * 2 + ["half"] * 2
+    scores = [row["LPIPS, hole"] for row in found["rows"] if row["by"] == "concatenation"]
     assert scores[0] == pytest.approx(np.mean(scores[1:]))
-    assert "holes half" in standings.text(found) and "holes half" not in standings.text(found, each_law=False)
+    assert "holes half" in standings.text(found) and "holes half" not in standings.text(found, each_pattern=False)
 
 
 # ------------------------------------------------------------------------------------------------ taken up, never mixed
 
 
 def test_an_interrupted_benchmark_goes_on(whole: Whole, folder: Path, tmp_path: Path) -> None:
-    few = {"ratios": (0.5,), "methods": ["mean", "channels", "repaint"]}
+    few = {"ratios": (0.5,), "methods": ["mean", "concatenation", "repaint"]}
     first = benchmark(loaded(folder), tmp_path, **few)
     for entry in first.entries[:2]:  # and then the power fails
         first.cell(entry, first.masks[0], 0)
@@ -277,7 +277,7 @@ def test_what_does_not_fit_is_named(folder: Path, tmp_path: Path, backbone: Path
         ("--methods = 'magic'", lambda: entries([both], OPTIONS, ["magic"])),
         ("--methods = 'repaint': none of both was trained for it", lambda: entries([both], OPTIONS, ["repaint"])),
         ("RUN = 'both': is the name of two runs", lambda: benchmark([both, both], tmp_path)),
-        ("law = 'ring'", lambda: benchmark([both], tmp_path, laws=["ring"], methods=["mean"])),
+        ("pattern = 'ring'", lambda: benchmark([both], tmp_path, patterns=["ring"], methods=["mean"])),
     ]
     plain.config.data.options["rows"] = 5
     cases.append(("RUN = 'plain': has other data than both", lambda: benchmark([both, plain], tmp_path)))
@@ -293,10 +293,19 @@ def test_what_does_not_fit_is_named(folder: Path, tmp_path: Path, backbone: Path
 def test_one_command_trains_and_scores_them_all(cli: Cli, tmp_path: Path, backbone: Path) -> None:
     for name, masked in (("both", True), ("plain", False)):
         OmegaConf.save(OmegaConf.create(tree(name, backbone, masked)), tmp_path / f"{name}.yaml")
-    command = ["benchmark", "restoration", tmp_path / "both.yaml", tmp_path / "plain.yaml", "--images", 3, "--steps", 1]
+    command = [
+        "benchmark",
+        "reconstruction",
+        tmp_path / "both.yaml",
+        tmp_path / "plain.yaml",
+        "--images",
+        3,
+        "--steps",
+        1,
+    ]
     command += [
         "--methods",
-        "mean,channels,repaint",
+        "mean,concatenation,repaint",
         "--repaint",
         "1,1,2",
         "--sweep",
@@ -306,7 +315,7 @@ def test_one_command_trains_and_scores_them_all(cli: Cli, tmp_path: Path, backbo
     ]
     first = cli(*command)
     assert first.code == 0, first.err
-    assert "plain: repaint (jumps 1,1,2, eta " in first.out and "minus both: channels (steps 1)" in first.out
+    assert "plain: repaint (jumps 1,1,2, eta " in first.out and "minus both: concatenation (steps 1)" in first.out
     for name in ("both", "plain"):
         run, short = tmp_path / "out" / "runs" / name, tmp_path / "out" / "sweeps" / name
         sweep = json.loads((run / "sweep.json").read_text())
@@ -316,13 +325,13 @@ def test_one_command_trains_and_scores_them_all(cli: Cli, tmp_path: Path, backbo
         assert load_config(run / "config.yaml").train.steps == 4
         assert sorted(path.name for path in short.iterdir()) == ["rate-0.0005", "rate-0.001"]
         assert (short / "rate-0.001" / "curves.png").is_file() and (run / "metrics.jsonl").is_file()
-    found = json.loads((tmp_path / "out" / "restoration.json").read_text())
+    found = json.loads((tmp_path / "out" / "reconstruction.json").read_text())
     assert found["manifest"]["runs"]["both"]["sweep"]["steps"] == 1
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
     again = cli(*command)
     assert again.code == 0, again.err
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")} == files
-    assert (tmp_path / "out" / "restoration-1.json").is_file()  # kept
+    assert (tmp_path / "out" / "reconstruction-1.json").is_file()  # kept
     changed = cli(*command, "train.weight_decay=0.1")
     assert changed.code == 2 and changed.complaint.startswith("train.weight_decay = 0.1: the run in ")
 
@@ -338,6 +347,6 @@ def test_one_command_trains_and_scores_them_all(cli: Cli, tmp_path: Path, backbo
 )
 def test_bad_options_are_named(cli: Cli, tmp_path: Path, backbone: Path, arguments: list[str], start: str) -> None:
     OmegaConf.save(OmegaConf.create(tree("both", backbone)), tmp_path / "both.yaml")
-    answer = cli("benchmark", "restoration", tmp_path / "both.yaml", *arguments, "--out", tmp_path / "out")
+    answer = cli("benchmark", "reconstruction", tmp_path / "both.yaml", *arguments, "--out", tmp_path / "out")
     assert answer.code == 2 and answer.complaint.startswith(start)
     assert not (tmp_path / "out").exists()

@@ -14,7 +14,7 @@ from mmdiff.build import build
 from mmdiff.config import Config, load_config
 from mmdiff.errors import InputError
 from mmdiff.model import MTDiffusionModel
-from mmdiff.objective import Where
+from mmdiff.objective import BatchPosition
 
 Configure = Callable[..., Config]
 
@@ -26,7 +26,7 @@ def test_the_validation_loss_is_that_of_the_pipeline(finished_run: Path) -> None
     batch = experiment.validation.all(ROWS)
     count = len(batch.present["image"])
     with torch.no_grad():
-        wheres = (Where(draw, torch.arange(count), count) for draw in range(DRAWS))
+        wheres = (BatchPosition(draw, torch.arange(count), count) for draw in range(DRAWS))
         losses = [float(experiment.objective.eval()(batch, where).loss) for where in wheres]
     assert validation_loss(finished_run) == pytest.approx(sum(losses) / DRAWS, rel=1e-5)
 

@@ -1,4 +1,4 @@
-"""Bags of shapes: photos of one object by a stated law, a function of (seed, split, index)."""
+"""ImageSets of shapes: photos of one object by a stated law, a function of (seed, split, index)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from mmdiff.errors import InputError
 COUNT = 300
 
 
-def rows(count: int = COUNT, seed: int = 0, **bags: Any) -> Any:
-    return load(rows=count, validation_rows=count, seed=seed, bags=bags)["train"]
+def rows(count: int = COUNT, seed: int = 0, **image_sets: Any) -> Any:
+    return load(rows=count, validation_rows=count, seed=seed, image_sets=image_sets)["train"]
 
 
-def column(name: str, count: int = COUNT, **bags: Any) -> list[Any]:
-    return [row[name] for row in rows(count, **bags).select_columns([name])]
+def column(name: str, count: int = COUNT, **image_sets: Any) -> list[Any]:
+    return [row[name] for row in rows(count, **image_sets).select_columns([name])]
 
 
 def as_images(pictures: list[Any]) -> torch.Tensor:
@@ -38,7 +38,7 @@ def test_a_row_is_a_function_of_seed_split_and_index() -> None:
         assert one["distractors"] == other["distractors"] and one["kind"] == other["kind"]
     assert first[3]["photos"][0].tobytes() != rows(4, seed=1)[3]["photos"][0].tobytes()
     assert [photo.tobytes() for photo in first[3]["photos"]] != [
-        photo.tobytes() for photo in load(bags={"distractors": [0, 0.5]})["validation"][3]["photos"]
+        photo.tobytes() for photo in load(image_sets={"distractors": [0, 0.5]})["validation"][3]["photos"]
     ]
 
 
@@ -65,8 +65,8 @@ def test_sizes_and_distractors_follow_their_laws() -> None:
 
 def test_whole_photos_show_the_kind_and_distractors_another() -> None:
     """The rules read what is in every photo; colours of strangers are darker but the same."""
-    bags = {"visible": 2.0, "distractors": 0.5, "strangers": False}
-    own, kinds = rows(60, **bags), column("kind", 60, **bags)
+    image_sets = {"visible": 2.0, "distractors": 0.5, "strangers": False}
+    own, kinds = rows(60, **image_sets), column("kind", 60, **image_sets)
     for row, kind in zip(own, kinds):
         read = read_kind(as_images(row["photos"]))
         assert [(one == kind) for one in read.tolist()] == [not flag for flag in row["distractors"]]
@@ -102,24 +102,24 @@ def test_strangers_are_striped() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bags", "key"),
+    ("image_sets", "key"),
     [
-        ({"views": 0}, "bags.views"),
-        ({"views": [3, 2]}, "bags.views"),
-        ({"views": [1, 2, 3]}, "bags.views"),
-        ({"visible": 0}, "bags.visible"),
-        ({"visible": 2.5}, "bags.visible"),
-        ({"distractors": 1.0}, "bags.distractors"),
-        ({"distractors": [0.5, 0.1]}, "bags.distractors"),
+        ({"views": 0}, "image_sets.views"),
+        ({"views": [3, 2]}, "image_sets.views"),
+        ({"views": [1, 2, 3]}, "image_sets.views"),
+        ({"visible": 0}, "image_sets.visible"),
+        ({"visible": 2.5}, "image_sets.visible"),
+        ({"distractors": 1.0}, "image_sets.distractors"),
+        ({"distractors": [0.5, 0.1]}, "image_sets.distractors"),
     ],
 )
-def test_impossible_bags_are_refused(bags: dict[str, Any], key: str) -> None:
+def test_impossible_bags_are_refused(image_sets: dict[str, Any], key: str) -> None:
     with pytest.raises(InputError, match=f"^{key} = "):
-        load(bags=bags)
+        load(image_sets=image_sets)
 
 
 def test_bags_are_an_option_of_the_source() -> None:
-    train, validation = open_splits("shapes", options={"rows": 5, "validation_rows": 2, "bags": {"views": 2}})
+    train, validation = open_splits("shapes", options={"rows": 5, "validation_rows": 2, "image_sets": {"views": 2}})
     assert len(train) == 5 and len(validation) == 2 and len(train[0]["photos"]) == 2
     with pytest.raises(InputError, match=r"data.options = .*do not fit shapes"):
-        open_splits("shapes", options={"bags": {"photos": 2}})
+        open_splits("shapes", options={"image_sets": {"photos": 2}})
