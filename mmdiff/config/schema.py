@@ -88,6 +88,14 @@ class DataConfig(Strict):
     on_error: Literal["raise", "skip"] = "raise"  # skip: a value that cannot be used counts as absent
     max_errors: Share = 0.01  # share of rows that may have such a value; more stop the run
 
+    @field_validator("source", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        several = value if isinstance(value, list) and value else [value]
+        if not all(isinstance(one, str) for one in several):
+            raise ValueError("name a source, or a list of files")
+        return value
+
 
 class WeightConfig(Strict):
     """W_t of a modality (README, Theory, section 3)."""

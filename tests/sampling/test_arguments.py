@@ -68,7 +68,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
         ({"num_inference_steps": 3}, {"num_inference_steps": np.int64(3)}),
         ({"aggregate": ["label"]}, {"aggregate": np.array(["label"])}),
         ({"aggregate": False}, {"aggregate": np.bool_(False)}),
-        ({"self_guidance_scale": 2.5}, {"self_guidance_scale": Decimal("2.5")}),
+        ({"head_guidance_scale": 2.5}, {"head_guidance_scale": Decimal("2.5")}),
         (
             {"observed": {"image": np.zeros((8, 8), np.uint8)}},
             {"observed": {"image": np.zeros((8, 8, 1), np.uint8)}},
