@@ -36,13 +36,17 @@ class Experiment:
     objective: MTObjective
 
 
-def build(config: Config) -> Experiment:
+def build(config: Config, hub: bool = True) -> Experiment:
     """Open the data, read off what they determine, and build all parts.
+
+    Args:
+        config: of the experiment.
+        hub: see `open_rows`.
 
     Raises:
         InputError: naming the config key.
     """
-    rows, held_out = open_rows(config)
+    rows, held_out = open_rows(config, hub)
     config = resolve(config, rows)
     scheduler = build_scheduler(config)
     model = build_model(config)

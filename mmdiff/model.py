@@ -20,7 +20,7 @@ from mmdiff.errors import InputError
 from mmdiff.modalities import Modality, Shape, find_modality
 from mmdiff.schedulers.arguments import check_value
 from mmdiff.slots import Axes, Slot, of, slots
-from mmdiff.trust import damage, refuse_custom, refuse_huge
+from mmdiff.trust import check_links, damage, refuse_custom, refuse_huge
 from mmdiff.values import check_names
 
 _OTHER_SLOTS = "its slots are not those of its tensors; see mmdiff check-modality"
@@ -96,10 +96,11 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
             kwargs: of diffusers' `ModelMixin.from_pretrained`.
 
         Raises:
-            InputError: when the config names custom modalities and they are not trusted, and nothing is imported then;
-                for an unknown argument, and a damaged folder.
+            InputError: when the config names custom modalities and they are not trusted, or a link leads out of a
+                local folder, and nothing is imported then; for an unknown argument, and a damaged folder.
         """
         path = pretrained_model_name_or_path
+        check_links("model", path)
         if trust_custom_modalities is not True:  # a text such as "no" would count as true
             hub = {key: value for key, value in kwargs.items() if key in _HUB_ARGUMENTS}
             with damage("model", path):

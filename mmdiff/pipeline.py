@@ -27,7 +27,7 @@ from mmdiff.sampling.heads import heads, heads_of_noised_anchor, read_levels
 from mmdiff.sampling.observed import observed_values, weights_of
 from mmdiff.sampling.replacement import renoised, replaced, visits
 from mmdiff.schedulers import SCHEDULERS, MTScheduler, as_ours
-from mmdiff.trust import damage
+from mmdiff.trust import check_links, damage
 from mmdiff.values import check_names, plain, switch, whole
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -93,11 +93,12 @@ class MTDiffusionPipeline(DiffusionPipeline):
             kwargs: of the hub: revision, token, cache_dir, local_files_only, force_download.
 
         Raises:
-            InputError: when the folder holds another pipeline, or names custom modalities that are not trusted; nothing
-                of it is imported or run.
+            InputError: when the folder holds another pipeline or a link out of it, or names custom modalities that are
+                not trusted; nothing of it is imported or run.
         """
         check_names(kwargs, [*list(inspect.signature(cls.from_pretrained).parameters)[1:-1], *HUB_ARGUMENTS])
         path, chosen = pretrained_model_name_or_path, dtypes(torch_dtype, dtype)
+        check_links("pipeline", path)
         index = read_index(cls, path, **kwargs)
         if model is None:
             trust = {"trust_custom_modalities": trust_custom_modalities}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,11 @@ def damage(key: str, path: Any) -> Iterator[None]:
 
 
 def stay_offline() -> None:
-    """Contact nobody from here on; must be called before the libraries that would are imported."""
+    """Contact nobody from here on; libraries that are imported already are told too."""
     os.environ.update(dict.fromkeys(_OFFLINE, "1"))
+    for module in ("huggingface_hub.constants", "datasets.config"):
+        if module in sys.modules:
+            sys.modules[module].HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
 
 
 def offline() -> bool:
@@ -83,17 +87,22 @@ def offline() -> bool:
     return os.environ.get(_OFFLINE[0], "").upper() in ("1", "ON", "YES", "TRUE")
 
 
-def check_links(key: str, folder: Path) -> None:
+def check_links(key: str, folder: str | os.PathLike) -> None:
     """Every symbolic link in a folder must lead into the folder: none is read or written through else.
 
     Args:
         key: for the error.
-        folder: of a run or a pipeline; it may be a link itself.
+        folder: of a run or a pipeline; it may be a link itself. Anything else is left alone, such as a hub's name.
 
     Raises:
         InputError: naming the link.
     """
-    home = folder.resolve()
-    for path in folder.rglob("*"):
-        if path.is_symlink() and not path.resolve().is_relative_to(home):
+    if not (isinstance(folder, str | os.PathLike) and Path(folder).is_dir()):
+        return
+    home = Path(folder).resolve()
+    homes = [home]
+    if home.parent.name == "snapshots":  # of the hub's cache, whose files are links to its blobs
+        homes.append(home.parent.parent / "blobs")
+    for path in Path(folder).rglob("*"):
+        if path.is_symlink() and not any(path.resolve().is_relative_to(one) for one in homes):
             raise InputError(key, str(path), "is a link that leads out of its folder; put the file itself there")

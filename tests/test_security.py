@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import re
 import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from omegaconf import OmegaConf
 
 from mmdiff.benchmarks.fusion.settings import load_settings
 from mmdiff.config import load_config, parse_config, parse_overrides, save_config
+from mmdiff.data import open_splits
 from mmdiff.data.embeddings import load_clip
 from mmdiff.errors import InputError, printable
 from mmdiff.evaluation.judges import find_judge
@@ -172,6 +177,26 @@ def test_a_clip_folder_that_asks_for_code_is_refused(
     assert contacts == []
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "text", ['{"auto\\u005fmap": {"AutoTokenizer": "a.B"}}', '{"a": [{"trust_remote_code": true}]}', "[" * 9000]
+)
+def test_code_beside_a_clip_model_is_refused_however_it_is_spelled(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / "open_clip_config.json").write_text("{}")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=f"{name} (names remote code|is no JSON)|its {name} is no JSON"):
+        load_clip("zero_shot", f"local-dir:{tmp_path}", None)
+
+
+@pytest.mark.parametrize("place", ["../evil", "/evil", "a:b", "folder_here"])
+def test_a_clip_folder_leads_to_no_other_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder_here").mkdir()
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"text_cfg": {"hf_model_name": place}}}))
+    with pytest.raises(InputError, match="a further place"):
+        load_clip("zero_shot", f"local-dir:{tmp_path}", None)
+
+
 @pytest.mark.parametrize("model", ["local-dir:/tmp", "hf-hub:a/b", "../x", ""])
 def test_an_encoder_of_open_clip_has_a_plain_name(contacts: list[Any], model: str) -> None:
     with pytest.raises(InputError, match="encoder.model"):
@@ -317,6 +342,36 @@ def test_links_out_of_a_run_folder_are_refused(cli: Cli, run_copy: Path, tmp_pat
     assert outside.is_dir() or name != "evaluation.json" or outside.read_text() == "precious"
 
 
+@pytest.mark.parametrize("name", ["model", "model/config.json", "model_index.json", "scheduler/more.json"])
+def test_links_out_of_a_pipeline_are_refused_in_python(run_copy: Path, tmp_path: Path, name: str) -> None:
+    inside, outside = run_copy / "pipeline" / name, tmp_path / "outside"
+    if inside.exists():
+        shutil.move(inside, outside)
+    inside.symlink_to(outside)
+    with pytest.raises(InputError, match="leads out of its folder"):
+        MTDiffusionPipeline.from_pretrained(run_copy / "pipeline")
+    if name == "model/config.json":
+        with pytest.raises(InputError, match="leads out of its folder"):
+            MTDiffusionModel.from_pretrained(run_copy / "pipeline", subfolder="model")
+
+
+def test_a_snapshot_of_the_hub_keeps_its_links(run_copy: Path, tmp_path: Path) -> None:
+    """Its files are links to the blobs beside it, and to nothing else."""
+    home = tmp_path / "models--a--b"
+    snapshot = home / "snapshots" / "0123"
+    shutil.copytree(run_copy / "pipeline", snapshot)
+    (home / "blobs").mkdir()
+    file, other = snapshot / "model" / "config.json", tmp_path / "other"
+    shutil.copy(file, other)
+    shutil.move(file, home / "blobs" / "abc")
+    file.symlink_to(Path("../../../blobs/abc"))
+    MTDiffusionPipeline.from_pretrained(snapshot)
+    file.unlink()
+    file.symlink_to(other)
+    with pytest.raises(InputError, match="leads out of its folder"):
+        MTDiffusionPipeline.from_pretrained(snapshot)
+
+
 def test_a_run_folder_may_be_a_link(cli: Cli, finished_run: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(finished_run)
     arguments = ["--num", 1, "--steps", 1, "--out", tmp_path / "grid.png"]
@@ -338,3 +393,91 @@ def test_evil_numbers_in_a_model_are_one_line(cli: Cli, run_copy: Path, tmp_path
     file.write_text(json.dumps(config))
     torch.manual_seed(0)
     assert cli("sample", run_copy, "--out", tmp_path / "grid.png").complaint
+
+
+# ----------------------------------------------------------------------------------------------------------- data, hub
+
+
+def tar(file: Path, name: str, kind: bytes = tarfile.REGTYPE) -> Path:
+    with tarfile.open(file, "w") as archive:
+        member = tarfile.TarInfo(name)
+        member.type, member.linkname, member.size = kind, "/etc/hostname", 2 if kind == tarfile.REGTYPE else 0
+        archive.addfile(member, io.BytesIO(b"42"))
+    return file
+
+
+@pytest.mark.parametrize("name", ["../a.cls", "/a.cls", "x/../../a.cls", "..\\a.cls"])
+def test_a_shard_names_members_of_its_own(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match="^data.source = .*leaves its folder"):
+        open_splits(str(tar(tmp_path / "data.tar", name)), holdout=2)
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+def test_a_shard_holds_files_alone(tmp_path: Path, kind: bytes) -> None:
+    with pytest.raises(InputError, match="^data.source = .*is no file"):
+        open_splits(str(tar(tmp_path / "data.tar", "a.cls", kind)), holdout=2)
+
+
+@pytest.mark.parametrize("name", ["../out.arrow", "/out.arrow", "a/../../out.arrow", "", None, 3])
+def test_a_saved_data_set_names_files_of_its_own(tmp_path: Path, name: Any) -> None:
+    folder = tmp_path / "saved"
+    datasets.Dataset.from_dict({"label": [0, 1]}).save_to_disk(str(folder))
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {"_data_files": [{"filename": name}]}))
+    with pytest.raises(InputError, match="^data.source = .*no file in it"):
+        open_splits(str(folder), holdout=2)
+
+
+BENCHMARK = "fusion.yaml"
+READERS: dict[str, list[Any]] = {
+    "show": ["show", "config.yaml"],
+    "evaluate": ["evaluate", "run"],
+    "speed": ["benchmark", "speed", "config.yaml"],
+    "fusion": ["benchmark", "fusion", BENCHMARK],
+}
+
+
+@pytest.mark.parametrize("command", READERS)
+def test_what_only_reads_asks_the_hub_for_no_rows(
+    cli: Cli, tiny: Tree, run_copy: Path, contacts: list[Any], command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run_copy.parent)
+    run_copy.rename("run")
+    tiny["data"]["source"] = "stranger/rows"
+    tiny["modalities"]["label"] = {"kind": "label"}  # the data say how many classes there are
+    OmegaConf.save(OmegaConf.create(tiny), "config.yaml")
+    stranger = OmegaConf.load("run/config.yaml")
+    stranger.data.source = "stranger/rows"
+    OmegaConf.save(stranger, "run/config.yaml")
+    fusion = OmegaConf.load(ROOT / "experiments" / "fusion" / "accuracy_shapes.yaml")
+    fusion.data.source = "stranger/rows"
+    OmegaConf.save(fusion, BENCHMARK)
+    complaint = cli(*READERS[command]).complaint
+    assert "data.source" in complaint and "--trust-custom-modalities" in complaint
+    assert contacts == []
+
+
+@pytest.mark.parametrize("command", ["speed", "fusion"])
+def test_a_benchmark_imports_nothing_unless_trusted(cli: Cli, tiny: Tree, payload: Path, command: str) -> None:
+    tiny["modalities"] = {"image": {"kind": "image", "channels": 1, "size": 16}, "label": MODALITY}
+    OmegaConf.save(OmegaConf.create(tiny), "config.yaml")
+    fusion = OmegaConf.load(ROOT / "experiments" / "fusion" / "accuracy_shapes.yaml")
+    fusion.encoder = {"kind": "payload_of_a_stranger:Network"}
+    OmegaConf.save(fusion, BENCHMARK)
+    assert "--trust-custom-modalities" in cli(*READERS[command]).complaint
+    assert not payload.exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- permission
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_what_the_disk_refuses_is_one_line(
+    cli: Cli, tiny_file: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(code, "said", str(tiny_file))
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    answer = cli("show", tiny_file)
+    assert answer.code == 1 and str(tiny_file) in answer.err and answer.err.count("\n") == 1

@@ -23,7 +23,7 @@ from mmdiff.training.process import make_accelerator, set_threads
 from mmdiff.training.trainer import Trainer
 
 
-def compare(config: Config, rounds: int = 5, steps: int = 10, against: str = "bare") -> str:
+def compare(config: Config, rounds: int = 5, steps: int = 10, against: str = "bare", hub: bool = True) -> str:
     """Interleaved A/B on copies of one experiment: milliseconds of CPU time per step and their ratio.
 
     A is `Trainer.step` (data, states, encoders, heads, four terms, Accelerate, clipping, EMA).
@@ -33,19 +33,20 @@ def compare(config: Config, rounds: int = 5, steps: int = 10, against: str = "ba
         rounds, steps: rounds of that many steps of A and of B.
         against: B is "bare", a hand-written loop of an ordinary diffusion with the same backbone, or "anchor", the
             same experiment without its other modalities. "solver" measures sampling, see `sampler_overhead`.
+        hub: whether the data may come from the hub.
     """
     if against not in ("bare", "anchor", "solver"):
         raise InputError("--against", against, "choose bare, anchor or solver")
     set_threads(config.train.threads)
     if against == "solver":
-        return _sampling(config, rounds, steps)
+        return _sampling(config, rounds, steps, hub)
     config = config.model_copy(update={"train": config.train.model_copy(update={"steps": (rounds + 2) * steps})})
-    framework = _framework(build(config), config)
+    framework = _framework(build(config, hub), config)
     if against == "anchor":
         alone = _anchor_alone(config)
-        bare = _framework(build(alone), alone)
+        bare = _framework(build(alone, hub), alone)
     else:
-        bare = _bare(build(config), config)
+        bare = _bare(build(config, hub), config)
     times: dict[str, list[float]] = {"mmdiff": [], against: []}
     for index in range(rounds + 1):
         # the order alternates, so that a drift of the machine's speed falls on both
@@ -67,9 +68,9 @@ def compare(config: Config, rounds: int = 5, steps: int = 10, against: str = "ba
     )
 
 
-def _sampling(config: Config, rounds: int, steps: int) -> str:
+def _sampling(config: Config, rounds: int, steps: int, hub: bool) -> str:
     """Joint samples and samples given every other modality, in microseconds per step and batch."""
-    experiment = build(config)
+    experiment = build(config, hub)
     pipeline = MTDiffusionPipeline(model=experiment.model.eval(), scheduler=experiment.scheduler)
     pipeline.set_progress_bar_config(disable=True)
     size, model = config.train.batch_size, experiment.model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import Annotated
@@ -17,6 +18,7 @@ from mmdiff.cli.show import show
 from mmdiff.cli.train import train
 from mmdiff.errors import printable
 
+_OF_THE_DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Multimodal, multitask diffusion: one model for several kinds of data at once.",
@@ -62,6 +64,10 @@ def main() -> None:
         _fail("interrupted", 130)
     except TrainingError as error:
         _fail(str(error), 1)
+    except OSError as error:
+        if error.errno not in _OF_THE_DISK:
+            raise
+        _fail(f"{error.filename or 'a file'}: {os.strerror(error.errno)}; give leave or room, or name another path", 1)
     else:
         if code:
             sys.exit(code)

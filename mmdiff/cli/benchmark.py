@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mmdiff.cli.options import ConfigPath, Overrides, Trust, echo, integers, numbers
+from mmdiff.cli.options import ConfigPath, Overrides, Trust, echo, integers, numbers, read_only
 from mmdiff.errors import InputError
 from mmdiff.trust import refuse_custom, stay_offline
 
@@ -22,15 +22,19 @@ def speed(
     rounds: Annotated[int, typer.Option(help="interleaved rounds", min=1)] = 5,
     steps: Annotated[int, typer.Option(help="steps per round", min=1)] = 10,
     against: Annotated[str, typer.Option(help="bare, anchor or solver")] = "bare",
+    trust: Trust = False,
 ) -> None:
     """A training step of mmdiff against a bare PyTorch loop, or against the same experiment with its anchor alone; or
     a sampling step against the bare solver."""
     from mmdiff.config import load_config
 
+    read_only(trust)
     loaded = load_config(config, overrides)
+    if not trust:
+        refuse_custom(loaded.model_dump()["modalities"])
     from mmdiff.benchmarks.speed import compare
 
-    echo(compare(loaded, rounds, steps, against))
+    echo(compare(loaded, rounds, steps, against, hub=trust))
 
 
 @benchmark.command()
@@ -101,19 +105,23 @@ def reconstruction(
     from mmdiff.runs import load
 
     folders = [swept(experiments[text], factors, out) if text in experiments else Path(text) for text in given]
+    if len(experiments) < len(given) and not trust:
+        stay_offline()  # one's own experiments are trained; what stands beside them may be a stranger's
     trained = []
-    for folder in folders:
-        pipeline = load(folder, trust=trust)
+    for text, folder in zip(given, folders):
+        trusted = trust or text in experiments
+        pipeline = load(folder, trust=trusted)
         pipeline.set_progress_bar_config(disable=True)
         if not (folder / "config.yaml").is_file():
             raise InputError("RUN", str(folder), "is no run folder: it has no config.yaml")
         own = load_config(folder / "config.yaml", overrides)
-        if not trust:
+        if not trusted:
             refuse_custom(own.model_dump()["modalities"])
         trained.append(Trained(folder.name, own, pipeline, folder))
     options = Options(counts, scales, tuple(jumps), evaluations)
     chosen = methods.split(",") if methods else None
-    scene = Benchmark(trained, out, patterns.split(","), shares, images, seeds, chosen, options)
+    hub = trust or bool(experiments)  # all have the data of one's own experiment
+    scene = Benchmark(trained, out, patterns.split(","), shares, images, seeds, chosen, options, hub)
     results = scene.results()
     found = standings.tree(scene, results, reference)
     table, columns = standings.text(found), standings.pictures(scene, results)
@@ -148,6 +156,7 @@ def fusion(
     ],
     out: Annotated[Path, typer.Option(help="parts and results; called again it goes on")] = Path("runs/fusion"),
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's", min=1)] = None,
+    trust: Trust = False,
 ) -> None:
     """Answer questions about sets of photos by the four fusions, by one large image of all photos and by single images:
     accuracy, precision and recall against the number of photos and the share of distractors, by seed."""
@@ -157,6 +166,7 @@ def fusion(
     overrides = [text for text in experiments if text not in given]
     if not given:
         raise InputError("EXPERIMENT", None, "name an experiment's YAML file")
+    read_only(trust)
     settings = [load_settings(text, overrides) for text in given]
     names = [one.name for one in settings]
     for name in names:
@@ -165,9 +175,13 @@ def fusion(
     import torch
 
     from mmdiff.benchmarks.fusion import run as fusion_accuracy
+    from mmdiff.data.sources import refuse_hub
     from mmdiff.evaluation.report import make_room
     from mmdiff.plots import accuracy_by_photos
 
+    for one in settings if not trust else ():
+        refuse_custom(one.encoder, "fusion.encoder")
+        refuse_hub("fusion.data", one.data.source, one.data.options)
     if threads is not None:
         torch.set_num_threads(threads)
     for one in settings:

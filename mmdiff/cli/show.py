@@ -35,7 +35,7 @@ def show(
     from mmdiff.build import build_model, build_scheduler, open_rows
     from mmdiff.resolve import needs_data, resolve
 
-    splits = open_rows(loaded) if needs_data(loaded) else None
+    splits = open_rows(loaded, hub=trust) if needs_data(loaded) else None
     resolved = resolve(loaded, splits[0] if splits else None)
     scheduler = build_scheduler(resolved)
     echo(describe(resolved, build_model(resolved, initial_weights=False), scheduler, splits))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import datasets
 import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor, nn
 
 from mmdiff.errors import InputError
@@ -21,6 +24,9 @@ from mmdiff.trust import offline
 CACHED = "__embedding__"  # the column's name in the cache, which serves any name
 LOCAL_FOLDER = "local-dir:"
 _CONFIG = "open_clip_config.json"
+_CODE = {"auto_map", "trust_remote_code", "code_revision", "custom_pipelines", "custom_generate"}
+_READ_BY_TRANSFORMERS = ("config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _TOKENIZER = {"clean", "strip_sep_token"}  # arguments of a tokenizer that run nothing; trust_remote_code is none
 CARRY_WEIGHTS = ("hf-hub:", LOCAL_FOLDER)  # names of models that open_clip finds together with their weights
 
@@ -139,10 +145,12 @@ def _check_config(key: str, model: str) -> None:
     try:
         if model.startswith(LOCAL_FOLDER):
             path = Path(model.removeprefix(LOCAL_FOLDER)) / _CONFIG
-            if any('"auto_map"' in file.read_text() for file in path.parent.glob("*.json")):
-                raise InputError(key, model, "a JSON file in it names remote code (auto_map), which is never run")
+            beside = sorted(path.parent.glob("*.json"))
         else:
             path = Path(hf_hub_download(model.removeprefix(CARRY_WEIGHTS[0]), _CONFIG))
+            beside = [path, *_of_transformers(model.removeprefix(CARRY_WEIGHTS[0]))]
+        for file in beside:
+            _refuse_code(key, model, file)
         config = json.loads(path.read_text())
         config = config.get("model_cfg", config)
         text, vision = config.get("text_cfg", {}), config.get("vision_cfg", {})
@@ -155,8 +163,31 @@ def _check_config(key: str, model: str) -> None:
     for name in sorted(set(asked) - _TOKENIZER):
         raise InputError(key, model, f"its {_CONFIG} passes {name!r} to the tokenizer; only {_TOKENIZER} may be set")
     for place in filter(None, places):
-        if ":" in str(place):
+        if not _HUB_NAME.fullmatch(str(place)) or Path(str(place)).exists():
             raise InputError(key, model, f"its {_CONFIG} names a further place, {place!r}; that is not followed")
+
+
+def _of_transformers(repository: str) -> list[Path]:
+    """The files of a repository from which transformers would take a tokenizer."""
+    found = []
+    for name in _READ_BY_TRANSFORMERS:
+        with contextlib.suppress(EntryNotFoundError):
+            found.append(Path(hf_hub_download(repository, name)))
+    return found
+
+
+def _refuse_code(key: str, model: str, file: Path) -> None:
+    """Refuse a JSON file that names code, at any depth and however its names are spelled."""
+    try:
+        inner = [json.loads(file.read_text())]
+    except (ValueError, RecursionError):
+        raise InputError(key, model, f"cannot be loaded, its {file.name} is no JSON") from None
+    while inner:
+        value = inner.pop()
+        if isinstance(value, dict):
+            for name in sorted(name for name in _CODE & set(value) if value[name]):
+                raise InputError(key, model, f"its {file.name} names remote code ({name!r}), which is never run")
+        inner += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def image_tower(clip: nn.Module, preprocess: Callable[[Any], Tensor]) -> Callable[[Sequence[Any]], Tensor]:

@@ -54,7 +54,7 @@ def check_arguments(source: str, loader: Callable[..., Any], options: Mapping[st
 
 
 def check_files(source: str | list[str], files: Iterable[Path]) -> None:
-    """Refuse a script or a pickle beside data, and a tar with a pickle in it."""
+    """Refuse a script or a pickle beside data, and a tar with a pickle, a link or a name that leaves it."""
     for file in files:
         if file.suffix.lower() in _CODE_BESIDE:
             raise InputError("data.source", source, f"holds {file.name}; scripts and pickles are never run, remove it")
@@ -65,10 +65,15 @@ def check_files(source: str | list[str], files: Iterable[Path]) -> None:
 def _check_members(file: Path) -> None:
     try:
         with tarfile.open(file) as tar:
-            names = [member.name for member in tar]
+            members = list(tar)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise InputError("data.source", str(file), f"is no tar that can be read ({error})") from None
-    for name in names:
+    for member in members:
+        name = member.name
+        if ".." in Path(name).parts or "\\" in name or name.startswith("/"):
+            raise InputError("data.source", str(file), f"names {name}, which leaves its folder; pack it again")
+        if not (member.isfile() or member.isdir()):
+            raise InputError("data.source", str(file), f"holds {name}, which is no file; pack the files themselves")
         if Path(name).suffix.lower() in _CODE_MEMBERS:
             raise InputError("data.source", str(file), f"holds the pickle {name}; pickles are never run, remove it")
 

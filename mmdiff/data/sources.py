@@ -34,6 +34,7 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _FILE_NAME = re.compile(r".*[^./]\.[A-Za-z]{1,5}", re.DOTALL)  # name-v1.0 is none
 _NO_OPTION = re.compile(r"(?:doesn't have a|unexpected keyword argument) '(\w+)'")  # what a builder says of an option
 _EMPTY = ("StopIteration", "EmptyDataError")  # what an empty file is to the builders
+_ASKED = "is no local path; a name of the hub may be a stranger's, to ask for it pass --trust-custom-modalities"
 _REFUSED = {  # options of `datasets.load_dataset` that change the kind of thing it gives
     "split": "set data.split instead",
     "streaming": "is not supported yet; leave it out",
@@ -142,6 +143,17 @@ def load(source: Source, options: dict[str, Any], hub: bool = True) -> Mapping[s
     return opened if isinstance(opened, Mapping) else {str(opened.split or "train"): opened}
 
 
+def refuse_hub(key: str, source: str, options: Mapping[str, Any]) -> None:
+    """Refuse rows that would be asked for on the hub; nothing is opened.
+
+    Raises:
+        InputError: naming <key>.source or <key>.options.source.
+    """
+    for name, text in ((f"{key}.source", source), (f"{key}.options.source", options.get("source"))):
+        if isinstance(text, str) and text not in EMBEDDED and not is_path(text):
+            raise InputError(name, text, _ASKED)
+
+
 def is_path(source: str) -> bool:
     """Whether a source is a path, by its look or because it is there."""
     looks = source.startswith((".", "/", "~")) or _FILE_NAME.fullmatch(source) or glob.has_magic(source)
@@ -223,7 +235,7 @@ def _open_hub(source: str, options: dict[str, Any], hub: bool) -> Any:
     if not _HUB_NAME.fullmatch(source):
         raise InputError("data.source", source, f"cannot be opened: neither a path nor a hub name; {_KNOWN}")
     if not hub:
-        raise InputError("data.source", source, "is a hub name in a folder of others; pass --trust-custom-modalities")
+        raise InputError("data.source", source, _ASKED)
     builder = _call(source, lambda: datasets.load_dataset_builder(source, **options), options, f"; {_KNOWN}")
     kind = type(builder).__module__.removeprefix("datasets.packaged_modules.").split(".")[0]
     if kind not in _HUB_BUILDERS:

@@ -62,7 +62,8 @@ class VisionLanguageModel(nn.Module):
         """
         import transformers
 
-        loading = {"trust_remote_code": False, **loading}  # else transformers asks on the terminal
+        # without the first transformers asks on the terminal; pickles are not read
+        loading = {"trust_remote_code": False, "use_safetensors": True, **loading}
         try:
             config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
             architecture = _architecture(config.model_type)

@@ -89,6 +89,7 @@ class Benchmark:
         seeds: how many, of what is drawn.
         methods: names of `METHODS`, or None: all that the runs can do.
         options: the methods' rows.
+        hub: whether the data may come from the hub.
 
     Raises:
         InputError: the runs' data differ, a name is unknown, or LPIPS has no weights.
@@ -104,6 +105,7 @@ class Benchmark:
         seeds: int = 1,
         methods: Sequence[str] | None = None,
         options: Options = DEFAULTS,
+        hub: bool = True,
     ) -> None:
         _check_one_data_set(runs)
         self.runs, self.folder, self.seeds, self.options = list(runs), folder, range(seeds), options
@@ -111,7 +113,7 @@ class Benchmark:
         self.config, lpips = first.config, first.config.evaluate.lpips
         self.perceptual = Perceptual(lpips.net, lpips.backbone, lpips.heads)
         self.device = first.pipeline.device
-        self._train, held_out = open_rows(self.config)
+        self._train, held_out = open_rows(self.config, hub)
         self.truth, self.positions = _images(first, held_out, images)
         self.masks = [
             MaskSet(pattern, ratio, known_masks(pattern, ratio, *self.truth.shape[2:], SEED, self.positions))
