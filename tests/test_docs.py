@@ -5,19 +5,20 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import typer
 from pages import ROOT, blocks, run_page
 
-from mmdiff.config import MaskingConfig
+from mmdiff.cli.app import app
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 FIRST = DOCS / "quickstart.md"  # leaves the run that the other pages use
-# the pages use the names of settings that are being introduced; goes when they are there
-renamed = pytest.mark.skipif("pattern" not in MaskingConfig.model_fields, reason="settings have their earlier names")
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +32,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@renamed
 def test_the_quickstart_leaves_a_run(trained: Path) -> None:
     run = trained / "runs" / "digits"
     assert (run / "pipeline" / "model_index.json").is_file()
     assert list((run / "samples").glob("*.png")) and (run / "evaluation.json").is_file()
 
 
-@renamed
 @pytest.mark.parametrize("page", [page for page in PAGES if page != FIRST], ids=lambda page: page.stem)
 def test_a_page_runs(page: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = shutil.copytree(trained, tmp_path / "folder")
@@ -53,6 +52,20 @@ def test_links_and_pictures_are_there(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if not target.startswith(("http", "#")) and target.partition("#")[0] not in generated:
             assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+def test_every_option_that_a_page_names_is_one_of_the_command_line() -> None:
+    named = {option for page in PAGES for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text())}
+    foreign = {"--cpu", "--num_processes", "--nproc_per_node"}  # of accelerate and torchrun
+    assert named - foreign <= set(options_of(typer.main.get_command(app)))
+
+
+def options_of(command: Any) -> Iterator[str]:
+    """The options of a command and of those below it."""
+    for parameter in command.params:
+        yield from parameter.opts
+    for inner in getattr(command, "commands", {}).values():
+        yield from options_of(inner)
 
 
 def test_every_equation_is_numbered_once_and_in_order() -> None:
@@ -78,7 +91,6 @@ def configuration() -> ModuleType:
     return module
 
 
-@renamed
 def test_every_setting_of_the_schema_has_a_meaning(configuration: ModuleType) -> None:
     settings = configuration.every_key()
     assert len(settings) > 80

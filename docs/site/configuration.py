@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import io
 import re
@@ -45,9 +46,11 @@ def page() -> str:
     """The Markdown of the page."""
     parts = [INTRODUCTION]
     for heading, text, settings in sections(Config, ""):
-        parts += [f"## {f'`{heading}`' if heading else 'Top level'}", text, table(settings)]
+        parts += [f"## {f'`{heading}`' if heading else 'Top level'}", _linked(text), table(settings)]
         if heading in CLASSES:
-            parts += [part for kind in class_settings(CLASSES[heading]) for part in kind]
+            known = {setting.key.rpartition(".")[2] for setting in settings}
+            for title, summary, rows in class_settings(CLASSES[heading]):
+                parts += [f"### {title}", summary, table([row for row in rows if row.key not in known])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -67,8 +70,9 @@ def sections(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, li
 
 
 def every_key() -> list[Setting]:
-    """All rows that come from the schema."""
-    return [setting for _, _, settings in sections(Config, "") for setting in settings]
+    """All rows of the page."""
+    keys = [setting for _, _, settings in sections(Config, "") for setting in settings]
+    return keys + [row for name in CLASSES.values() for _, _, rows in class_settings(name) for row in rows]
 
 
 def field_comments(model: type[BaseModel]) -> dict[str, str]:
@@ -147,8 +151,8 @@ def _yaml(value: Any) -> str:
     return f"`{list(value) if isinstance(value, tuple) else value}`" if value != "" else "–"
 
 
-def class_settings(dictionary: str) -> Iterator[tuple[str, str, str]]:
-    """(heading, what it is, table) of every class that a dict of the source names."""
+def class_settings(dictionary: str) -> Iterator[tuple[str, str, list[Setting]]]:
+    """(title, summary, settings) of every class that a dict of the source names."""
     module, _, name = dictionary.rpartition(".")
     package = _package()[module.removeprefix("mmdiff.")]
     node = ast.parse(str(package[name].value), mode="eval").body
@@ -156,20 +160,16 @@ def class_settings(dictionary: str) -> Iterator[tuple[str, str, str]]:
     for key, value in zip(node.keys, node.values):
         cls = package[ast.unparse(value)]
         cls = cls.final_target if cls.is_alias else cls
-        yield f"### `kind: {ast.literal_eval(ast.unparse(key))}`", _summary(cls), table(list(arguments_of(cls)))
+        yield f"`kind: {ast.literal_eval(ast.unparse(key))}`", _summary(cls), list(arguments_of(cls))
 
 
+@functools.cache
 def _package() -> Any:
-    if not _CACHE:
-        _CACHE.append(griffe.load("mmdiff", search_paths=[ROOT], submodules=True, resolve_aliases=True))
-    return _CACHE[0]
-
-
-_CACHE: list[Any] = []
+    return griffe.load("mmdiff", search_paths=[ROOT], submodules=True, resolve_aliases=True)
 
 
 def _summary(cls: Any) -> str:
-    return cls.docstring.value.split("\n\nArgs:")[0] if cls.docstring else ""
+    return _linked(cls.docstring.value.split("\n\nArgs:")[0]) if cls.docstring else ""
 
 
 def arguments_of(cls: Any) -> Iterator[Setting]:
@@ -181,9 +181,25 @@ def arguments_of(cls: Any) -> Iterator[Setting]:
                 meanings |= dict.fromkeys(parameter.name.split(", "), " ".join(parameter.description.split()))
     for parameter in cls.parameters:
         if parameter.name not in NOT_SET:
-            default = "read from the data" if parameter.default is None else f"`{parameter.default}`"
-            meaning = meanings.get(parameter.name, "")
-            yield Setting(parameter.name, f"`{parameter.annotation}`", default.replace("`None`", "–"), meaning)
+            annotation = re.sub(r"\b[A-Z]\w+\b", lambda name: _value_of(cls, name[0]), str(parameter.annotation))
+            yield Setting(parameter.name, f"`{annotation}`", _default(cls, parameter), meanings.get(parameter.name, ""))
+
+
+def _value_of(cls: Any, name: str) -> str:
+    """What a name of the class's module stands for, if it is one that the module assigns."""
+    found = cls.module.members.get(name)
+    if found is not None and found.is_alias:
+        found = found.final_target if found.target_path.startswith("mmdiff.") else None
+    return str(found.value) if found is not None and found.is_attribute else name
+
+
+def _default(cls: Any, parameter: Any) -> str:
+    if parameter.default is None:
+        return "read from the data"
+    try:
+        return _yaml(ast.literal_eval(_value_of(cls, str(parameter.default))))
+    except ValueError:
+        return f"`{parameter.default}`"
 
 
 def table(settings: list[Setting]) -> str:
@@ -202,4 +218,5 @@ def _cell(text: str) -> str:
 
 def _linked(text: str) -> str:
     """A reference to a section of the theory as a link."""
+    text = text.replace("``", "`")
     return re.sub(r"(?:README, Theory|docs/theory\.md), section (\d)", r"[Theory, section \1](theory.md)", text)
