@@ -27,19 +27,18 @@ class UNet(Backbone):
         space, observation_channels, num_flags: see `Backbone`.
         block_out_channels: channels of every resolution level, finest first.
         layers_per_block: ResNet blocks per level on the way down (one more on the way up).
-        attention: self-attention per level; default: in the coarsest level only.
-        attention_head_dim: channels per attention head.
         patch_size: p; the network works on p×p patches (pixel unshuffle in, pixel shuffle out): p² times fewer
             positions.
+        attention: self-attention per level. Default: in the coarsest level only.
+        attention_head_dim: channels per attention head.
         norm_num_groups: groups of the group norms; every level's channels are a multiple of it.
         dropout: in the ResNet blocks.
-        pooled_grid: g; ``pooled`` also holds 16 channels of the bottleneck on a g×g grid, so that heads can read where
-            something is: an aggregated vector is a pattern in space. 0: only means over space.
-        context_grid: g; the input also holds 8 channels on a g×g grid, a function of the flags and the context alone:
-            an observed vector can say where something is, as ``pooled_grid`` lets a head read it. 0: vectors only join
-            the time embedding.
-        input_skip: add a learned, time-dependent multiple of z_t, per channel, to the prediction, which then needs not
-            carry the noise of every pixel through the network; starts at 0.
+        pooled_grid: size g of a g×g grid on which vector heads read the bottleneck. 0: they read means over space. Set
+            it, and `context_grid`, if a vector encodes a position.
+        context_grid: size g of a g×g grid on which given vectors are written to the input. 0: they only join the time
+            embedding.
+        input_skip: add a learned multiple of z_t to the prediction, so that the network need not carry the noise of
+            every pixel. The multiple depends on time and channel and starts at 0.
         time_scale_shift: "default" adds the time embedding, "scale_shift" also multiplies (ADM).
         gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
     """

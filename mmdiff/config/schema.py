@@ -53,8 +53,8 @@ class _Open(_Base):
 class MaskingConfig(Strict):
     """Random holes in the anchor: a fresh one whenever a row is visited in training, one per row in evaluation."""
 
-    pattern: str = "squares"  # squares, box, half, checkerboard, free-form; mixed: one of them per row
-    ratio: tuple[Share, Share] = (0.1, 0.75)  # range of the share of hidden pixels, or one number
+    pattern: str = "squares"  # squares, box, half, checkerboard, free-form; mixed: one of these per row
+    ratio: tuple[Share, Share] = (0.1, 0.75)  # share of hidden pixels, one number or a range
 
     @field_validator("ratio", mode="before")
     @classmethod
@@ -65,28 +65,28 @@ class MaskingConfig(Strict):
 class EmbeddingConfig(Strict):
     """Image embeddings by a frozen CLIP tower, computed once and cached."""
 
-    model: str = "ViT-B-32"  # of open_clip
-    pretrained: str | None = "laion2b_s34b_b79k"  # a tag of open_clip or a local checkpoint
-    column: str = "image"  # what is embedded
+    model: str = "ViT-B-32"  # name of the model in open_clip
+    pretrained: str | None = "laion2b_s34b_b79k"  # tag of its weights in open_clip, or a local checkpoint
+    column: str = "image"  # column of the images
 
 
 class DataConfig(Strict):
     """Where rows come from."""
 
-    # an embedded set (digits, shapes, folders …), a file, a glob or a list of them, a folder, or a hub name
+    # a built-in set (digits, shapes, folders …), a file, a glob or a list of them, a folder, or a hub name
     source: str | list[str]
-    options: dict[str, Any] = {}  # arguments of the source: of an embedded set, or of `datasets.load_dataset`
-    columns: dict[str, str] = {}  # {modality: column}; default: the column of the modality's own name
+    options: dict[str, Any] = {}  # arguments of a built-in set, or of `datasets.load_dataset`
+    columns: dict[str, str] = {}  # {modality: column}; default: the column of the modality's name
     masking: dict[str, MaskingConfig] = {}  # {modality: holes}: made from the anchor, not read from a column
-    embeddings: dict[str, EmbeddingConfig] = {}  # {modality: encoder}: computed where the source lacks the column
+    embeddings: dict[str, EmbeddingConfig] = {}  # {modality: encoder}: computed if the source lacks the column
     missing: dict[str, Share] = {}  # {modality: share of training rows whose value is hidden}
-    split: str = "train"  # training rows
-    validation_split: str = "validation"  # rows for evaluation
-    holdout: int | None = Field(None, ge=2, lt=2**31)  # k: hold out rows with index % k == k − 1 of `split` instead
-    cache_mib: float = Field(512.0, ge=0, le=1e9)  # keep decoded rows in memory where they fit
+    split: str = "train"  # name of the training split
+    validation_split: str = "validation"  # name of the held-out split
+    holdout: int | None = Field(None, ge=2, lt=2**31)  # k: hold out every k-th row of `split` instead
+    cache_mib: float = Field(512.0, ge=0, le=1e9)  # keep decoded rows in memory if they fit into this many MiB
     workers: int = Field(0, ge=0, le=1024)  # processes that read rows
-    on_error: Literal["raise", "skip"] = "raise"  # skip: a value that cannot be used counts as absent
-    max_errors: Share = 0.01  # share of rows that may have such a value; more stop the run
+    on_error: Literal["raise", "skip"] = "raise"  # skip: a value that cannot be used counts as missing
+    max_errors: Share = 0.01  # largest share of rows with such a value; more stop the run
 
     @field_validator("source", mode="before")
     @classmethod
@@ -100,61 +100,63 @@ class DataConfig(Strict):
 class WeightConfig(Strict):
     """W_t of a modality (README, Theory, section 3)."""
 
-    schedule: Literal["constant", "bump", "early", "none", "learned"] = "constant"
+    schedule: Literal["constant", "bump", "early", "none", "learned"] = "constant"  # how W_t depends on t
     scale: float = Field(1.5, ge=0, le=1e4)  # max_t W_t
-    learn_scale: bool = False  # only with schedule learned
+    learn_scale: bool = False  # train the scale too; only with schedule learned
 
 
 class ModalityStates(Strict):
     """A modality's own probabilities, over those of `states`."""
 
-    aggregated: float | None = Field(None, ge=0, le=1)
-    observed: float | None = Field(None, ge=0, le=1)
+    aggregated: float | None = Field(None, ge=0, le=1)  # probability of the flag
+    observed: float | None = Field(None, ge=0, le=1)  # probability of the flag
 
 
 class ModalityConfig(_Open):
     """One data type; further keys belong to its class."""
 
     kind: str  # a built-in modality, or an import path: my_pkg.depth:Depth
-    weight: WeightConfig | None = None  # default: WeightConfig(), or none where the modality is never aggregated
-    loss_weight: float = Field(0.1, ge=0, le=1e6)  # λ_i of the L2 term
+    weight: WeightConfig | None = None  # default: WeightConfig(); schedule none if the modality is never aggregated
+    loss_weight: float = Field(0.1, ge=0, le=1e6)  # λ_i, coefficient of the L2 term
     states: ModalityStates = ModalityStates()
 
 
 class BackboneConfig(_Open):
     """The network; further keys belong to its class."""
 
-    kind: str = "unet"
+    kind: str = "unet"  # the network
 
 
 class SchedulerConfig(_Open):
     """The path from data to noise; further keys are arguments of the class that `kind` names."""
 
-    kind: str = "diffusion"  # or flow_match
-    num_train_timesteps: int = Field(1000, ge=2, le=100_000)
-    clip_sample: bool | None = None  # default: where the anchor's encodings are bounded (pixels, not latents)
-    clip_sample_range: float = Field(1.0, gt=0, le=1e4)
-    solver: str = "DPMSolverMultistepScheduler"
-    solver_config: dict[str, Any] | None = None
+    kind: str = "diffusion"  # diffusion, or flow_match
+    num_train_timesteps: int = Field(1000, ge=2, le=100_000)  # T
+    # clip the predicted z_0; default: if the anchor's encodings are bounded (pixels, not latents)
+    clip_sample: bool | None = None
+    clip_sample_range: float = Field(1.0, gt=0, le=1e4)  # to ± this value
+    solver: str = "DPMSolverMultistepScheduler"  # class of diffusers that takes the steps
+    solver_config: dict[str, Any] | None = None  # its own options, such as eta of DDIM
 
 
 class StatesConfig(Strict):
     """The distribution by which training draws each modality's state (README, Theory, section 4)."""
 
-    # each_alone: at most one modality is observed; half_alone: so in half of the samples; source: always aggregated;
-    # heads: always absent
+    # how the flags of all modalities are drawn together
     distribution: Literal["independent", "each_alone", "half_alone", "source", "heads"] = "independent"
     aggregated: float = Field(0.5, ge=0, le=1)  # probability of the flag, for auxiliary modalities
     observed: float = Field(0.3, ge=0, le=1)  # probability of the flag, for auxiliary modalities
-    anchor_observed: float = Field(0.15, ge=0, le=1)  # the anchor is given, the rest is read from it
-    anchor_hidden: float = Field(0.0, ge=0, le=1)  # nothing is denoised, the heads read from what else is observed
+    # probability that the anchor is given and all else is read from it
+    anchor_observed: float = Field(0.15, ge=0, le=1)
+    # probability that nothing is denoised and the heads read from the other conditions
+    anchor_hidden: float = Field(0.0, ge=0, le=1)
 
 
 class LossConfig(Strict):
     """How the terms are added up."""
 
-    min_snr_gamma: float | None = Field(None, gt=0, le=1e9)  # cap of the SNR weighting of L1; none: plain
-    uncertainty: bool = False  # L1 as a Gaussian's likelihood, its σ told by the network, instead of a plain error
+    min_snr_gamma: float | None = Field(None, gt=0, le=1e9)  # cap of the SNR weight of L1; none: no weight
+    uncertainty: bool = False  # L1 as a Gaussian likelihood whose σ the network predicts, instead of a squared error
     terminal: float = Field(1.0, ge=0, le=1e6)  # coefficient of L0
 
     @field_validator("uncertainty")
@@ -170,27 +172,28 @@ class TrainConfig(Strict):
 
     steps: int = Field(1000, ge=1, le=10**9)  # optimizer steps
     batch_size: int = Field(64, ge=1, le=10**7)  # global: over all processes and accumulated parts
-    accumulate: int = Field(1, ge=1, le=10**7)  # parts into which each process splits its share
+    accumulate: int = Field(1, ge=1, le=10**7)  # parts into which each process splits its share of a batch
+    # muon: orthogonalised momentum for the backbone's matrices, AdamW for the rest
     optimizer: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = Field(1e-3, gt=0, le=1e9)  # its highest value
-    # what follows the warm-up, by transformers' names; constant has no warm-up
+    learning_rate: float = Field(1e-3, gt=0, le=1e9)  # the highest value
+    # what follows the warm-up; constant has no warm-up
     lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
     warmup: int = Field(50, ge=0, le=10**9)  # steps of linear warm-up
-    min_learning_rate: float = Field(0.0, ge=0, le=1e9)  # where linear and cosine end
-    betas: tuple[Decay, Decay] = (0.9, 0.99)
-    weight_decay: float = Field(0.01, ge=0, le=100)
-    max_grad_norm: float = Field(1.0, gt=0, le=1e9)
-    ema_decay: float = Field(0.999, ge=0, lt=1)  # reached from below: min(decay, (1 + n) / (10 + n))
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    seed: Seed = 0
-    threads: int = Field(0, ge=0, le=1024)  # CPU threads; 0: from the CPU affinity
-    log_every: int = Field(10, ge=1, le=10**9)
-    checkpoint_every: int = Field(0, ge=0, le=10**9)  # 0: none but the last
-    keep_checkpoints: int = Field(2, ge=1, le=10**9)
-    sample_every: int = Field(0, ge=0, le=10**9)  # 0: only at the end
-    # auto: continue the run folder's newest checkpoint; a run or checkpoint folder: continue it in a new run folder
+    min_learning_rate: float = Field(0.0, ge=0, le=1e9)  # final value of linear and cosine
+    betas: tuple[Decay, Decay] = (0.9, 0.99)  # of AdamW
+    weight_decay: float = Field(0.01, ge=0, le=100)  # decoupled, as in AdamW
+    max_grad_norm: float = Field(1.0, gt=0, le=1e9)  # gradients are clipped to this norm
+    ema_decay: float = Field(0.999, ge=0, lt=1)  # of the averaged weights; step n uses min(decay, (1 + n) / (10 + n))
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # precision of the forward and backward pass
+    seed: Seed = 0  # of weights, noise, times, states and the order of rows
+    threads: int = Field(0, ge=0, le=1024)  # CPU threads; 0: as many as the CPU affinity allows
+    log_every: int = Field(10, ge=1, le=10**9)  # steps between lines of metrics.jsonl
+    checkpoint_every: int = Field(0, ge=0, le=10**9)  # steps between checkpoints; 0: only the last
+    keep_checkpoints: int = Field(2, ge=1, le=10**9)  # how many of the newest are kept
+    sample_every: int = Field(0, ge=0, le=10**9)  # steps between sample grids; 0: only at the end
+    # never; auto: continue the newest checkpoint; a run or checkpoint folder: continue it in a new run folder
     resume: str = "never"
-    initialize_from: str | None = None  # a pipeline, run or checkpoint folder whose weights are taken where they fit
+    initialize_from: str | None = None  # a pipeline, run or checkpoint folder; weights that fit are taken from it
 
     @field_validator("min_learning_rate")
     @classmethod
@@ -220,8 +223,9 @@ class SampleConfig(Strict):
     steps: int = Field(20, ge=1, le=100_000)  # solver steps
     guidance_scale: float = Field(1.0, ge=0, le=1e4)  # classifier-free, of observed modalities; 1 is off
     guidance: dict[str, Scale] = {}  # {modality: scale}, over guidance_scale
-    feedback: Literal["draw", "mean", "mode"] | None = None  # unknown aggregated modalities; none: as fits the solver
-    batch_size: int = Field(256, ge=1, le=10**7)
+    # of unknown aggregated modalities; none: as fits the solver
+    feedback: Literal["draw", "mean", "mode"] | None = None
+    batch_size: int = Field(256, ge=1, le=10**7)  # samples that are computed at once
 
     def scales(self, observed: Iterable[str]) -> dict[str, float]:
         """{modality: guidance scale} of those that are observed."""
@@ -231,29 +235,30 @@ class SampleConfig(Strict):
 class LpipsConfig(Strict):
     """The perceptual distance."""
 
-    net: Literal["alex", "vgg", "squeeze"] = "alex"
-    backbone: str | None = None  # a local state dict of the backbone, instead of torchvision's own weights
-    heads: str | None = None  # a local state dict of the heads, instead of those in the package
+    net: Literal["alex", "vgg", "squeeze"] = "alex"  # network of the distance
+    backbone: str | None = None  # a local state dict of the network, instead of torchvision's weights
+    heads: str | None = None  # a local state dict of the linear heads, instead of those in the package
 
 
 class ZeroShotConfig(Strict):
     """CLIP zero-shot classification by open_clip."""
 
-    model: str = "ViT-B-32"
-    pretrained: str | None = "laion2b_s34b_b79k"
+    model: str = "ViT-B-32"  # name of the model in open_clip
+    pretrained: str | None = "laion2b_s34b_b79k"  # tag of its weights, or a local checkpoint
     names: list[str] | None = None  # of the classes; default: those of the data
-    template: str = "a photo of a {}."
+    template: str = "a photo of a {}."  # text for a class; {} is its name
 
 
 class EvaluateConfig(Strict):
     """What `mmdiff evaluate` measures."""
 
-    num_samples: int = Field(749, ge=2, le=10**8)
-    seeds: list[Seed] = Field([0], min_length=1)
-    at_end: bool = True  # whether training ends with an evaluation
-    max_rows: int = Field(20_000, ge=2, le=10**9)  # real rows: judges and features are fitted on, and read off
-    judges: dict[str, str] = {}  # {modality: run folder of a model that reads it off images, trained apart}
-    features: str = "auto"  # of FID and KID: pixels, inception, a SqueezeNet file; auto: inception if it is here
+    num_samples: int = Field(749, ge=2, le=10**8)  # samples per direction
+    seeds: list[Seed] = Field([0], min_length=1)  # one evaluation each
+    at_end: bool = True  # evaluate when training ends
+    max_rows: int = Field(20_000, ge=2, le=10**9)  # real rows that judges and features use
+    judges: dict[str, str] = {}  # {modality: run folder of a model, trained apart, that reads it off images}
+    # of FID and KID: pixels, inception, or a SqueezeNet file; auto: inception if its weights are here
+    features: str = "auto"
     lpips: LpipsConfig = LpipsConfig()
     zero_shot: ZeroShotConfig | None = None  # a CLIP baseline for labels
     masking: dict[FolderName, MaskingConfig] = {}  # {name: holes} of masked images; default: that of data.masking
@@ -262,10 +267,10 @@ class EvaluateConfig(Strict):
 class Config(Strict):
     """One experiment."""
 
-    name: str
-    output: str | None = None  # run folder; default runs/<name>
+    name: str  # of the experiment
+    output: str | None = None  # run folder; default: runs/<name>
     data: DataConfig
-    anchor: str = "image"
+    anchor: str = "image"  # the modality that is diffused
     modalities: dict[str, ModalityConfig]
     backbone: BackboneConfig = BackboneConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
@@ -274,7 +279,7 @@ class Config(Strict):
     train: TrainConfig = TrainConfig()
     sample: SampleConfig = SampleConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    track: Literal["none", "wandb"] = "none"
+    track: Literal["none", "wandb"] = "none"  # where metrics are sent beside metrics.jsonl
 
     @field_validator("name")
     @classmethod

@@ -22,19 +22,19 @@ _ROWS = 10_000  # that the norm's statistics are read from
 
 
 class Embedding(Modality):
-    """A vector x; its value is (dim,) float32, not normalised.
+    """A vector whose direction matters; its value is (dim,) float32, not normalised.
 
-    Direction x / ‖x‖ and norm ‖x‖ are treated apart: E maps the direction linearly into diffusion space and knows
-    nothing of the norm; the likelihood is von Mises–Fisher on the sphere times a Gaussian of log ‖x‖. Observed, both
-    join the backbone's context vector.
+    The encoder maps the direction x / ‖x‖ linearly into the diffusion space. The likelihood is von Mises–Fisher of the
+    direction, times a Gaussian of log ‖x‖. An observed vector joins the backbone's context.
 
     Args:
         shape: the surroundings, see `Modality`.
-        dim: D. Taken from the data where the config leaves it out.
-        log_norm_mean, log_norm_std: of log ‖x‖ over the data, read from the first rows where the config leaves them
-            out. A std below 1e-3 counts as a constant norm, which is then not learned.
-        concentration: of the von Mises–Fisher law; None: predicted per sample. A number makes the loss a scaled cosine.
-        map_size: side of E's own grid, repeated to the size of the diffusion space. Default: the full size.
+        dim: length of the vector.
+        log_norm_mean: of log ‖x‖ over the data; read from its first rows.
+        log_norm_std: the same. Below 1e-3 the norm counts as constant and is not learned.
+        concentration: of the von Mises–Fisher distribution. Default: predicted per sample. A number makes the loss a
+            scaled cosine.
+        map_size: side of the encoding's grid, repeated to the size of the diffusion space. Default: the full size.
     """
 
     def __init__(

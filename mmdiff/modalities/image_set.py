@@ -25,20 +25,24 @@ from mmdiff.modalities.image import Background, Image
 class ImageSet(Condition):
     """A set of 1 to `max_images` images; its value is (max_images, channels + 1, height, width) float32.
 
-    The images come first; the last channel is 1 for them and 0 for the rest, the others are in [−1, 1]. As a raw value
-    it is a list of images, in which None is left out. It conditions and is never generated, and `weights` says which
-    image mattered.
+    The images come first. The last channel is 1 for them and 0 for the empty places. As a raw value it is a list of
+    images; None in the list is left out. An image set is a condition only, and `weights` says how much each image
+    counted.
 
     Args:
         shape: the surroundings, see `Modality`.
-        channels, size, resize, background: of the images, see `Image`.
-        max_images: n; read from the data where the config leaves it out.
-        encoder: ``kind`` "resnet" (small, of timm), "convolutions", "open_clip" or an import path, and its settings,
-            see `mmdiff.modalities.encoders`.
-        fusion: a key of `mmdiff.modalities.fusion.FUSIONS`; ``hidden``: width of its layer.
-        dim: d of the fused embedding.
-        observe_as: how a set reaches the backbone: "context" (the embedding) or "channels" (E, a map).
-        map_size: side of E's own grid, repeated to the size of the diffusion space. Default: the full size.
+        channels: of the images, see `Image`.
+        size: of the images, see `Image`.
+        max_images: largest number of images.
+        resize: see `Image`.
+        encoder: {kind: resnet} (a small one of timm), {kind: convolutions}, {kind: open_clip} or an import path, with
+            its settings, see `mmdiff.modalities.encoders`.
+        fusion: mean, max, attention or gated_attention.
+        dim: size of the fused embedding.
+        hidden: width of the attentions' layer.
+        observe_as: how a set reaches the backbone: "context" (the embedding) or "channels" (a map).
+        map_size: side of the map's grid, repeated to the size of the diffusion space. Default: the full size.
+        background: see `Image`.
     """
 
     reads_images: ClassVar[bool] = True

@@ -24,19 +24,19 @@ Raw = int | float | str
 class Label(Modality):
     """A class label; its value is an int64 class, 0 … K − 1.
 
-    Raw values are ids, names, or whole floats; NaN, None and what `unknown` names mean that the label is missing.
+    Raw values are ids, names or whole floats. None, NaN and the values of `unknown` mean that the label is missing.
 
     Args:
         shape: the surroundings, see `Modality`.
-        num_classes: K. Taken from the data where the config leaves it out.
-        table_size: side of the table's own grid, repeated to the size of the diffusion space; convolutions find a
-            coarse pattern in z_t, and subtract it, more easily. Default: the full size.
-        names: of the classes, where the data have them.
+        num_classes: K.
+        table_size: side of a class's pattern, repeated to the size of the diffusion space. A coarse pattern is easier
+            for convolutions to find in z_t and to subtract. Default: the full size.
+        names: of the classes. Default: those of the data.
         observe_as: how an observed label reaches the backbone: "channels" (its encoding) or "context" (one-hot).
-        unknown: raw value, or several, of a missing label; −1 of a `ClassLabel` is one by default.
-        classes: "all" ids from 0 to the largest, or "compact": those alone that some row has.
-        ids: the raw ids of the classes, where they are not 0 … K − 1; `compact` takes them from the data.
-        show: what `postprocess` gives, "id" or "name". Default: "name" where the data are texts, else "id".
+        unknown: the raw value, or values, of a missing label. Default: −1 of a `ClassLabel`.
+        classes: "all" ids from 0 to the largest, or "compact": only those that occur.
+        ids: the raw ids of the classes, if they are not 0 … K − 1; `compact` reads them from the data.
+        show: what samples are: "id" or "name". Default: "name" if the data are texts, else "id".
     """
 
     def __init__(

@@ -34,17 +34,19 @@ _MODES = {1: "LA", 3: "RGBA"}
 
 
 class MaskedImage(Modality):
-    """An image of which some pixels are unknown; its value is (channels + 1, height, width) float32.
+    """An image with a hole; its value is (channels + 1, height, width) float32.
 
-    The last channel is 1 where a pixel is known and 0 in the hole; the others are in [−1, 1], and 0 in the hole. The
-    hole travels as a channel, so a black pixel is none. As a raw value it is an image with an alpha channel, opaque
-    where it is known. It lives in the anchor's own units: observed or absent, never aggregated.
+    The last channel is 1 where a pixel is known and 0 in the hole. The others are in [−1, 1], and 0 in the hole. As a
+    raw value it is an image with an alpha channel, opaque where it is known. It is observed or absent, never
+    aggregated.
 
     Args:
         shape: the surroundings, see `Modality`.
-        channels, size: the anchor's, also where the config leaves them out; resize as of `Image`.
-        fill: what the backbone sees in an observed hole, beside the hole channel: "zero", or "smooth", a fill from the
-            pixels around it (see `smooth_fill`), which leaves a short training only the rest to learn.
+        channels: the anchor's.
+        size: the anchor's.
+        resize: see `Image`.
+        fill: what the backbone sees in the hole, beside the hole channel: "zero", or "smooth", a fill from the pixels
+            around it (see `smooth_fill`), which helps short trainings.
     """
 
     aggregable: ClassVar[bool] = False

@@ -22,18 +22,20 @@ _EDGE = 1e-3  # ranks stay away from 0 and 1, where a Gaussian has no finite val
 
 
 class Vector(Modality):
-    """Numbers x; its value is (dim,) float32 in the data's own units. A column of single numbers has dim 1.
+    """Numbers; its value is (dim,) float32 in the data's own units. A column of single numbers has dim 1.
 
-    Everything inside works on s = T(x): (x − mean)/std per number, or with ranks the standard normal quantile of its
-    rank in the data, for numbers of skewed or bounded laws. For vectors whose direction counts, see `Embedding`.
+    The model works on standardised numbers: (x − mean)/std, or with `transform: ranks` the standard normal quantile of
+    the number's rank in the data, for skewed or bounded numbers. If the direction of the vector matters, see
+    `Embedding`.
 
     Args:
         shape: the surroundings, see `Modality`.
-        dim: D. Taken from the data where the config leaves it out.
+        dim: how many numbers.
         transform: "standardise" or "ranks"; draws by ranks stay inside the range of the data.
-        mean, std: (D,) of the data, read from it where the config leaves them out; a constant number has std 1.
-        quantiles: (D, knots), of the data, for ranks.
-        map_size: side of E's own grid, repeated to the size of the diffusion space. Default: the full size.
+        mean: of each number over the data, read from it by default.
+        std: of each number over the data, read from it by default; 1 for a constant number.
+        quantiles: (dim, knots) of the data, for ranks; read from it by default.
+        map_size: side of the encoding's grid, repeated to the size of the diffusion space. Default: the full size.
     """
 
     def __init__(

@@ -27,17 +27,24 @@ class MTDiffusionScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
 
     Args:
         num_train_timesteps: T.
-        beta_schedule: "squaredcos_cap_v2", "linear" or "scaled_linear", as in diffusers, with its `beta_start`,
-            `beta_end`, `trained_betas` and `rescale_betas_zero_snr`.
-        prediction_type: "v_prediction", "epsilon" or "sample": what the network predicts of u_t.
-        timestep_spacing: "trailing", "leading" or "linspace".
-        clip_sample: clip the predicted z_0 to ±`clip_sample_range` in every step, for every solver; off for latents.
+        beta_schedule: "squaredcos_cap_v2", "linear" or "scaled_linear", as in diffusers.
+        beta_start: of the linear schedules.
+        beta_end: of the linear schedules.
+        trained_betas: a schedule of one's own, T numbers.
+        rescale_betas_zero_snr: make ā_T zero, as in diffusers.
+        prediction_type: what the network predicts of u_t: "v_prediction", "epsilon" or "sample".
+        timestep_spacing: "trailing", "leading" or "linspace", as in diffusers.
+        clip_sample: clip the predicted z_0 in every step, for every solver; off for latents.
+        clip_sample_range: to ± this value.
         weights: {modality: {"schedule": name, "scale": peak of W_t}}; schedules: constant, bump, early, none,
             learned (with "parameters" and "log_scale", see `mmdiff.schedulers.weights`).
-        solver: name of one of `SOLVERS`; `solver_config` holds its own options (DDIM's `eta` included).
-        literal_alpha: read α_t/(N + 1) literally, dividing a standard schedule by N + 1; for study, warns.
+        solver: name of one of `SOLVERS`.
+        solver_config: the solver's own options, DDIM's `eta` included.
+        literal_alpha: divide a standard schedule by N + 1, which destroys the anchor; for study, warns.
         allow_nonzero_terminal: accept W_T > 0.1, with which z_T is not N(0, I).
-        timestep_sampling: the law of t/T in training, "uniform" or "logit_normal" with `logit_mean` and `logit_std`.
+        timestep_sampling: how training draws t/T: "uniform" or "logit_normal".
+        logit_mean: of logit_normal.
+        logit_std: of logit_normal.
 
     Raises:
         InputError: on an unknown or refused choice; the message names the argument, the value and the remedy.

@@ -23,12 +23,16 @@ class MTFlowMatchScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
 
     Args:
         num_train_timesteps: T.
-        prediction_type: "velocity", ε − z_0, or "sample": what the network predicts of u_t.
-        clip_sample: clip the predicted z_0 to ±`clip_sample_range` in every step, for every solver; off for latents.
+        prediction_type: what the network predicts of u_t: "velocity", ε − z_0, or "sample".
+        clip_sample: clip the predicted z_0 in every step, for every solver; off for latents.
+        clip_sample_range: to ± this value.
         weights: as of `MTDiffusionScheduler`.
-        solver: name of one of `FLOW_SOLVERS`; `solver_config` holds its own options.
-        timestep_sampling: the law of σ in training, "logit_normal", sigmoid(N(`logit_mean`, `logit_std`²)) as by
-            Esser et al. (2024), or "uniform".
+        solver: name of one of `FLOW_SOLVERS`.
+        solver_config: the solver's own options.
+        timestep_sampling: how training draws σ: "logit_normal", sigmoid(N(`logit_mean`, `logit_std`²)) as by Esser et
+            al. (2024), or "uniform".
+        logit_mean: of logit_normal.
+        logit_std: of logit_normal.
 
     Raises:
         InputError: on an unknown or refused choice; the message names the argument, the value and the remedy.
