@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,13 +57,24 @@ def test_the_index_is_short_and_has_a_verdict_for_every_experiment() -> None:
         assert name in named or re.sub(r"(cifar10|shapes)_\w+$", r"\1_*", name) in named, name
 
 
-def test_links_lead_to_files_and_pictures_are_small_and_drawn_by_the_script() -> None:
-    drawn = (RESULTS / "plot.py").read_text()
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_a_header_is_four_lines(path: Path) -> None:
+    text, name = path.read_text(), path.relative_to(ROOT).as_posix()
+    header = text[: text.index("\nname: ")].splitlines()
+    keys = ["# ", "# command    ", "# results    ", "# measured   "]
+    assert [line[: len(key)] for line, key in zip(header, keys, strict=True)] == keys
+    assert name in header[1] and f"\nname: {path.stem}\n" in text
+    assert (ROOT / header[2].removeprefix(keys[2])).is_file()
+    assert re.match(r"machine [AB], \d{4}-\d\d-\d\d|not measured$", header[3].removeprefix(keys[3]))
+
+
+def test_links_lead_to_files_and_pictures_are_small_and_drawn_by_the_script(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, RESULTS / "plot.py", tmp_path], check=True)
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), (page.stem, target)
             if target.endswith(".png"):
-                assert f'"{Path(target).stem}": (' in drawn, target
+                assert (tmp_path / target).is_file(), target
                 assert (page.parent / target).stat().st_size < 60_000, target
 
 
