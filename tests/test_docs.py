@@ -104,6 +104,6 @@ def test_the_page_on_configuration_lists_classes_types_and_defaults(configuratio
         "| `track` | `none` / `wandb` | `none` |",
         "### `kind: label`",
         "### `kind: unet`",
-        "| `table_size` | `int \\| None` | – |",
+        "| `table_size` | int or none | – |",
     ):
         assert line in page

@@ -44,14 +44,17 @@ class Setting(NamedTuple):
 
 def page() -> str:
     """The Markdown of the page."""
-    parts = [INTRODUCTION]
+    parts, kinds = [INTRODUCTION], []
     for heading, text, settings in sections(Config, ""):
+        if kinds and not heading.startswith(kinds[0]):  # kinds follow the last part of their section
+            parts, kinds = parts + kinds[1:], []
         parts += [f"## {f'`{heading}`' if heading else 'Top level'}", _linked(text), table(settings)]
         if heading in CLASSES:
             known = {setting.key.rpartition(".")[2] for setting in settings}
+            kinds = [heading, f"## `{heading}.kind`"]
             for title, summary, rows in class_settings(CLASSES[heading]):
-                parts += [f"### {title}", summary, table([row for row in rows if row.key not in known])]
-    return "\n\n".join(parts) + "\n"
+                kinds += [f"### {title}", summary, table([row for row in rows if row.key not in known])]
+    return "\n\n".join(parts + kinds[1:]) + "\n"
 
 
 def sections(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, list[Setting]]]:
@@ -182,7 +185,8 @@ def arguments_of(cls: Any) -> Iterator[Setting]:
     for parameter in cls.parameters:
         if parameter.name not in NOT_SET:
             annotation = re.sub(r"\b[A-Z]\w+\b", lambda name: _value_of(cls, name[0]), str(parameter.annotation))
-            yield Setting(parameter.name, f"`{annotation}`", _default(cls, parameter), meanings.get(parameter.name, ""))
+            annotation = annotation.replace(" | ", " or ").replace("None", "none")
+            yield Setting(parameter.name, annotation, _default(cls, parameter), meanings.get(parameter.name, ""))
 
 
 def _value_of(cls: Any, name: str) -> str:
