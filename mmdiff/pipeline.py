@@ -12,25 +12,19 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.utils import BaseOutput
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from mmdiff.errors import InputError
-from mmdiff.modalities import Modality
 from mmdiff.model import MTDiffusionModel, complete, dtypes, in_dtype
-from mmdiff.sampling.arguments import check_finite, generators, memory_errors, scales
-from mmdiff.sampling.batching import in_batches
+from mmdiff.sampling.arguments import check_finite, memory_errors
 from mmdiff.sampling.components import HUB_ARGUMENTS, check_components, check_together, read_index
-from mmdiff.sampling.conditioning import Conditioning, Ways, aggregated_names, conditioning_of, feedback_for
-from mmdiff.sampling.guidance import branches, fed_encoding, steered
-from mmdiff.sampling.heads import heads, heads_of_noised_anchor, read_levels
-from mmdiff.sampling.observed import observed_values, weights_of
-from mmdiff.sampling.replacement import renoised, replaced, visits
+from mmdiff.sampling.conditioning import Ways, peak_weights
+from mmdiff.sampling.heads import read_anchor, read_hidden_anchor
+from mmdiff.sampling.observed import weights_of
+from mmdiff.sampling.request import Generators, Request, request_of
+from mmdiff.sampling.reverse_step import ReverseStep
 from mmdiff.schedulers import SCHEDULERS, MTScheduler, as_ours
 from mmdiff.trust import check_links, damage
-from mmdiff.values import check_names, plain, switch, whole
-
-Generators = torch.Generator | list[torch.Generator] | None
+from mmdiff.values import check_names, switch
 
 
 @dataclass
@@ -162,13 +156,13 @@ class MTDiffusionPipeline(DiffusionPipeline):
             resampling: of "replacement", RePaint's (jump_length, jump_n_sample), its own choice being (10, 10) for 250
                 steps; (1, 1) takes every step once.
             read_timesteps: read the heads from the anchor noised to these timesteps, one evaluation each, and average
-                their laws; by default one evaluation, the anchor in its observation channels (where training never
-                showed it there: unnoised, at timestep 0).
+                their distributions; by default one evaluation, the anchor in its observation channels (where training
+                never showed it there: unnoised, at timestep 0).
             aggregate: which modalities take part in c_t: True (default: all with weights), False, or names.
             feedback: how unknown aggregated modalities are fed back: "draw", "mean" or "mode"; by default "draw" for
                 stochastic and "mean" for deterministic solvers.
             generator: one, or a list of one per sample, with which results do not depend on the batch's split. One
-                is drawn from batch by batch: another split gives other samples of the same law.
+                is drawn from batch by batch: another split gives other samples of the same distribution.
             output_type: "pil" (what a person wants) or "pt" (tensors: images in [−1, 1], class ids).
             paste_back: put what observed values fix of the anchor (known pixels) back into it; False: as it was drawn.
             final_read: read unobserved modalities from the finished anchor in one more evaluation; False returns the
@@ -180,150 +174,64 @@ class MTDiffusionPipeline(DiffusionPipeline):
         Raises:
             InputError: naming the argument, the value and the remedy.
         """
-        if not isinstance(output_type, str) or output_type not in ("pil", "pt"):
-            raise InputError("output_type", output_type, "choose pil or pt")
-        batch_size = None if batch_size is None else whole("batch_size", batch_size, 1)
-        max_batch_size = None if max_batch_size is None else whole("max_batch_size", max_batch_size, 1)
-        paste_back, final_read = switch("paste_back", paste_back), switch("final_read", final_read)
-        return_last_draws = switch("return_last_draws", return_last_draws)
         return_dict = switch("return_dict", return_dict)
-        num_inference_steps = whole("num_inference_steps", num_inference_steps, 0)
-        guidance_scale = scales("guidance_scale", guidance_scale)
-        head_guidance_scale = scales("head_guidance_scale", head_guidance_scale)
-        resampling, read_timesteps = plain("resampling", resampling), plain("read_timesteps", read_timesteps)
-        values = observed_values(self.model, {} if observed is None else observed, batch_size)
-        count = len(next(iter(values.values()))) if values else batch_size or 1
-        generator = generators(generator, count)
-        names = aggregated_names(aggregate, self.peak_weights())
-        denoising = num_inference_steps != 0
-        plan = conditioning_of(
-            self.model, values, conditioning, names, guidance_scale, head_guidance_scale, resampling, denoising
+        batches = list(request_of(self.model, self.scheduler, locals()).batches())
+        output = self._sample(batches[0], self.progress_bar) if len(batches) == 1 else self._sample_all(batches)
+        return output if return_dict else (output.samples, output.last_draws, output.weights)
+
+    def _sample_all(self, batches: list[Request]) -> MTDiffusionPipelineOutput:
+        """Several batches under one progress bar, which counts samples."""
+        outputs = []
+        with self.progress_bar(total=sum(batch.count for batch in batches)) as bar:
+            for batch in batches:
+                outputs.append(self._sample(batch, iter))
+                bar.update(batch.count)
+        samples, draws, weights = (
+            {name: _joined([output[part][name] for output in outputs]) for name in outputs[0][part]}
+            for part in ("samples", "last_draws", "weights")
         )
-        levels = read_levels(read_timesteps, self.model, len(self.scheduler))
-        if max_batch_size is not None and count > max_batch_size:
-            samples, draws, weights = in_batches(
-                self,
-                max_batch_size,
-                count,
-                values,
-                generator,
-                num_inference_steps=num_inference_steps,
-                conditioning=conditioning,
-                guidance_scale=guidance_scale,
-                head_guidance_scale=head_guidance_scale,
-                resampling=resampling,
-                aggregate=names,
-                feedback=feedback,
-                read_timesteps=read_timesteps,
-                output_type=output_type,
-                paste_back=paste_back,
-                final_read=final_read,
-                return_last_draws=return_last_draws,
-            )
-            return MTDiffusionPipelineOutput(samples, draws, weights) if return_dict else (samples, draws, weights)
-        draws: dict[str, Tensor] = {}
-        samples = dict(values)
-        if self.model.anchor not in values:
-            if num_inference_steps == 0:
-                samples |= self._read_hidden_anchor(values, plan.channels)
+        return MTDiffusionPipelineOutput(samples, draws, weights)
+
+    def _sample(self, request: Request, progress: Callable[[list], Iterable]) -> MTDiffusionPipelineOutput:
+        """One batch."""
+        model, values = self.model, request.values
+        samples, draws = dict(values), {}
+        if model.anchor not in values:
+            if request.steps == 0:
+                samples |= read_hidden_anchor(model, self.scheduler, request)
             else:
-                z_0, draws = self._denoise(values, count, num_inference_steps, plan, feedback, generator)
-                samples[self.model.anchor] = self.model.modalities[self.model.anchor].unencode(z_0)
-            for name, value in values.items() if paste_back else ():
-                samples[self.model.anchor] = self.model.modalities[name].restore(samples[self.model.anchor], value)
-        if set(self.model.generated) - set(samples):
-            read = final_read or self.model.anchor in values
-            samples |= self._read(samples, plan.channels, levels, generator) if read else draws
-        draws = draws if return_last_draws else {}
+                z_0, draws = self._denoise(request, progress)
+                samples[model.anchor] = model.modalities[model.anchor].unencode(z_0)
+            for name, value in values.items() if request.paste_back else ():
+                samples[model.anchor] = model.modalities[name].restore(samples[model.anchor], value)
+        if set(model.generated) - set(samples):
+            read = request.final_read or model.anchor in values
+            samples |= read_anchor(model, self.scheduler, request, samples) if read else draws
+        draws = draws if request.return_last_draws else {}
         check_finite({**samples, **draws})
-        samples = {name: self._finish(name, samples[name], output_type) for name in self.model.names if name in samples}
-        draws = {name: self._finish(name, value, output_type) for name, value in draws.items()}
-        weights = weights_of(self.model, values)
-        return MTDiffusionPipelineOutput(samples, draws, weights) if return_dict else (samples, draws, weights)
+        samples = {name: self._finish(name, samples[name], request) for name in model.names if name in samples}
+        draws = {name: self._finish(name, value, request) for name, value in draws.items()}
+        return MTDiffusionPipelineOutput(samples, draws, weights_of(model, values))
 
-    def _denoise(
-        self,
-        values: dict[str, Tensor],
-        count: int,
-        num_inference_steps: int,
-        plan: Conditioning,
-        feedback: str | None,
-        generator: Generators,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(z_0, draws of the last step). One reverse step: heads → encodings → the solver on u = z − c → + c."""
-        model, scheduler = self.model, self.scheduler
-        feedback = feedback_for(feedback, scheduler.is_stochastic)
-        unknown, fed = sorted(set(model.generated) - set(values)), sorted(plan.fed)
-        scheduler.set_timesteps(num_inference_steps, device=model.device, constant_encodings=not (fed or plan.known))
-        plugged = model.encode({name: values[name] for name in sorted(plan.plugged)})
-        randn = self._noise(count, generator)
-        z_t, encodings, drawn = randn(model.space), dict(plugged), {}
-        told = branches(model, values, plan.aggregated, plan.channels, plan.left_out, like=z_t)
-        times, timesteps = scheduler.steps, [t.expand(count) for t in scheduler.timesteps]
-        schedule = visits(num_inference_steps, *(plan.resampling if plan.known else (1, 1)))
-        if plan.known:
-            z_t = replaced(scheduler, z_t, times[0], plan.known.values(), encodings, randn(model.space))
-        for index, back in self.progress_bar(schedule):
-            found = steered(model, scheduler, z_t, timesteps[index], times[index], told, plan, values, plugged)
-            last = index == num_inference_steps - 1
-            drawn = {
-                name: self._draw(name, found.params[name], randn)
-                for name in (unknown if last else fed if feedback == "draw" else ())
-            }
-            for name in fed:
-                encodings[name] = fed_encoding(model.modalities[name], found.params[name], feedback, drawn.get(name))
-            z_t = scheduler.step(
-                found.prediction, times[index], z_t, encodings, generator=generator, return_dict=False
-            )[0]
-            if plan.known:
-                z_t = replaced(scheduler, z_t, times[index + 1], plan.known.values(), encodings, randn(model.space))
-            if back:
-                z_t = renoised(scheduler, z_t, times[index + 1], times[index + 1 - back], encodings, randn(model.space))
-                scheduler.rewind(back)
-        return z_t, drawn
+    def _denoise(self, request: Request, progress: Callable[[list], Iterable]) -> tuple[Tensor, dict[str, Tensor]]:
+        """(z_0, draws of the last step)."""
+        step = ReverseStep(self.model, self.scheduler, request)
+        z_t = step.start()
+        for index, back in progress(step.schedule):
+            z_t = step(z_t, index, back)
+        return z_t, step.draws
 
-    def _read(
-        self, values: dict[str, Tensor], channels: frozenset[str], levels: tuple[int, ...] | None, generator: Generators
-    ) -> dict[str, Tensor]:
-        """Modes of all unobserved auxiliary modalities given the anchor and what else is shown to the network."""
-        model = self.model
-        if levels is None:
-            params = heads(model, self.scheduler, values, channels | {model.anchor})
-        else:
-            randn = self._noise(len(values[model.anchor]), generator)
-            noises = (randn(model.space) for _ in levels)
-            params = heads_of_noised_anchor(model, self.scheduler, values, channels, levels, noises)
-        return {name: model.modalities[name].mode(found) for name, found in params.items() if name not in values}
-
-    def _read_hidden_anchor(self, values: dict[str, Tensor], channels: frozenset[str]) -> dict[str, Tensor]:
-        """The same, and the anchor from the head of an observed modality that predicts it."""
-        modalities = self.model.modalities
-        able = [name for name in sorted(channels) if modalities[name].predicts_anchor]
-        if not able:
-            raise InputError("num_inference_steps", 0, "needs an observed modality whose head predicts the anchor")
-        params = heads(self.model, self.scheduler, values, channels)
-        read = {name: modalities[name].mode(found) for name, found in params.items() if name not in values}
-        return {**read, self.model.anchor: modalities[able[0]].anchor_mode(params[able[0]])}
-
-    def _draw(self, name: str, params: Tensor, randn: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
-        modality: Modality = self.model.modalities[name]
-        return modality.sample(params, randn(modality.noise_shape))
-
-    def _noise(self, count: int, generator: Generators) -> Callable[[tuple[int, ...]], Tensor]:
-        """shape -> standard normal noise (count, *shape). What it needs is looked up once: diffusers searches all
-        modules for its offloading hooks whenever a model is asked for its device."""
-        if isinstance(generator, list) and len(generator) == 1:
-            generator = generator[0]
-        device, dtype = self.model.device, self.model.value_dtype
-        return lambda shape: randn_tensor((count, *shape), generator=generator, device=device, dtype=dtype)
+    def _finish(self, name: str, value: Tensor, request: Request) -> Any:
+        return value if request.output_type == "pt" else self.model.modalities[name].postprocess(value)
 
     def peak_weights(self) -> dict[str, float]:
         """{modality: max_t W_t}."""
-        weights = self.scheduler.config.weights or {}
-        return {name: float(self.scheduler.cumulative_weights(name).detach().max()) for name in weights}
+        return peak_weights(self.scheduler)
 
-    def _finish(self, name: str, value: Tensor, output_type: str) -> Any:
-        return value if output_type == "pt" else self.model.modalities[name].postprocess(value)
+
+def _joined(parts: list[Any]) -> Any:
+    """Tensors, or lists of what a person wants, as one."""
+    return torch.cat(parts) if isinstance(parts[0], Tensor) else [one for part in parts for one in part]
 
 
 diffusers.MTDiffusionPipeline = MTDiffusionPipeline  # `DiffusionPipeline.from_pretrained` looks classes up there

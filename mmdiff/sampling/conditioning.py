@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mmdiff.errors import InputError
-from mmdiff.modalities import KnownPart, Modality
+from mmdiff.modalities import Modality
 from mmdiff.model import MTDiffusionModel
+from mmdiff.schedulers import MTScheduler
 from mmdiff.values import names, plain
 
 CONCATENATION, AGGREGATION, HEAD_GUIDANCE, REPLACEMENT = WAYS = (
@@ -28,30 +29,32 @@ class Conditioning:
     """What every observed auxiliary modality does to the reverse process.
 
     Attributes:
-        channels: shown to the network in their observation channels.
-        plugged: whose values stand in c_t; ``fed``: unknown ones that stand in it too, read from their heads.
-        guides: {name: scale of the head-guidance by its head}.
-        scales: {name: scale of the classifier-free guidance}.
-        known: what replacement holds fixed of z_0, by modality; ``resampling``: (jump_length, jump_n_sample).
+        concatenated: shown to the network in their observation channels.
+        aggregated: whose values stand in c_t.
+        replaced: whose known parts of z_0 replacement holds fixed.
+        fed: unknown ones that stand in c_t, read from their heads.
+        guidance: {name: scale of the classifier-free guidance}.
+        head_guidance: {name: scale of the guidance by its head}.
+        resampling: (jump_length, jump_n_sample) of replacement.
     """
 
-    channels: frozenset[str]
-    plugged: frozenset[str]
+    concatenated: frozenset[str]
+    aggregated: frozenset[str]
+    replaced: frozenset[str]
     fed: frozenset[str]
-    guides: dict[str, float]
-    scales: dict[str, float]
-    known: dict[str, KnownPart]
+    guidance: dict[str, float]
+    head_guidance: dict[str, float]
     resampling: tuple[int, int]
 
     @property
-    def aggregated(self) -> frozenset[str]:
+    def in_mean(self) -> frozenset[str]:
         """All that stand in c_t."""
-        return self.plugged | self.fed
+        return self.aggregated | self.fed
 
     @property
     def left_out(self) -> tuple[str, ...]:
         """The observed modalities that a branch of their own does without."""
-        return tuple(sorted(set(self.scales) | (set(self.guides) & self.channels)))
+        return tuple(sorted(set(self.guidance) | (set(self.head_guidance) & self.concatenated)))
 
 
 def conditioning_of(
@@ -93,15 +96,13 @@ def conditioning_of(
     def using(way: str) -> frozenset[str]:
         return frozenset(name for name in observed if way in ways[name])
 
-    anchor = model.modalities[model.anchor]
-    known = {name: model.modalities[name].known_part(values[name], anchor) for name in sorted(using(REPLACEMENT))}
     return Conditioning(
-        channels=using(CONCATENATION),
-        plugged=using(AGGREGATION),
+        concatenated=using(CONCATENATION),
+        aggregated=using(AGGREGATION),
+        replaced=using(REPLACEMENT),
         fed=frozenset(aggregated - set(values)),
-        guides=head_guidance_scales(head_guidance_scale, using(HEAD_GUIDANCE)),
-        scales=guidance_scales(guidance_scale, observed, using(CONCATENATION)),
-        known=known,
+        guidance=guidance_scales(guidance_scale, observed, using(CONCATENATION)),
+        head_guidance=head_guidance_scales(head_guidance_scale, using(HEAD_GUIDANCE)),
         resampling=_checked_resampling(resampling),
     )
 
@@ -192,6 +193,11 @@ def feedback_for(feedback: str | None, stochastic: bool) -> str:
     if feedback == "mode" and not stochastic:
         raise InputError("feedback", feedback, "is wrong with a deterministic solver; use mean, or a stochastic solver")
     return feedback
+
+
+def peak_weights(scheduler: MTScheduler) -> dict[str, float]:
+    """{modality: max_t W_t}."""
+    return {name: float(scheduler.cumulative_weights(name).detach().max()) for name in scheduler.config.weights or {}}
 
 
 def aggregated_names(aggregate: bool | Iterable[str] | None, weighted: Mapping[str, float]) -> set[str]:

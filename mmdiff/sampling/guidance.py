@@ -42,11 +42,11 @@ class Evaluation(NamedTuple):
     unseen: dict[str, Tensor]
 
 
-def branches(
+def branches_of(
     model: MTDiffusionModel,
     values: Mapping[str, Tensor],
     aggregated: Iterable[str],
-    shown: Iterable[str],
+    concatenated: Iterable[str],
     left_out: tuple[str, ...],
     like: Tensor,
 ) -> Branches:
@@ -55,103 +55,112 @@ def branches(
     Args:
         model: the networks.
         values: of the observed modalities.
-        aggregated, shown: names of those in c_t, and in the observation channels.
+        aggregated, concatenated: names of those in c_t, and in the observation channels.
         left_out: one further branch each.
         like: z_t (B, C, H, W).
     """
     everywhere = torch.ones(len(like), dtype=torch.bool, device=like.device)
     flags = dict.fromkeys(aggregated, everywhere)
     parts = [
-        model.observation(values, flags, dict.fromkeys(set(shown) - {name}, everywhere), like=like)
+        model.observation(values, flags, dict.fromkeys(set(concatenated) - {name}, everywhere), like=like)
         for name in (None, *left_out)
     ]
     return Branches(Observation(*(torch.cat(part) for part in zip(*parts, strict=True))), left_out)
 
 
 def guided(
-    model: MTDiffusionModel, sample: Tensor, timesteps: Tensor, told: Branches, scales: Mapping[str, float]
+    model: MTDiffusionModel, sample: Tensor, timesteps: Tensor, branches: Branches, scales: Mapping[str, float]
 ) -> Evaluation:
     """Classifier-free guidance, every branch in one batch: full + Σ_i (s_i − 1) (full − full without i).
 
     With one observed modality this is the usual absent + s (observed − absent). The heads are those of the full branch.
     """
-    count = 1 + len(told.left_out)
+    count = 1 + len(branches.left_out)
     if count == 1:
-        output = model(sample, timesteps, told.observation)
+        output = model(sample, timesteps, branches.observation)
         return Evaluation(output.prediction, output.params, {})
-    output = model(sample.repeat(count, 1, 1, 1), timesteps.repeat(count), told.observation)
+    output = model(sample.repeat(count, 1, 1, 1), timesteps.repeat(count), branches.observation)
     full, *without = output.prediction.chunk(count)
-    pairs = [(scales[name], part) for name, part in zip(told.left_out, without, strict=True) if name in scales]
+    pairs = [(scales[name], part) for name, part in zip(branches.left_out, without, strict=True) if name in scales]
     heads = {name: params.chunk(count) for name, params in output.params.items()}
     return Evaluation(
         prediction=full + sum((scale - 1.0) * (full - part) for scale, part in pairs),
         params={name: parts[0] for name, parts in heads.items()},
-        unseen={name: heads[name][k] for k, name in enumerate(told.left_out, start=1) if name in heads},
+        unseen={name: heads[name][k] for k, name in enumerate(branches.left_out, start=1) if name in heads},
     )
 
 
-def steered(
-    model: MTDiffusionModel,
-    scheduler: MTScheduler,
-    sample: Tensor,
-    timesteps: Tensor,
-    now: int,
-    told: Branches,
-    plan: Conditioning,
-    values: Mapping[str, Tensor],
-    plugged: Mapping[str, Tensor],
-) -> Evaluation:
-    """One evaluation with every guidance that was asked for.
+class Denoiser:
+    """One evaluation of the network in a reverse step, with every guidance that was asked for.
 
     Args:
         model, scheduler: of the pipeline.
-        sample: z_t.
-        timesteps: (B,), and the same as a Python number in ``now``.
-        told: see `branches`.
-        plan: the call's.
-        values: of the observed modalities.
-        plugged: encodings of the observed modalities in c_t.
+        values: {observed modality: (B, …)}.
+        conditioning: how they steer.
+        aggregated: {observed modality: its encoding in c_t (B, C, H, W)}.
+        count: B.
     """
-    signal, noise = scheduler.signal_and_noise(now) if plan.guides else (0.0, 1.0)
-    if signal < MIN_SIGNAL:
-        return guided(model, sample, timesteps, told, plan.scales)
-    with torch.enable_grad():
-        z_t = sample.detach().requires_grad_()
-        found = guided(model, z_t, timesteps, told, plan.scales)
-        heads = found.params | found.unseen
-        total = sum(s * _log_likelihood(model.modalities[n], heads[n], values[n]) for n, s in plan.guides.items())
-        (score,) = torch.autograd.grad(total, z_t)
-    prediction, params = found.prediction.detach(), {name: p.detach() for name, p in found.params.items()}
-    shift = (noise**2 / signal) * score
-    if blind := [name for name in sorted(plan.guides) if name in plugged and name not in plan.channels]:
-        known = {name: plugged[name] for name in blind}
-        mean = {name: model.modalities[name].expected_encoding(params[name]) for name in blind}
-        shift = shift + _recentred(scheduler, prediction, now, sample, known, mean)
-    return Evaluation(scheduler.shifted_prediction(prediction, now, shift), params, {})
+
+    def __init__(
+        self,
+        model: MTDiffusionModel,
+        scheduler: MTScheduler,
+        values: Mapping[str, Tensor],
+        conditioning: Conditioning,
+        aggregated: Mapping[str, Tensor],
+        count: int,
+    ) -> None:
+        self.model, self.scheduler, self.values, self.conditioning = model, scheduler, values, conditioning
+        like = torch.zeros(count, *model.space, device=model.device, dtype=model.value_dtype)
+        self.branches = branches_of(
+            model, values, conditioning.in_mean, conditioning.concatenated, conditioning.left_out, like=like
+        )
+        # observed modalities that the guiding branch meets in c_t alone, with their encodings
+        blind = set(conditioning.head_guidance) & set(aggregated) - conditioning.concatenated
+        self.blind = {name: aggregated[name] for name in sorted(blind)}
+
+    def __call__(self, sample: Tensor, timesteps: Tensor, now: int) -> Evaluation:
+        """z_t (B, C, H, W) at ``timesteps`` (B,), the same as a Python number in ``now``."""
+        scales, guiding = self.conditioning.guidance, self.conditioning.head_guidance
+        signal, noise = self.scheduler.signal_and_noise(now) if guiding else (0.0, 1.0)
+        if signal < MIN_SIGNAL:
+            return guided(self.model, sample, timesteps, self.branches, scales)
+        with torch.enable_grad():
+            z_t = sample.detach().requires_grad_()
+            evaluation = guided(self.model, z_t, timesteps, self.branches, scales)
+            (score,) = torch.autograd.grad(self._log_likelihood(evaluation), z_t)
+        prediction = evaluation.prediction.detach()
+        params = {name: head.detach() for name, head in evaluation.params.items()}
+        shift = (noise**2 / signal) * score
+        if self.blind:
+            shift = shift + self._recentred(prediction, params, sample, now)
+        return Evaluation(self.scheduler.shifted_prediction(prediction, now, shift), params, {})
+
+    def _log_likelihood(self, evaluation: Evaluation) -> Tensor:
+        """Σ_i s_i Σ over the batch of log p_θ(x_i | z_t), in nats: a sample's gradient is its own."""
+        heads = evaluation.params | evaluation.unseen
+        return sum(
+            scale * _log_likelihood(self.model.modalities[name], heads[name], self.values[name])
+            for name, scale in self.conditioning.head_guidance.items()
+        )
+
+    def _recentred(self, prediction: Tensor, params: Mapping[str, Tensor], sample: Tensor, now: int) -> Tensor:
+        """The z_0 that a network means which does not know x_i, minus the z_0 that the solver will read off.
+
+        Such a network predicts means over p_θ(x_i | z_t), c_t's too; the solver subtracts c_t of the observed x_i.
+        """
+        scheduler, known = self.scheduler, self.blind
+        mean = {name: self.model.modalities[name].expected_encoding(params[name]) for name in known}
+        signal, _ = scheduler.signal_and_noise(now)
+        meant = scheduler.predict_original_sample(prediction, now, sample, mean)
+        read = scheduler.predict_original_sample(prediction, now, sample, known)
+        moved = scheduler.aggregate(mean, now, sample) - scheduler.aggregate(known, now, sample)
+        return meant - read + moved / signal
 
 
 def _log_likelihood(modality: Modality, params: Tensor, value: Tensor) -> Tensor:
     """Σ over the batch of log p_θ(x_i | z_t), in nats: a sample's gradient is its own."""
     return -modality.dimensions * modality.nll(params.float() if params.dtype != torch.float64 else params, value).sum()
-
-
-def _recentred(
-    scheduler: MTScheduler,
-    prediction: Tensor,
-    now: int,
-    sample: Tensor,
-    known: Mapping[str, Tensor],
-    mean: Mapping[str, Tensor],
-) -> Tensor:
-    """The z_0 that a network means which does not know x_i, minus the z_0 that the solver will read off.
-
-    Such a network predicts means over p_θ(x_i | z_t), c_t's too; the solver subtracts c_t of the observed x_i.
-    """
-    signal, _ = scheduler.signal_and_noise(now)
-    meant = scheduler.predict_original_sample(prediction, now, sample, mean)
-    read = scheduler.predict_original_sample(prediction, now, sample, known)
-    moved = scheduler.aggregate(mean, now, sample) - scheduler.aggregate(known, now, sample)
-    return meant - read + moved / signal
 
 
 def fed_encoding(modality: Modality, params: Tensor, feedback: str, drawn: Tensor) -> Tensor:

@@ -2,51 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from mmdiff.errors import InputError
 from mmdiff.model import MTDiffusionModel
-from mmdiff.sampling.guidance import branches
+from mmdiff.sampling.guidance import branches_of
+from mmdiff.sampling.request import Request
 from mmdiff.schedulers import MTScheduler
 
 
-def read_levels(read_timesteps: Sequence[int] | None, model: MTDiffusionModel, total: int) -> tuple[int, ...] | None:
-    """The timesteps at which the anchor is read, or None: from its observation channels, as it was trained.
-
-    Raises:
-        InputError: where one lies outside 0 … total − 1.
-    """
-    if read_timesteps is None:
-        return None if model.anchor in model.observable else (0,)
-    levels = tuple(read_timesteps) if isinstance(read_timesteps, Sequence) else (read_timesteps,)
-    if not levels or not all(type(level) is int and 0 <= level < total for level in levels):
-        raise InputError("read_timesteps", read_timesteps, f"needs one or several whole numbers, 0 … {total - 1}")
-    return levels
-
-
 def heads(
-    model: MTDiffusionModel, scheduler: MTScheduler, values: Mapping[str, Tensor], shown: Iterable[str]
+    model: MTDiffusionModel, scheduler: MTScheduler, values: Mapping[str, Tensor], concatenated: Iterable[str]
 ) -> dict[str, Tensor]:
-    """{auxiliary: params} in one evaluation at t = T: nothing is denoised, z_T is its mean 0, all not shown is absent.
+    """{auxiliary: params} in one evaluation at t = T: nothing is denoised, z_T is its mean 0, all else is absent.
 
     Args:
         model, scheduler: of the pipeline.
         values: of the observed modalities.
-        shown: those in observation channels.
+        concatenated: those in observation channels.
     """
     count = len(next(iter(values.values())))
     z = torch.zeros(count, *model.space, device=model.device, dtype=model.value_dtype)
-    return _params(model, z, scheduler.terminal_timestep, values, shown)
+    return _params(model, z, scheduler.terminal_timestep, values, concatenated)
 
 
 def heads_of_noised_anchor(
     model: MTDiffusionModel,
     scheduler: MTScheduler,
     values: Mapping[str, Tensor],
-    shown: Iterable[str],
+    concatenated: Iterable[str],
     levels: Iterable[int],
     noises: Iterable[Tensor],
 ) -> dict[str, Tensor]:
@@ -55,12 +42,51 @@ def heads_of_noised_anchor(
     found = []
     for level, noise in zip(levels, noises, strict=False):
         z_t = scheduler.add_noise(z_0, noise, torch.full((len(z_0),), level, device=z_0.device))
-        found.append(_params(model, z_t, level, values, shown))
+        found.append(_params(model, z_t, level, values, concatenated))
     return {name: model.modalities[name].average([params[name] for params in found]) for name in found[0]}
 
 
 def _params(
-    model: MTDiffusionModel, z_t: Tensor, level: int, values: Mapping[str, Tensor], shown: Iterable[str]
+    model: MTDiffusionModel, z_t: Tensor, level: int, values: Mapping[str, Tensor], concatenated: Iterable[str]
 ) -> dict[str, Tensor]:
-    told = branches(model, values, (), shown, (), like=z_t)
-    return model(z_t, torch.full((len(z_t),), level, device=z_t.device), told.observation).params
+    branches = branches_of(model, values, (), concatenated, (), like=z_t)
+    return model(z_t, torch.full((len(z_t),), level, device=z_t.device), branches.observation).params
+
+
+def read_anchor(
+    model: MTDiffusionModel, scheduler: MTScheduler, request: Request, values: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """{unobserved auxiliary: its mode (B, …)}, given the anchor and what else is shown to the network.
+
+    Args:
+        model, scheduler: of the pipeline.
+        request: of the call.
+        values: of the observed modalities and of the anchor, observed or drawn.
+    """
+    concatenated = request.conditioning.concatenated
+    if request.levels is None:
+        params = heads(model, scheduler, values, concatenated | {model.anchor})
+    else:
+        noise = request.noise(model)
+        noises = (noise(model.space) for _ in request.levels)
+        params = heads_of_noised_anchor(model, scheduler, values, concatenated, request.levels, noises)
+    return _modes(model, params, values)
+
+
+def read_hidden_anchor(model: MTDiffusionModel, scheduler: MTScheduler, request: Request) -> dict[str, Tensor]:
+    """The same with nothing denoised, and the anchor from the head of an observed modality that predicts it.
+
+    Raises:
+        InputError: no observed modality does.
+    """
+    modalities, concatenated = model.modalities, request.conditioning.concatenated
+    able = [name for name in sorted(concatenated) if modalities[name].predicts_anchor]
+    if not able:
+        raise InputError("num_inference_steps", 0, "needs an observed modality whose head predicts the anchor")
+    params = heads(model, scheduler, request.values, concatenated)
+    anchor = modalities[able[0]].anchor_mode(params[able[0]])
+    return {**_modes(model, params, request.values), model.anchor: anchor}
+
+
+def _modes(model: MTDiffusionModel, params: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: model.modalities[name].mode(head) for name, head in params.items() if name not in values}

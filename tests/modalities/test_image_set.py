@@ -28,7 +28,7 @@ from mmdiff.model import MTDiffusionModel
 from mmdiff.objective import BatchPosition
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.plots import set_weights
-from mmdiff.sampling.guidance import branches, guided
+from mmdiff.sampling.guidance import branches_of, guided
 from mmdiff.schedulers import MTDiffusionScheduler
 from mmdiff.training import train
 
@@ -341,8 +341,8 @@ def test_classifier_free_guidance_of_what_has_no_head() -> None:
     model = random_model({"image": image, "image_set": sets, "label": label}, std=0.3).eval()
     given = {"image_set": model.modalities["image_set"].examples(2, torch.Generator().manual_seed(0))}
     z_t, timesteps = torch.randn(2, 3, 16, 16), torch.tensor([40, 900])
-    told = branches(model, given, (), ("image_set",), ("image_set",), like=z_t)
-    found = guided(model, z_t, timesteps, told, {"image_set": 2.5})
+    branches = branches_of(model, given, (), ("image_set",), ("image_set",), like=z_t)
+    found = guided(model, z_t, timesteps, branches, {"image_set": 2.5})
     everywhere = torch.ones(2, dtype=torch.bool)
     full, absent = (
         model(z_t, timesteps, model.observation(given, {}, seen, like=z_t)).prediction

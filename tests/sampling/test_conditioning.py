@@ -22,8 +22,9 @@ from mmdiff.sampling.conditioning import (
     feedback_for,
     guidance_scales,
 )
-from mmdiff.sampling.guidance import Evaluation, branches, fed_encoding, guided, steered
-from mmdiff.sampling.heads import heads_of_noised_anchor, read_levels
+from mmdiff.sampling.guidance import Denoiser, Evaluation, branches_of, fed_encoding, guided
+from mmdiff.sampling.heads import heads_of_noised_anchor
+from mmdiff.sampling.request import read_levels
 from mmdiff.schedulers import MTDiffusionScheduler
 
 VALUES = {"label": torch.tensor([2, 0]), "colour": torch.tensor([1, 0])}
@@ -47,8 +48,8 @@ def forward(model: MTDiffusionModel, observed: Mapping[str, Tensor]) -> MTDiffus
 
 
 def guide(model: MTDiffusionModel, observed: Mapping[str, Tensor], scales: Mapping[str, float]) -> Evaluation:
-    told = branches(model, VALUES, ["label"], observed, tuple(sorted(scales)), like=SAMPLE)
-    return guided(model, SAMPLE, TIMESTEPS, told, scales)
+    branches = branches_of(model, VALUES, ["label"], observed, tuple(sorted(scales)), like=SAMPLE)
+    return guided(model, SAMPLE, TIMESTEPS, branches, scales)
 
 
 @torch.no_grad()
@@ -86,8 +87,8 @@ def test_every_modality_has_its_own_scale() -> None:
 
 def test_gradients_flow_through_guidance() -> None:
     model, sample = build(), SAMPLE.clone().requires_grad_()
-    told = branches(model, VALUES, [], BOTH, ("label",), like=SAMPLE)
-    guided(model, sample, TIMESTEPS, told, {"label": 2.0}).prediction.sum().backward()
+    branches = branches_of(model, VALUES, [], BOTH, ("label",), like=SAMPLE)
+    guided(model, sample, TIMESTEPS, branches, {"label": 2.0}).prediction.sum().backward()
     assert sample.grad is not None and sample.grad.any()
 
 
@@ -187,12 +188,12 @@ def plan(conditioning: Any = None, aggregated: Any = ("label",), **arguments: An
 
 def test_by_default_values_act_as_trained() -> None:
     found = plan()
-    assert (found.channels, found.plugged, found.fed) == ({"label", "colour"}, {"label"}, set())
-    assert (found.guides, found.known, found.left_out) == ({}, {}, ())
+    assert (found.concatenated, found.aggregated, found.fed) == ({"label", "colour"}, {"label"}, set())
+    assert (found.head_guidance, found.replaced, found.left_out) == ({}, set(), ())
     unseen = conditioning_of(build(observable=["image"]), VALUES, None, {"label"})
-    assert (unseen.channels, unseen.plugged, unseen.guides) == (set(), {"label"}, {"colour": 1.0})
+    assert (unseen.concatenated, unseen.aggregated, unseen.head_guidance) == (set(), {"label"}, {"colour": 1.0})
     unknown = conditioning_of(build(), {}, None, {"label"})
-    assert unknown.fed == unknown.aggregated == {"label"}
+    assert unknown.fed == unknown.in_mean == {"label"}
 
 
 @pytest.mark.parametrize(
@@ -213,7 +214,7 @@ def test_by_default_values_act_as_trained() -> None:
 )
 def test_ways_for_all_and_by_name(conditioning: Any, channels: set[str], plugged: set[str], guides: set[str]) -> None:
     found = plan(conditioning)
-    assert (found.channels, found.plugged, set(found.guides)) == (channels, plugged, guides)
+    assert (found.concatenated, found.aggregated, set(found.head_guidance)) == (channels, plugged, guides)
     assert set(found.left_out) == guides & channels
 
 
@@ -277,9 +278,8 @@ def test_head_guidance_beside_channels_reads_the_branch_that_does_not_see_the_va
     model, scheduler = build(), MTDiffusionScheduler(num_train_timesteps=20)
     chosen = conditioning_of(model, VALUES, {"colour": ["concatenation", "head-guidance"]}, {"label"})
     encodings = model.encode({"label": VALUES["label"]})
-    told = branches(model, VALUES, chosen.aggregated, chosen.channels, chosen.left_out, like=SAMPLE)
     times = torch.tensor([4, 4])
-    found = steered(model, scheduler, SAMPLE, times, 4, told, chosen, VALUES, encodings)
+    found = Denoiser(model, scheduler, VALUES, chosen, encodings, len(SAMPLE))(SAMPLE, times, 4)
 
     z = SAMPLE.clone().requires_grad_()
     logits = model(z, times, model.observation(VALUES, {"label": EVERYWHERE}, {"label": EVERYWHERE}, like=z)).params

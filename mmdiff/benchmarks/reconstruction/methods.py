@@ -21,7 +21,7 @@ from mmdiff.config import Config
 from mmdiff.modalities import MaskedImage
 from mmdiff.modalities.masked_image import mean_fill, smooth_fill
 from mmdiff.pipeline import MTDiffusionPipeline
-from mmdiff.sampling.guidance import branches
+from mmdiff.sampling.guidance import branches_of
 from mmdiff.schedulers import MTDiffusionScheduler
 from mmdiff.schedulers.predictions import PREDICTIONS
 
@@ -268,9 +268,9 @@ def _reversed(
 def predicted_noise(pipeline: MTDiffusionPipeline, z_t: Tensor, timestep: int) -> Tensor:
     """The noise that the network's prediction of u_t = z_t stands for, x̂_0 clipped as the run's own solver does."""
     model, scheduler = pipeline.model, pipeline.scheduler
-    told = branches(model, {}, (), (), (), like=z_t)
+    branches = branches_of(model, {}, (), (), (), like=z_t)
     times = torch.full((len(z_t),), timestep, device=z_t.device)
-    original = scheduler.predict_original_sample(model(z_t, times, told.observation).prediction, timestep, z_t)
+    original = scheduler.predict_original_sample(model(z_t, times, branches.observation).prediction, timestep, z_t)
     if scheduler.config.clip_sample:
         original = original.clamp(-scheduler.config.clip_sample_range, scheduler.config.clip_sample_range)
     return PREDICTIONS["epsilon"].output(original, z_t, *scheduler.signal_and_noise(timestep))
