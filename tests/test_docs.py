@@ -81,6 +81,30 @@ def test_the_tests_that_the_pages_name_exist() -> None:
         assert (ROOT / file).is_file() and f"def {function}" in (ROOT / file).read_text(), name
 
 
+@pytest.mark.parametrize("page", ["architecture", "modalities", "sampling", "training", "image-sets"])
+def test_names_of_the_code_that_a_page_uses_are_there(page: str) -> None:
+    """Identifiers and dotted names in backticks: each part stands somewhere in the source or an experiment."""
+    source = "\n".join(path.read_text() for path in [*ROOT.glob("mmdiff/**/*.py"), *ROOT.glob("experiments/**/*.yaml")])
+    words = set(re.findall(r"\w+", source)) | {"torch", "modalities"}
+    text = re.sub(r"^( *)```.*?^\1```$", "", (DOCS / f"{page}.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    quoted = [name for name in re.findall(r"`([A-Za-z_][\w.]*)[(`]", text) if not name.isupper()]
+    assert len(quoted) > 10
+    assert [name for name in quoted if not set(name.split(".")) <= words | {"py", "json", "jsonl", "yaml"}] == []
+
+
+def test_what_the_page_on_the_api_lists_is_there() -> None:
+    griffe = pytest.importorskip("griffe", reason="needs the extra docs")
+    package = griffe.load("mmdiff", search_paths=[ROOT], submodules=True)
+    listed = re.findall(
+        r"^::: mmdiff\.([\w.]+)(?:\n +options: \{members: \[([^]]*)\])?", (DOCS / "api.md").read_text(), re.M
+    )
+    assert len(listed) > 10
+    for path, members in listed:
+        for member in filter(None, members.split(", ")):
+            assert member in package[path].all_members or member in package[path].members, f"{path}.{member}"
+        assert package[path].docstring, path
+
+
 @pytest.fixture(scope="module")
 def configuration() -> ModuleType:
     """The script that writes the page on configuration."""
