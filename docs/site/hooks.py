@@ -56,12 +56,13 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     markdown = markdown.replace("](../experiments/", "](experiments/").replace("../docs/", "../")
     markdown = re.sub(r"\[([^]]+)\]\(results\)", r"\1", markdown)  # a folder is no page
     parts = re.split(r"(^ *```.*?^ *```$|`[^`\n]*`)", markdown, flags=re.MULTILINE | re.DOTALL)
-    parts[::2] = [re.sub(r"\$([^$\n]+)\$", _inline, part) for part in parts[::2]]
+    parts[::2] = [re.sub(r"\$([^$\n]+)\$([.,;:)]?)", _inline, part) for part in parts[::2]]
     return "".join(parts)
 
 
 def _inline(found: re.Match[str]) -> str:
-    return f"<span>{mathml(found[1])}</span>"  # a line that begins with <math would be taken for a block
+    # in a span, as a line that begins with <math would be taken for a block; with the sign after it, so no line parts them
+    return f'<span class="symbol">{mathml(found[1])}{found[2]}</span>'
 
 
 def mathml(source: str, display: str = "inline") -> str:
