@@ -61,7 +61,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def _inline(found: re.Match[str]) -> str:
-    # in a span, as a line that begins with <math would be taken for a block; with the sign after it, so no line parts them
+    # a line that begins with <math would be taken for a block; the sign after it stays on its line
     return f'<span class="symbol">{mathml(found[1])}{found[2]}</span>'
 
 
