@@ -99,8 +99,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
             model = MTDiffusionModel.from_pretrained(path, subfolder="model", dtype=chosen["model"], **trust, **kwargs)
         if not isinstance(scheduler, MTScheduler):
             kind = next(kind for kind in SCHEDULERS.values() if kind.__name__ == index["scheduler"][1])
-            with damage("scheduler", path):
-                own = kind.from_pretrained(path, subfolder="scheduler", **kwargs)
+            own = kind.from_pretrained(path, subfolder="scheduler", **kwargs)
             scheduler = own if scheduler is None else as_ours(scheduler, own)
         if autoencoder is None and index.get("autoencoder", [None])[0] is not None:
             with damage("autoencoder", path):

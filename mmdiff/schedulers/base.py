@@ -23,7 +23,8 @@ from mmdiff.schedulers.path import Encodings, GaussianPath
 from mmdiff.schedulers.predictions import PREDICTIONS
 from mmdiff.schedulers.solvers import Solver, check_options
 from mmdiff.schedulers.weights import checked_weight
-from mmdiff.values import check_names, plain, switch, whole
+from mmdiff.trust import damage
+from mmdiff.values import check_names, dense, plain, switch, whole
 
 TIMESTEP_SAMPLING = {  # uniform numbers -> shares of the path, (B,) float64; Esser et al. (2024) for the second
     "uniform": lambda u, mean, std: u,
@@ -64,6 +65,12 @@ class MTScheduler(GaussianPath):
             raise InputError("config", config, "needs the config of a scheduler; from_pretrained reads a folder")
         check_names(kwargs, list(inspect.signature(cls.__init__).parameters)[1:])
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any = None, **kwargs: Any) -> Any:
+        """As of diffusers; a damaged folder is one `InputError`."""
+        with damage("scheduler", pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def _prepare(self, **copied: Any) -> dict[str, dict[str, Any]]:
         """Check the choices of the config; ``copied`` are the arguments that can be changed from outside, which
@@ -255,6 +262,6 @@ class MTScheduler(GaussianPath):
             raise InputError("timestep", timestep, "all steps are taken; call set_timesteps for another run")
         known = not isinstance(timestep, Tensor) or timestep.device.type == "cpu"  # never wait for an accelerator
         expected = self._steps[self._step_index]
-        given = timestep.squeeze() if isinstance(timestep, Tensor) else timestep
+        given = dense("timestep", timestep).squeeze() if isinstance(timestep, Tensor) else timestep
         if known and not (isinstance(given := plain("timestep", given), int | float) and given == expected):
             raise InputError("timestep", given, f"call {self._step_index} after set_timesteps expects {expected}")

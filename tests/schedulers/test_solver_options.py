@@ -213,9 +213,12 @@ def test_what_is_asked_of_a_scheduler_is_refused_by_name(kind: str) -> None:
     with pytest.raises(InputError, match="^constant_encodings = "):
         scheduler.set_timesteps(3, constant_encodings="no")
     scheduler.set_timesteps(3)
-    for timestep in (None, "x", [], NAN, np.array([1, 2]), torch.tensor([1, 2]), 1j):
+    for timestep in (None, "x", [], NAN, np.array([1, 2]), torch.tensor([1, 2]), torch.tensor([1.0]).to_sparse(), 1j):
         with pytest.raises(InputError, match="^timestep = "):
             scheduler.step(torch.zeros(1, 1, 2, 2), timestep, torch.zeros(1, 1, 2, 2))
+    for place in ("./nowhere", None):
+        with pytest.raises(InputError, match="^scheduler = .*damaged or missing"):
+            cls.from_pretrained(place)
     with pytest.raises(InputError, match="^count = "):
         scheduler.rewind("all")
 
