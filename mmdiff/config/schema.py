@@ -92,7 +92,7 @@ class DataConfig(Strict):
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
         several = value if isinstance(value, list) and value else [value]
-        if not all(isinstance(one, str) for one in several):
+        if not all(isinstance(one, str) and one.strip() for one in several):
             raise ValueError("name a source, or a list of files")
         return value
 

@@ -62,8 +62,8 @@ class Mask(Modality):
         ignore: the raw id (of coloured masks the RGB colour) of pixels without a class; null: every pixel has one.
         resize: bring masks of another size to `size` (centre crop to its shape, then nearest) instead of refusing.
         patterns: of the encoding: "learned", or "fixed" at its random start.
-        pattern_size: side of each class's own pattern, repeated over the diffusion space. 1 (one vector per class)
-            needs a diffusion space of two channels or more.
+        pattern_size: side of each class's own pattern, repeated over the diffusion space; 1 is one vector per class.
+            Default: 1, or 2 where the space has one channel, which holds only ±1.
         values: raw ids in the order of the classes, such as [0, 255]; default 0 … K − 1.
         colors: RGB colours in the order of the classes, for masks that are stored in colour.
         names: of the classes, for reports.
@@ -80,7 +80,7 @@ class Mask(Modality):
         ignore: int | list[int] | None = 255,
         resize: bool = False,
         patterns: str = "learned",
-        pattern_size: int = 1,
+        pattern_size: int | None = None,
         values: list[int] | None = None,
         colors: list[list[int]] | None = None,
         names: list[str] | None = None,
@@ -105,6 +105,7 @@ class Mask(Modality):
         self.shown_ignore = free_id(self.shown_ids, self.raw_ignore)
         self.colours = palette or colors or _hues(num_classes)
         self.height, self.width = height_width(size)
+        pattern_size = (2 if channels == 1 else 1) if pattern_size is None else pattern_size
         if pattern_size < 1 or rows % pattern_size or columns % pattern_size:
             raise InputError("pattern_size", pattern_size, f"must divide the diffusion space's {rows}x{columns}")
         if channels * pattern_size**2 == 1:

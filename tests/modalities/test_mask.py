@@ -184,7 +184,7 @@ def test_a_fixed_palette_is_saved_and_not_trained(palette: str) -> None:
 
 
 def test_a_space_of_one_channel_takes_patterns() -> None:
-    findings = check_modality(lambda shape: Mask(shape, 5, 8, pattern_size=2), Shape((1, 8, 8), 6, 10, 2))
+    findings = check_modality(lambda shape: Mask(shape, 5, 8), Shape((1, 8, 8), 6, 10, 2))
     assert [finding for finding in findings if finding.fault] == []
 
 
@@ -234,7 +234,7 @@ def test_batches_with_other_ids_are_refused() -> None:
         (SHAPE, {"patterns": "random"}, "patterns = 'random': choose learned or fixed"),
         (SHAPE, {"pattern_size": 3}, "pattern_size = 3: must divide the diffusion space's 8x8"),
         (SHAPE, {"pattern_size": 0}, "pattern_size = 0: must divide"),
-        (Shape((1, 8, 8), 4, 4), {}, "pattern_size = 1: one channel holds only ±1; take 2 or more"),
+        (Shape((1, 8, 8), 4, 4), {"pattern_size": 1}, "pattern_size = 1: one channel holds only ±1; take 2 or more"),
         (SHAPE, {"size": 12}, "size = (12, 12): must be a whole multiple or a divisor of the grid (8, 8)"),
         (SHAPE, {"size": [8, 8, 8]}, "size = [8, 8, 8]: needs one number, or height and width"),
     ],
