@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import diffusers
@@ -89,37 +90,31 @@ def wrapper(solver: str, options: Options, **common: Any) -> MTDiffusionSchedule
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
-@pytest.mark.parametrize("steps", [1, 7, 50])  # of T = 50; 7 does not divide it
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize(("solver", "options"), STOCHASTIC + DETERMINISTIC + MORE)
-def test_zero_encodings_reproduce_diffusers_bit_for_bit(
-    solver: str, options: Options, prediction_type: str, steps: int, spacing: str
-) -> None:
-    if steps == 50 and spacing != "trailing" and SOLVERS[solver].multistep:
-        return  # refused, see test_repeated_timesteps_are_refused
-    common = {"num_train_timesteps": 50, "beta_schedule": "squaredcos_cap_v2"}
-    common |= {"prediction_type": prediction_type, "timestep_spacing": spacing}
+def test_zero_encodings_reproduce_diffusers_bit_for_bit(solver: str, options: Options, spacing: str) -> None:
     start = noise(0, torch.float32)
-    expected = reference(solver, options, steps, start, **common)
-    assert all(sample.isfinite().all() for sample in expected)
-    for encoding in (None, torch.zeros(SHAPE)):
-        actual = wrapped(wrapper(solver, options, **common), steps, start, encoding)
-        assert len(actual) == len(expected) == steps + 1
-        assert all(map(torch.equal, actual, expected))
+    for prediction_type, steps in itertools.product(PREDICTION_TYPES, (1, 7, 50)):  # of T = 50; 7 does not divide it
+        if steps == 50 and spacing != "trailing" and SOLVERS[solver].multistep:
+            continue  # refused, see test_repeated_timesteps_are_refused
+        common = {"num_train_timesteps": 50, "beta_schedule": "squaredcos_cap_v2"}
+        common |= {"prediction_type": prediction_type, "timestep_spacing": spacing}
+        expected = reference(solver, options, steps, start, **common)
+        assert all(sample.isfinite().all() for sample in expected)
+        for encoding in (None, torch.zeros(SHAPE)):
+            actual = wrapped(wrapper(solver, options, **common), steps, start, encoding)
+            assert len(actual) == len(expected) == steps + 1
+            assert all(map(torch.equal, actual, expected)), (prediction_type, steps)
 
 
-@pytest.mark.parametrize("beta_schedule", ["squaredcos_cap_v2", "linear"])
-@pytest.mark.parametrize("steps", [7, 50])
 @each_solver
-def test_a_constant_encoding_shifts_the_trajectory(
-    solver: str, options: Options, steps: int, beta_schedule: str
-) -> None:
-    common = {"beta_schedule": beta_schedule, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+def test_a_constant_encoding_shifts_the_trajectory(solver: str, options: Options) -> None:
     start, encoding = noise(0, torch.float64), noise(2, torch.float64)
-    expected = reference(solver, options, steps, start, **common)
-    actual = wrapped(wrapper(solver, options, **common), steps, start, encoding)
-    for u, by_diffusers in zip(actual, expected, strict=True):
-        torch.testing.assert_close(u, by_diffusers, rtol=0, atol=1e-12)
+    for beta_schedule, steps in itertools.product(("squaredcos_cap_v2", "linear"), (7, 50)):
+        common = {"beta_schedule": beta_schedule, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+        expected = reference(solver, options, steps, start, **common)
+        actual = wrapped(wrapper(solver, options, **common), steps, start, encoding)
+        for u, by_diffusers in zip(actual, expected, strict=True):
+            torch.testing.assert_close(u, by_diffusers, rtol=0, atol=1e-12)
 
 
 def test_the_corrector_runs_only_where_encodings_are_said_to_be_constant() -> None:
@@ -134,16 +129,16 @@ def test_the_corrector_runs_only_where_encodings_are_said_to_be_constant() -> No
         assert torch.equal(sample, reference(UNIPC, {"disable_corrector": disabled}, 9, start, **common)[-1])
 
 
-@pytest.mark.parametrize("steps", [1, 29, 50, 58, 61, 121, 999, 1000])
 @each_solver
-def test_every_number_of_steps_gives_that_many_distinct_timesteps(solver: str, options: Options, steps: int) -> None:
+def test_every_number_of_steps_gives_that_many_distinct_timesteps(solver: str, options: Options) -> None:
     """At 61 and 121 steps of 1000, np.arange(T, 0, −T/n) has n + 1 entries, the last −1 after rounding."""
     scheduler = wrapper(solver, options)
-    scheduler.set_timesteps(steps)
-    times = scheduler.timesteps.tolist()
-    assert len(times) == steps
-    assert times[0] == 999 and times[-1] >= 0
-    assert all(earlier > later for earlier, later in zip(times, times[1:], strict=False))
+    for steps in (1, 29, 50, 58, 61, 121, 999, 1000):
+        scheduler.set_timesteps(steps)
+        times = scheduler.timesteps.tolist()
+        assert len(times) == steps
+        assert times[0] == 999 and times[-1] >= 0
+        assert all(earlier > later for earlier, later in zip(times, times[1:], strict=False))
 
 
 @pytest.mark.parametrize("spacing", ["leading", "linspace"])
@@ -155,16 +150,14 @@ def test_repeated_timesteps_are_refused(solver: str, spacing: str) -> None:
     assert caught.value.key == "num_inference_steps"
 
 
-@pytest.mark.parametrize("zero_snr", [False, True])
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 10])
 @each_solver
-def test_few_steps_stay_finite(solver: str, options: Options, steps: int, zero_snr: bool) -> None:
+def test_few_steps_stay_finite(solver: str, options: Options) -> None:
     """On the cosine schedule 1 − ā_s − σ² of DDIM with η = 1 can round below zero, and its root is NaN."""
-    if zero_snr and not SOLVERS[solver].zero_terminal_snr:
-        return  # refused, see test_mt_diffusion.py
-    scheduler = wrapper(solver, options, rescale_betas_zero_snr=zero_snr)
-    trajectory = wrapped(scheduler, steps, noise(0, torch.float32), noise(2, torch.float32))
-    assert trajectory[-1].isfinite().all()
+    allowed = (False, True) if SOLVERS[solver].zero_terminal_snr else (False,)  # else refused, see test_mt_diffusion.py
+    for zero_snr, steps in itertools.product(allowed, (1, 2, 3, 4, 5, 10)):
+        scheduler = wrapper(solver, options, rescale_betas_zero_snr=zero_snr)
+        trajectory = wrapped(scheduler, steps, noise(0, torch.float32), noise(2, torch.float32))
+        assert trajectory[-1].isfinite().all(), (zero_snr, steps)
 
 
 @pytest.mark.parametrize(("solver", "options"), STOCHASTIC)
