@@ -15,9 +15,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_FILE, LONGEST_FUNCTION = 335, 92
 LAYERS = {
     **dict.fromkeys(("errors", "randomness", "likelihoods", "config", "slots", "trust", "states"), 0),
-    **dict.fromkeys(("values", "image_files"), 0),
-    **dict.fromkeys(("data", "modalities", "schedulers", "backbones", "losses"), 1),
-    **dict.fromkeys(("metrics", "model", "vlm"), 2),
+    **dict.fromkeys(("values", "image_files", "clip"), 0),
+    **dict.fromkeys(("data", "modalities", "schedulers", "backbones", "losses", "metrics"), 1),
+    **dict.fromkeys(("model", "vlm"), 2),
     **dict.fromkeys(("objective", "sampling"), 3),
     **dict.fromkeys(("pipeline", "plots", "resolve", "build"), 4),
     **dict.fromkeys(("training", "evaluation", "runs"), 5),

@@ -22,9 +22,9 @@ import torch
 from omegaconf import OmegaConf
 
 from mmdiff.benchmarks.fusion.settings import load_settings
+from mmdiff.clip import load_clip
 from mmdiff.config import load_config, parse_config, parse_overrides, save_config
 from mmdiff.data import open_splits
-from mmdiff.data.embeddings import load_clip
 from mmdiff.errors import InputError, printable
 from mmdiff.evaluation.judges import find_judge
 from mmdiff.modalities.encoders import ClipTower, build_encoder

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from mmdiff.data.embeddings import image_tower, load_clip
+from mmdiff.clip import HUB, LOCAL_FOLDER, check_listed, image_tower, load_clip
 from mmdiff.errors import InputError
 
 KEY = "evaluate.zero_shot"
@@ -20,7 +20,7 @@ class ZeroShot:
     """Classifies images by the nearest caption.
 
     Args:
-        model, pretrained, device: of open_clip, as in `mmdiff.data.embeddings.add_embeddings`.
+        model, pretrained, device: as of `mmdiff.clip.load_clip`.
         names: of the classes, in the order of their ids.
         template: a caption with {} for the name.
 
@@ -51,11 +51,11 @@ class ZeroShot:
     def __call__(self, images: Tensor) -> Tensor:
         """Images (n, 1 or 3, H, W) in [−1, 1] -> class ids (n,), int64, on the CPU."""
         levels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
-        found = []
+        classes = []
         for part in levels.split(BATCH_SIZE):
             features = torch.nn.functional.normalize(self._embed([to_pil_image(image) for image in part]), dim=1)
-            found.append((features @ self._text.T).argmax(dim=1).cpu())  # (n, K) cosines -> (n,)
-        return torch.cat(found)
+            classes.append((features @ self._text.T).argmax(dim=1).cpu())  # (n, K) cosines -> (n,)
+        return torch.cat(classes)
 
 
 def check_captions(model: str, names: Sequence[str] | None, template: str) -> None:
@@ -64,11 +64,9 @@ def check_captions(model: str, names: Sequence[str] | None, template: str) -> No
     Raises:
         InputError: naming evaluate.zero_shot.model, .names or .template.
     """
-    import open_clip
-
     if "{}" not in template:
         raise InputError(f"{KEY}.template", template, "must contain {} for the name of the class")
     if not names:
         raise InputError(f"{KEY}.names", names, "name the classes; the data does not")
-    if ":" not in model and model not in open_clip.list_models():
-        raise InputError(f"{KEY}.model", model, "is no model of open_clip; see open_clip.list_models()")
+    if not model.startswith((LOCAL_FOLDER, HUB)):
+        check_listed(f"{KEY}.model", model)

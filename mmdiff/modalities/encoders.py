@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import FunctionType
 from typing import Any, get_type_hints
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from mmdiff.clip import check_listed, load_clip
 from mmdiff.errors import InputError
 from mmdiff.modalities.import_path import imported
 from mmdiff.trust import is_custom
@@ -66,8 +66,7 @@ class ClipTower(nn.Module):
 
         if channels != 3:
             raise InputError("encoder.kind", "open_clip", f"reads 3 channels, the images have {channels}")
-        if model not in open_clip.list_models():  # no other place, whose config could ask for remote code
-            raise InputError("encoder.model", model, "no model of open_clip; see open_clip.list_models()")
+        check_listed("encoder.model", model)  # never a folder or repository, whose config may name code
         self.model, self.pretrained, self.frozen = model, pretrained, frozen
         self.tower = open_clip.create_model(model).visual.requires_grad_(not frozen)
         size = self.tower.image_size
@@ -80,18 +79,8 @@ class ClipTower(nn.Module):
         """Read the weights that were named."""
         if self.pretrained is None:
             return
-        import open_clip
-
-        tags = open_clip.list_pretrained_tags_by_model(self.model)
-        if self.pretrained not in tags and not Path(self.pretrained).is_file():
-            remedy = f"neither a checkpoint file nor a tag of {self.model}: {', '.join(tags) or 'it has none'}"
-            raise InputError("encoder.pretrained", self.pretrained, remedy)
-        try:
-            loaded = open_clip.create_model(self.model, pretrained=self.pretrained)
-        except Exception as error:  # downloads and checkpoints fail in many ways; the person needs one line
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-            raise InputError("encoder.pretrained", self.pretrained, f"cannot be loaded ({reason})") from error
-        self.tower.load_state_dict(loaded.visual.state_dict())
+        clip, _ = load_clip("encoder", self.model, self.pretrained, "cpu")
+        self.tower.load_state_dict(clip.visual.state_dict())
 
     def train(self, mode: bool = True) -> ClipTower:
         """A frozen tower stays in evaluation mode."""

@@ -83,7 +83,7 @@ def test_the_name_says_model_and_weights_without_the_folder(checkpoint: Path) ->
 @pytest.mark.parametrize(
     ("model", "weights", "names", "template", "key"),
     [
-        ("tiny-zero-shut", "weights.pt", NAMES, "{}", r"model = 'tiny-zero-shut': is no model of open_clip"),
+        ("tiny-zero-shut", "weights.pt", NAMES, "{}", r"model = 'tiny-zero-shut': no model of open_clip"),
         (NAME, "nonesuch", NAMES, "{}", "pretrained = 'nonesuch'"),
         (NAME, None, NAMES, "{}", "pretrained = None"),
         (NAME, "weights.pt", [], "{}", r"names = \[\]"),
