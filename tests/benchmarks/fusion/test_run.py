@@ -180,7 +180,7 @@ def test_an_experiment_is_a_record_named_after_its_file(path: Path) -> None:
     assert load_settings(path).name == path.stem
     header = path.read_text().split("\nname:")[0]
     assert all(line.startswith("#") for line in header.splitlines())
-    for entry in ("command", "data", "hardware", "time", "expected", "measured"):
+    for entry in ("command", "results", "measured"):
         assert re.search(rf"^# {entry} ", header, flags=re.MULTILINE), entry
     assert path.relative_to(ROOT).as_posix() in header
 
