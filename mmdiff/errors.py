@@ -27,12 +27,12 @@ class InputError(ValueError):
 
 
 def _shown(value: object) -> str:
-    """The start of a value's own text, or its type where it has none."""
+    """A value's own text, of a long one the two ends: a path ends with its file's name. Its type where it has none."""
     try:
         text = repr(value)
     except Exception:
         text = f"<{type(value).__name__}>"
-    return text if len(text) <= 120 else text[:117] + "..."
+    return text if len(text) <= 160 else f"{text[:60]} … {text[-97:]}"
 
 
 def printable(text: str, keep: str = "") -> str:
