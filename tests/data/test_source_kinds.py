@@ -409,7 +409,8 @@ def test_an_unknown_option_of_an_embedded_set_is_named(source: str, options: dic
 
 
 def test_bags_of_a_name_of_the_hub_may_be_forbidden() -> None:
-    assert "name of the hub" in refusal("image_sets", options={"source": "someone/something", "object": "label"}, hub=False)
+    options = {"source": "someone/something", "object": "label"}
+    assert "name of the hub" in refusal("image_sets", options=options, hub=False)
 
 
 @pytest.mark.parametrize("source", ["nope.pkl", "a/b.CSV", "a/b.npz", "data.Zip", "a/b.jsonl"])
