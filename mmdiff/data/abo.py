@@ -1,7 +1,7 @@
-"""Amazon Berkeley Objects (Collins et al., 2022) from its published files: products with all of their photos.
+"""Amazon Berkeley Objects (Collins et al., 2022) from its published files: products with their photos.
 
-The folder is laid out as the archives unpack: `listings/metadata/listings_*.json.gz`, `images/metadata/images.csv.gz`
-and the photos in `images/small` (at most 256 pixels) or `images/original`.
+The folder holds the unpacked archives: `listings/metadata/listings_*.json.gz`, `images/metadata/images.csv.gz` and the
+photos in `images/small` (at most 256 pixels) or `images/original`.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ def load(
     """{"train", "validation"}, one row per product.
 
     Columns: ``item_id``; ``product_type`` (classes, by name); ``item_name``, ``brand``, ``color``, ``material`` and
-    ``bullet_points`` (texts, None where the language is missing); ``image``, the main photo; ``photos``, all of them,
-    the main one first. A photo whose file is not here is left out; a product without photos has None. Where several
-    marketplaces list a product, each column is from the first that has it.
+    ``bullet_points`` (texts, None where the language is missing); ``image``, the main photo; ``photos``, all photos,
+    the main one first. Photos without a file are left out; a product without photos has None. If several marketplaces
+    list a product, each column is from the first that has it.
 
     Args:
-        folder: of the unpacked archives.
+        folder: with the unpacked archives.
         language: beginning of the language tags, for example "en" or "de_DE".
         images: folder of the photos, "small" or "original".
         max_images: photos per product.
-        every: k; the products of which the checksum of the id is divisible by k are validation.
+        every: k; products whose id has a checksum divisible by k are validation.
 
     Raises:
         InputError: when files are missing or no listing can be read.
@@ -105,7 +105,7 @@ def _paths(table: Path, folder: Path) -> dict[str, Path]:
 
 def _row(entry: dict[str, Any], language: str, paths: dict[str, Path], max_images: int) -> dict[str, Any]:
     ids = dict.fromkeys([entry.get("main_image_id"), *(entry.get("other_image_id") or ())])  # in order, each once
-    files = [str(paths[one]) for one in ids if one in paths and paths[one].is_file()][:max_images]
+    files = [str(paths[image]) for image in ids if image in paths and paths[image].is_file()][:max_images]
     types = entry.get("product_type") or [{}]
     main = paths.get(entry.get("main_image_id") or "")
     return {

@@ -1,6 +1,6 @@
-"""The handwritten digits that ship inside scikit-learn: 1 797 real images with their labels, brought to 16×16.
+"""The handwritten digits of scikit-learn: 1 797 real images with labels, resized to 16×16.
 
-Rows with index % 6 == 5 are the validation split and are never trained on (1 498 / 299 rows).
+Rows with index % 6 == 5 are the validation split (1 498 training rows, 299 validation rows).
 """
 
 from __future__ import annotations

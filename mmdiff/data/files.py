@@ -1,4 +1,4 @@
-"""Files inside rows: images stay as they are stored until a modality reads them, which can say what is wrong."""
+"""Images in rows stay encoded until a modality decodes them, so that an error can name the row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STORED = datasets.Image(decode=False)
 
 
 def undecoded(rows: Any) -> Any:
-    """The same rows, images as {"bytes": …, "path": …}: `datasets` decodes on access and names no row on failure."""
+    """The same rows, with images as {"bytes": …, "path": …}: `datasets` would decode on access and name no row."""
     if not isinstance(rows, datasets.Dataset):
         return rows
     info = rows.info.copy()
@@ -33,16 +33,16 @@ def _switch_off(feature: Any) -> None:
 
 
 def with_images(rows: Any, key: str, column: str, folder: Path | None) -> Any:
-    """The same rows, a column of paths or of whole files, or of lists of these, as one of images.
+    """The same rows with a column of paths, of whole files, or of lists of these as a column of images.
 
     Args:
-        rows: of a source; other rows, and other types of column, are returned as they are.
+        rows: of a source; other rows and other types of column are returned unchanged.
         key: of the config, for errors.
         column: its name.
-        folder: where relative paths start; None: the source has none, or several.
+        folder: of relative paths; None: the source has no folder or several.
 
     Raises:
-        InputError: for a URL, or a relative path that starts nowhere, naming the row.
+        InputError: for a URL, and for a relative path without a folder, naming the row.
     """
     feature = rows.features.get(column) if isinstance(rows, datasets.Dataset) else None
     many = isinstance(feature, datasets.List)
@@ -50,11 +50,11 @@ def with_images(rows: Any, key: str, column: str, folder: Path | None) -> Any:
         return rows
 
     def convert(values: list[Any], numbers: list[int]) -> dict[str, list[Any]]:
-        found = []
+        images = []
         for value, number in zip(values, numbers):
-            where = f"{key}={column}, row {number}"
-            found.append([_file(where, v, folder) for v in value or ()] if many else _file(where, value, folder))
-        return {column: found}
+            place = f"{key}={column}, row {number}"
+            images.append([_file(place, v, folder) for v in value or ()] if many else _file(place, value, folder))
+        return {column: images}
 
     features = rows.features.copy()
     features[column] = datasets.List(STORED) if many else STORED
@@ -67,15 +67,15 @@ def _holds_files(feature: Any) -> bool:
     return isinstance(feature, datasets.Value) and feature.dtype.removeprefix("large_") in ("string", "binary")
 
 
-def _file(where: str, text: str | bytes | None, folder: Path | None) -> dict[str, Any] | None:
+def _file(place: str, text: str | bytes | None, folder: Path | None) -> dict[str, Any] | None:
     if not text:
         return None
     if isinstance(text, bytes):
         return {"bytes": text, "path": None}
     if "://" in text:
-        raise InputError(where, text, "is a URL; download the images and name files")
+        raise InputError(place, text, "is a URL; download the images and name files")
     path = Path(text).expanduser()
     if folder is None and not path.is_absolute():
-        remedy = "is relative, and data.source has no one folder that it could start from; write absolute paths"
-        raise InputError(where, text, remedy)
+        remedy = "is relative, and data.source is no single folder; write absolute paths"
+        raise InputError(place, text, remedy)
     return {"bytes": None, "path": str(path if folder is None else folder / path)}

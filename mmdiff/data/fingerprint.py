@@ -1,4 +1,4 @@
-"""What identifies a data set: its rows, columns and the contents of a few hundred rows, whatever folder it lies in."""
+"""An identifier of a data set: its rows, its columns and a hash of a few hundred rows, independent of its folder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def fingerprint(rows: Rows) -> dict[str, Any]:
 
 
 def _add(digest: Any, value: Any) -> None:
-    """A value into a hash, with its type; of a file that lies elsewhere name and size."""
+    """Add a value and its type to a hash; of a file outside the data set, its name and size."""
     digest.update(f"{type(value).__name__}:".encode())
     if isinstance(value, dict):
         if set(value) == {"bytes", "path"}:

@@ -1,4 +1,4 @@
-"""Paired folders: files of one stem in several folders are one row."""
+"""Paired folders: files with the same stem in several folders make one row."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def load(**options: str) -> Mapping[str, datasets.Dataset]:
     """{split: rows} with a column of images for each folder.
 
     Args:
-        options: {column: folder}. Rows are the files' paths below the folders, without their endings. Sub-folders
-            train, validation and test are splits where every folder has them.
+        options: {column: folder}. A row is a path below the folders, without its suffix. Sub-folders train,
+            validation and test are splits if every folder has them.
 
     Raises:
         InputError: for a folder that is not there, two files of one stem, or a stem that a folder lacks.
     """
     roots = {column: _folder(column, folder) for column, folder in options.items()}
-    if len(roots) < 1:
+    if not roots:
         raise InputError("data.options", options, "name the folders: {image: photos, mask: masks}")
     splits = [name for name in SPLITS if all((root / name).is_dir() for root in roots.values())]
     if splits:
@@ -42,28 +42,25 @@ def _folder(column: str, folder: str) -> Path:
 def _rows(roots: Mapping[str, Path], split: str) -> datasets.Dataset:
     files = {column: _files(column, root) for column, root in roots.items()}
     every = sorted(set().union(*files.values()))
-    for column, found in files.items():
-        lost = [stem for stem in every if stem not in found]
-        if lost:
-            shown = ", ".join(lost[:3]) + (", …" if len(lost) > 3 else "")
-            count = f"{len(lost)} of {len(every)} stems"
-            raise InputError(
-                f"data.options.{column}", str(roots[column]), f"lacks {count}: {shown}; files pair by stem"
-            )
-    columns = {c: [{"bytes": None, "path": str(found[stem])} for stem in every] for c, found in files.items()}
+    for column, paths in files.items():
+        if missing := [stem for stem in every if stem not in paths]:
+            first = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+            remedy = f"lacks {len(missing)} of {len(every)} stems: {first}; files pair by stem"
+            raise InputError(f"data.options.{column}", str(roots[column]), remedy)
+    columns = {c: [{"bytes": None, "path": str(paths[stem])} for stem in every] for c, paths in files.items()}
     features = datasets.Features({column: datasets.Image() for column in columns})
     return datasets.Dataset.from_dict(columns, features=features, split=datasets.NamedSplit(split))
 
 
 def _files(column: str, root: Path) -> dict[str, Path]:
-    """{path without its ending: file} of all images, and maps as .npy, below a folder."""
-    found: dict[str, Path] = {}
+    """{path without its suffix: file} of all images and .npy files below a folder."""
+    paths: dict[str, Path] = {}
     for file in sorted(root.rglob("*")):
         if (is_image(file) or is_array(file)) and file.is_file():
             stem = file.relative_to(root).with_suffix("").as_posix()
-            if stem in found:
-                raise InputError(f"data.options.{column}", str(file), f"has the stem of {found[stem].name}; keep one")
-            found[stem] = file
-    if not found:
+            if stem in paths:
+                raise InputError(f"data.options.{column}", str(file), f"has the stem of {paths[stem].name}; keep one")
+            paths[stem] = file
+    if not paths:
         raise InputError(f"data.options.{column}", str(root), "holds no images and no .npy files")
-    return found
+    return paths

@@ -1,4 +1,4 @@
-"""Rows that are made when they are asked for, with the part of `datasets.Dataset` that the package uses."""
+"""Rows generated on access, with the part of the interface of `datasets.Dataset` that the package uses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmdiff.errors import InputError
 
 
 class MadeRows(Sequence):
-    """Rows of one split, of which only the columns that are asked for are made.
+    """Rows of one split; only the selected columns are generated.
 
     Args:
         rows: how many.
@@ -26,7 +26,7 @@ class MadeRows(Sequence):
 
     @abstractmethod
     def make(self, row: int, names: list[str]) -> dict[str, Any]:
-        """The columns of these names of a row, a function of its number alone."""
+        """The named columns of a row, a function of the row's number alone."""
 
     @property
     def features(self) -> datasets.Features:

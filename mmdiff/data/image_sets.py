@@ -1,4 +1,4 @@
-"""ImageSets of views: a data set with one image per row and a column that names its object becomes sets of images."""
+"""Image sets from a data set with one image per row and a column that names its object."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _TYPES = {PHOTOS: datasets.List(datasets.Image()), DISTRACTORS: datasets.List(da
 class ImageSets(MadeRows):
     """Rows of one split.
 
-    Each is the first row of an object (its front view, which is in no set) with two further columns: ``photos``, a list
-    of other views of it in random order, and ``distractors``, which of them are views of other objects. Objects take
-    turns, so that every one of them has as many rows as the others.
+    A row is the first row of an object (its front view, which is in no set) with two further columns: ``photos``, other
+    views of it in random order, and ``distractors``, which of the photos show other objects. Objects take turns, so
+    that each has as many rows as the others.
 
     Args:
         base: rows of the source.
         image: its column of images.
         fronts: the row in ``base`` of each object's front view.
         views: the rows of each object's other views in this split.
-        rows: how many image_sets.
-        sizes: least and largest number of images, all equally likely; an object with fewer views shows those.
-        distractors: range of the share of images that are of other objects, uniform; one image is always right.
-        key: of the random numbers.
+        rows: how many image sets.
+        sizes: least and largest number of images, drawn uniformly; an object with fewer views gives all of them.
+        distractors: range of the share of images of other objects, drawn uniformly; one image is always of the object.
+        key: seed of the random numbers.
     """
 
     def __init__(
@@ -54,28 +54,25 @@ class ImageSets(MadeRows):
     def make(self, row: int, names: list[str]) -> dict[str, Any]:
         thing = row % len(self.fronts)
         kept = [name for name in names if name in self.base.column_names]
-        found: dict[str, Any] = dict(self.base.select_columns(kept)[self.fronts[thing]]) if kept else {}
+        columns: dict[str, Any] = dict(self.base.select_columns(kept)[self.fronts[thing]]) if kept else {}
         if {PHOTOS, DISTRACTORS} & set(names):
-            members, found[DISTRACTORS] = self._members(row, thing)
+            members, columns[DISTRACTORS] = self._members(row, thing)
             if PHOTOS in names:
                 images = self.base.select_columns([self.image])
-                found[PHOTOS] = [images[member][self.image] for member in members]
-        return {name: found[name] for name in names}
+                columns[PHOTOS] = [images[member][self.image] for member in members]
+        return {name: columns[name] for name in names}
 
     def _members(self, row: int, thing: int) -> tuple[list[int], list[bool]]:
-        """(rows in the source, which of them are of other objects)."""
-        (least, most), (low, high) = self.sizes, self.shares
+        """(rows in the source, which of them show other objects)."""
+        most, views = self.sizes[1], self.views[thing]
         uniform = row_uniform(self._key, row, 3 + 3 * most)
-        own, header, each = self.views[thing], uniform[:3], uniform[3:].reshape(3, most)
-        count = least + int(header[0] * (most - least + 1))
-        others = (
-            min(int((low + (high - low) * header[1]) * count + header[2]), count - 1) if len(self.fronts) > 1 else 0
-        )
-        right = _without_repeats(each[0], own, min(count - others, len(own)))
-        wrong = [self._foreign(thing, float(u)) for u in each[1, :others]]
-        members = [*right, *wrong]
+        count, others = drawn_counts(self.sizes, self.shares, uniform)
+        others = others if len(self.fronts) > 1 else 0
+        each = uniform[3:].reshape(3, most)
+        photos = _without_repeats(each[0], views, min(count - others, len(views)))
+        members = [*photos, *(self._foreign(thing, float(u)) for u in each[1, :others])]
         order = each[2, : len(members)].argsort(kind="stable")
-        return [members[k] for k in order], [bool(k >= len(right)) for k in order]
+        return [members[k] for k in order], [bool(k >= len(photos)) for k in order]
 
     def _foreign(self, thing: int, uniform: float) -> int:
         """A view of another object: all objects equally likely, then all of its views."""
@@ -84,8 +81,15 @@ class ImageSets(MadeRows):
         return other[int((place - int(place)) * len(other))]
 
 
+def drawn_counts(sizes: tuple[int, int], shares: tuple[float, float], uniform: np.ndarray) -> tuple[int, int]:
+    """(number of images, number of distractors among them) from three uniform numbers."""
+    (least, most), (low, high) = sizes, shares
+    count = least + int(uniform[0] * (most - least + 1))
+    return count, min(int((low + (high - low) * uniform[1]) * count + uniform[2]), count - 1)
+
+
 def _without_repeats(uniform: np.ndarray, items: list[int], count: int) -> list[int]:
-    """The first ``count`` of a random order (Fisher and Yates)."""
+    """The first ``count`` items of a random order (Fisher and Yates)."""
     items = list(items)
     for k in range(count):
         other = k + int(uniform[k] * (len(items) - k))
@@ -110,20 +114,21 @@ def load(
 
     Args:
         splits: of a source with an image and an object per row; rows without an object are left out.
-        object, image: its columns.
-        split: which one of them.
+        object, image: the names of these columns.
+        split: the split to read.
         views: images per set, one number or the least and the largest.
-        rows, validation_rows: how many image_sets.
-        hold_out: "views": every k-th view of every object is in validation sets only; "objects": every k-th object, for
-            retrieval of things that training never saw.
+        rows, validation_rows: how many image sets.
+        hold_out: "views": every k-th view of every object is in validation sets only; "objects": every k-th object is,
+            so that retrieval is measured on new objects.
         every: k.
         distractors: share of images of other objects, or its range.
-        seed: of the image_sets.
+        seed: of the image sets.
 
     Raises:
         InputError: for a column that is not there, a number that does not fit, or a split without objects.
     """
-    sizes, shares = _checked(views, distractors, hold_out, every, rows, validation_rows)
+    sizes, shares = checked_ranges(views, distractors)
+    _check(hold_out, every, rows, validation_rows)
     if split not in splits:
         raise InputError("split", split, f"the source has the splits {', '.join(splits)}")
     base = undecoded(splits[split])
@@ -134,7 +139,7 @@ def load(
     for index, row in enumerate(base.select_columns([object])):
         if row[object] is not None:
             groups.setdefault(row[object], []).append(index)
-    seen = [group for group in groups.values() if len(group) > 1]  # a front view and another one
+    several = [group for group in groups.values() if len(group) > 1]  # a front view and at least one other
 
     def image_sets(name: str, count: int, chosen: list[tuple[int, list[int]]]) -> ImageSets:
         chosen = [(front, others) for front, others in chosen if others]
@@ -148,25 +153,29 @@ def load(
 
     parts = {}
     for name, count, held in (("train", rows, False), ("validation", validation_rows, True)):
-        own = kept(seen, held) if hold_out == "objects" else seen
-        others = [group[1:] if hold_out == "objects" else kept(group[1:], held) for group in own]
-        parts[name] = image_sets(name, count, [(group[0], rest) for group, rest in zip(own, others)])
+        objects = kept(several, held) if hold_out == "objects" else several
+        others = [group[1:] if hold_out == "objects" else kept(group[1:], held) for group in objects]
+        parts[name] = image_sets(name, count, [(group[0], rest) for group, rest in zip(objects, others)])
     return parts
 
 
-def _checked(
-    views: Any, distractors: Any, hold_out: str, every: int, rows: int, validation_rows: int
-) -> tuple[tuple[int, int], tuple[float, float]]:
-    """(sizes, shares) as ranges."""
-    sizes = tuple(views) if isinstance(views, Sequence) else (views, views)
-    shares = tuple(distractors) if isinstance(distractors, Sequence) else (distractors, distractors)
+def checked_ranges(views: Any, distractors: Any) -> tuple[tuple[int, int], tuple[float, float]]:
+    """(sizes, shares) as ranges, each from one number or two.
+
+    Raises:
+        InputError: naming views or distractors.
+    """
+    sizes, shares = (tuple(v) if isinstance(v, list | tuple) else (v, v) for v in (views, distractors))
     if len(sizes) != 2 or not all(isinstance(count, int) for count in sizes) or not 1 <= sizes[0] <= sizes[1]:
         raise InputError("views", views, "needs the number of images, 1 at least, or the least and the largest")
-    if len(shares) != 2 or not 0 <= shares[0] <= shares[1] < 1:
+    if len(shares) != 2 or not all(isinstance(s, int | float) for s in shares) or not 0 <= shares[0] <= shares[1] < 1:
         raise InputError("distractors", distractors, "needs a share, or a range of shares, 0 <= low <= high < 1")
+    return sizes, shares
+
+
+def _check(hold_out: str, every: int, rows: int, validation_rows: int) -> None:
     if hold_out not in ("views", "objects"):
         raise InputError("hold_out", hold_out, "choose views or objects")
     for key, value, least in (("every", every, 2), ("rows", rows, 1), ("validation_rows", validation_rows, 1)):
         if value < least:
             raise InputError(key, value, f"needs at least {least}")
-    return sizes, shares

@@ -1,7 +1,7 @@
-"""Holes for masked training: which pixels of an image are known, as a pure function of (seed, position).
+"""Hole patterns: which pixels of an image are known, as a pure function of (seed, position).
 
-A pattern is a field of arrival times: pixels are hidden in its order until the asked share is reached. What arrives at
-one moment is the unit of the pattern, and the share that comes out exceeds the asked one by less than one unit.
+A pattern is a field of arrival times. Pixels are hidden in the order of these times until the requested share is
+reached. Pixels with equal times are one unit; the hidden share exceeds the requested one by less than one unit.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from mmdiff.randomness import normal, uniform
 
 _CELLS = 8  # a checkerboard is 8 × 8
 _STROKES, _SEGMENTS = 3, 6  # of a free-form hole
-_BRUSH = 0.1  # typical thickness of a stroke, as a part of the side
+_BRUSH = 0.1  # typical thickness of a stroke, relative to the side
 
 
 def known_masks(
     pattern: str, ratio: float | Sequence[float], height: int, width: int, seed: int, positions: Tensor
 ) -> Tensor:
-    """Masks of what is known: (B, 1, height, width) float32, 1 = known, 0 = hole, on the device of ``positions``.
+    """Masks of known pixels: (B, 1, height, width) float32, 1 = known, 0 = hole, on the device of ``positions``.
 
-    The same (seed, position) has the same hole whatever else is in the batch.
+    A hole depends on (seed, position) alone, not on the batch.
 
     Args:
-        pattern: a key of `PATTERNS`; the units are a square (squares), a row or a column (box, half), a cell of the
-            8 × 8 grid (checkerboard), a pixel (free-form); of mixed those of the pattern that a position gets.
+        pattern: a key of `PATTERNS`. The unit is a square (squares), a row or a column (box, half), a cell of the 8 × 8
+            grid (checkerboard) or a pixel (free-form).
         ratio: share of hidden pixels, inside (0, 1); a pair (low, high) draws it uniformly for every sample.
         height, width: pixels.
         seed: of the run.
-        positions: (B,) int64, for example row numbers or places in the global batch.
+        positions: (B,) int64, for example row numbers or positions in the global batch.
 
     Raises:
         InputError: for an unknown pattern, or a ratio outside (0, 1).
@@ -57,18 +57,18 @@ def _range(ratio: float | Sequence[float]) -> tuple[float, float]:
 
 
 def _squares(seed: int, positions: Tensor, height: int, width: int, share: Tensor) -> Tensor:
-    """Squares of an eighth of the shorter side, one after the other, anywhere; the border cuts them."""
+    """Squares of an eighth of the shorter side at random places; the border cuts them."""
     side = max(1, min(height, width) // 8)
-    # every place has its moment, and a pixel is hidden by the first square that covers it: a minimum over a window
-    moments = uniform(seed, 0, "holes/squares", positions, (1, height + side - 1, width + side - 1))
-    rows = functional.max_pool2d(-moments, (side, 1), stride=1)  # (B, 1, H, W + side − 1)
+    # each place has a time; a pixel gets the time of the first square that covers it: a minimum over a window
+    times = uniform(seed, 0, "holes/squares", positions, (1, height + side - 1, width + side - 1))
+    rows = functional.max_pool2d(-times, (side, 1), stride=1)  # (B, 1, H, W + side − 1)
     return -functional.max_pool2d(rows, (1, side), stride=1)  # (B, 1, H, W)
 
 
 def _box(seed: int, positions: Tensor, height: int, width: int, share: Tensor) -> Tensor:
-    """One rectangle of aspect 1:2 to 2:1, where that fits, that grows from a point."""
+    """One rectangle that grows from a point; its aspect is 1:2 to 2:1 if that fits."""
     aspect, y, x = uniform(seed, 0, "holes/box", positions, (3,)).unbind(1)
-    tall = (share * 2 ** (2 * aspect - 1)).sqrt().clamp(max=1).maximum(share)  # height as a part of the image's
+    tall = (share * 2 ** (2 * aspect - 1)).sqrt().clamp(max=1).maximum(share)  # relative to the image
     wide = share / tall
     centre_y, centre_x = tall / 2 + y * (1 - tall), wide / 2 + x * (1 - wide)  # the whole box is inside
     dy = (_centres(height, positions) - centre_y[:, None]).abs() / tall[:, None]  # (B, H)
@@ -77,7 +77,7 @@ def _box(seed: int, positions: Tensor, height: int, width: int, share: Tensor) -
 
 
 def _half(seed: int, positions: Tensor, height: int, width: int, share: Tensor) -> Tensor:
-    """All rows or columns from one of the four sides on."""
+    """Rows or columns from one of the four sides."""
     side = (4 * uniform(seed, 0, "holes/half", positions)).long()[:, None, None]  # (B, 1, 1)
     y, x = _centres(height, positions)[:, None], _centres(width, positions)[None, :]
     depth = torch.where(side < 2, y, x)  # (B, H, W)
@@ -85,7 +85,7 @@ def _half(seed: int, positions: Tensor, height: int, width: int, share: Tensor) 
 
 
 def _checkerboard(seed: int, positions: Tensor, height: int, width: int, share: Tensor) -> Tensor:
-    """Cells of one colour in random order, then the cells of the other; a ratio of ½ is the regular checkerboard."""
+    """Cells of one colour in random order, then those of the other; a ratio of ½ gives the regular checkerboard."""
     phase = (2 * uniform(seed, 0, "holes/phase", positions)).long()[:, None, None]  # which colour comes first
     order = uniform(seed, 0, "holes/checkerboard", positions, (_CELLS, _CELLS))
     index = torch.arange(_CELLS, device=positions.device)
@@ -96,13 +96,13 @@ def _checkerboard(seed: int, positions: Tensor, height: int, width: int, share: 
 
 
 def _free_form(seed: int, positions: Tensor, height: int, width: int, share: Tensor) -> Tensor:
-    """Strokes of brushes of different thickness, each a random walk; they get thicker until the share is reached."""
+    """Random walks of brushes of different thickness, which grow until the share is reached."""
     batch = len(positions)
     start = uniform(seed, 0, "holes/start", positions, (_STROKES, 2))
     brush = 0.5 + uniform(seed, 0, "holes/brush", positions, (_STROKES,))
     turns = normal(seed, 0, "holes/turns", positions, (_STROKES, _SEGMENTS)) * 0.8
     heading = 2 * math.pi * uniform(seed, 0, "holes/heading", positions, (_STROKES, 1)) + turns.cumsum(2)
-    # longer strokes for a larger share, so that a brush stays a brush: neither dotted lines nor blots
+    # longer strokes for a larger share, so that the thickness stays near _BRUSH
     length = (share / (_BRUSH * _STROKES * _SEGMENTS))[:, None, None]
     steps = torch.stack([heading.sin(), heading.cos()], dim=3) * length[..., None]  # (B, strokes, segments, 2)
     points = torch.cat([start[:, :, None], start[:, :, None] + steps.cumsum(2)], dim=2)
@@ -117,14 +117,14 @@ def _free_form(seed: int, positions: Tensor, height: int, width: int, share: Ten
 
 
 def _mixed(seed: int, positions: Tensor, height: int, width: int, share: Tensor) -> Tensor:
-    """One of the other patterns, each equally often: what a model learns that shall restore any hole."""
-    which = (len(_PURE) * uniform(seed, 0, "holes/law", positions)).long()[:, None, None]  # (B, 1, 1)
+    """One of the other patterns, each equally often: for models that fill holes of any pattern."""
+    drawn = (len(_PURE) * uniform(seed, 0, "holes/law", positions)).long()[:, None, None]  # (B, 1, 1)
     fields = [pattern(seed, positions, height, width, share).reshape(-1, height, width) for pattern in _PURE.values()]
-    return sum(torch.where(which == index, field, 0.0) for index, field in enumerate(fields))  # (B, H, W)
+    return sum(torch.where(drawn == index, field, 0.0) for index, field in enumerate(fields))  # (B, H, W)
 
 
 def _squared_distance(y: Tensor, x: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    """From the pixels y (H, 1), x (1, W) to segments between start (B, 2) and end (B, 2): (B, H, W)."""
+    """From pixels y (H, 1), x (1, W) to segments from start (B, 2) to end (B, 2): (B, H, W)."""
     along = end - start
     along_y, along_x = along[:, 0, None, None], along[:, 1, None, None]
     dy, dx = y - start[:, 0, None, None], x - start[:, 1, None, None]  # (B, H, 1), (B, 1, W)

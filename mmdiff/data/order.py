@@ -1,4 +1,4 @@
-"""The order of the data as a pure function of (seed, position): a resumed run asks for where it was, at no cost."""
+"""The order of the data as a pure function of (seed, position), so that a resumed run continues without a search."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Order:
 
 
 class Visit(NamedTuple):
-    """A row and the number of the sample that it becomes in a run: what its random hole is a function of."""
+    """A row and its sample number in the run, from which its random hole is drawn."""
 
     row: int
     sample: int

@@ -11,7 +11,7 @@ from typing import Any
 
 from mmdiff.errors import InputError
 
-#: {builder: options a local file may have}; others have none
+#: {builder: options of a local source}; other builders have none
 OPTIONS: dict[str, tuple[str, ...]] = {
     "csv": (
         *("sep", "delimiter", "header", "names", "column_names", "usecols", "skiprows", "nrows", "encoding"),
@@ -34,7 +34,7 @@ _CODE_MEMBERS = _PICKLES | {".pyd"}
 
 
 def check_options(builder: str, options: Mapping[str, Any]) -> None:
-    """Refuse an option that the builder of a local source does not have."""
+    """Refuse options that the builder of a local source does not have."""
     known = OPTIONS.get(builder, ())
     for name, value in options.items():
         if name not in known:
@@ -43,9 +43,9 @@ def check_options(builder: str, options: Mapping[str, Any]) -> None:
 
 
 def check_arguments(source: str, loader: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """Refuse an option that an embedded set does not have."""
+    """Refuse options that an embedded data set does not have."""
     known = inspect.signature(loader).parameters
-    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values()):
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         return
     for name, value in options.items():
         if name not in known:
@@ -54,7 +54,7 @@ def check_arguments(source: str, loader: Callable[..., Any], options: Mapping[st
 
 
 def check_files(source: str | list[str], files: Iterable[Path]) -> None:
-    """Refuse a script or a pickle beside data, and a tar with a pickle, a link or a name that leaves it."""
+    """Refuse a script or a pickle beside data, and a tar with a pickle, a link or a path out of it."""
     for file in files:
         if file.suffix.lower() in _CODE_BESIDE:
             raise InputError("data.source", source, f"holds {file.name}; scripts and pickles are never run, remove it")
@@ -79,7 +79,7 @@ def _check_members(file: Path) -> None:
 
 
 def check_saved(folder: Path) -> None:
-    """Refuse a folder of `save_to_disk` whose files lie elsewhere or whose rows would come in another format."""
+    """Refuse a folder of `save_to_disk` that names files outside it or another row format."""
     if (folder / "dataset_dict.json").is_file():
         for split in _listed(folder / "dataset_dict.json", "splits"):
             check_saved(_inside(folder, split))
@@ -93,7 +93,7 @@ def check_saved(folder: Path) -> None:
 
 
 def _inside(folder: Path, name: Any) -> Path:
-    """A file or folder directly in another one."""
+    """A file or folder directly in ``folder``."""
     simple = isinstance(name, str) and name and ".." not in name and not {"/", "\\"} & set(name)
     if not simple or not (folder / name).resolve().is_relative_to(folder.resolve()):
         raise InputError("data.source", str(folder), f"names {name!r}, which is no file in it; save it again")
@@ -101,17 +101,17 @@ def _inside(folder: Path, name: Any) -> Path:
 
 
 def _listed(file: Path, key: str) -> list[Any]:
-    found = _read(file).get(key)
-    if not isinstance(found, list):
+    entries = _read(file).get(key)
+    if not isinstance(entries, list):
         raise InputError("data.source", str(file), f"has no list {key}; save the data set again")
-    return found
+    return entries
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise InputError("data.source", str(file), f"cannot be read ({error})") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise InputError("data.source", str(file), "is no description of a saved data set; save it again")
-    return found
+    return content

@@ -1,4 +1,4 @@
-"""Where rows come from: embedded data sets, local files and folders, and data sets of the Hugging Face hub."""
+"""Sources of rows: embedded data sets, local files and folders, and data sets of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mmdiff.data.table import ROW, Rows
 from mmdiff.errors import InputError
 from mmdiff.image_files import is_image
 
-#: {suffix: (builder of `datasets`, its arguments)}: nothing else is opened, as others may run code or unpickle
+#: {suffix: (builder of `datasets`, its arguments)}: other builders may run code or unpickle
 BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".csv": ("csv", {}),
     ".tsv": ("csv", {"sep": "\t"}),
@@ -31,11 +31,11 @@ BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 _HUB_BUILDERS = {*(builder for builder, _ in BUILDERS.values()), "imagefolder"}
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_FILE_NAME = re.compile(r".*[^./]\.[A-Za-z]{1,5}", re.DOTALL)  # name-v1.0 is none
-_NO_OPTION = re.compile(r"(?:doesn't have a|unexpected keyword argument) '(\w+)'")  # what a builder says of an option
-_EMPTY = ("StopIteration", "EmptyDataError")  # what an empty file is to the builders
-_ASKED = "is no local path; a name of the hub may be a stranger's, to ask for it pass --trust-custom-modalities"
-_REFUSED = {  # options of `datasets.load_dataset` that change the kind of thing it gives
+_FILE_NAME = re.compile(r".*[^./]\.[A-Za-z]{1,5}", re.DOTALL)  # not name-v1.0
+_NO_OPTION = re.compile(r"(?:doesn't have a|unexpected keyword argument) '(\w+)'")  # error texts of the builders
+_EMPTY = ("StopIteration", "EmptyDataError")  # errors of the builders for an empty file
+_ASKED = "is a hub name, not a local path; to load it pass --trust-custom-modalities"
+_REFUSED = {  # options of `datasets.load_dataset`
     "split": "set data.split instead",
     "streaming": "is not supported yet; leave it out",
     "trust_remote_code": "code of a data set is never run; leave it out",
@@ -47,7 +47,7 @@ Source = str | list[str]
 
 
 def _image_sets(hub: bool, /, source: str, **options: Any) -> Mapping[str, Rows]:
-    """Any other source as image_sets of its views, see `mmdiff.data.image_sets.load`."""
+    """Any other source as image sets, see `mmdiff.data.image_sets.load`."""
     if not isinstance(source, str):
         raise InputError("data.options.source", source, "needs a path or a name as text")
     check_arguments("image_sets", image_sets.load, options)
@@ -83,7 +83,7 @@ def open_splits(
         split, validation_split: names of the two splits.
         holdout: k; instead of a validation split hold out the training rows with index % k == k − 1.
         options: arguments of the embedded set, or of `datasets.load_dataset`.
-        hub: whether a name that is no local path may be asked for on the hub.
+        hub: whether a name that is no local path may be loaded from the hub.
 
     Raises:
         InputError: naming data.source, data.options, data.split, data.validation_split or data.holdout.
@@ -144,7 +144,7 @@ def load(source: Source, options: dict[str, Any], hub: bool = True) -> Mapping[s
 
 
 def refuse_hub(key: str, source: str, options: Mapping[str, Any]) -> None:
-    """Refuse rows that would be asked for on the hub; nothing is opened.
+    """Refuse a source that would be loaded from the hub, before anything is opened.
 
     Raises:
         InputError: naming <key>.source or <key>.options.source.
@@ -155,13 +155,13 @@ def refuse_hub(key: str, source: str, options: Mapping[str, Any]) -> None:
 
 
 def is_path(source: str) -> bool:
-    """Whether a source is a path, by its look or because it is there."""
+    """Whether a source looks like a path or exists as one."""
     looks = source.startswith((".", "/", "~")) or _FILE_NAME.fullmatch(source) or glob.has_magic(source)
     return bool(looks) or Path(source).expanduser().exists()
 
 
 def folder_of(source: Source) -> Path | None:
-    """The folder that relative paths in the rows of a source start from; None where its files lie in several."""
+    """The folder of relative paths in the rows of a source; None if its files lie in several folders."""
     if isinstance(source, str) and Path(source).expanduser().is_dir():
         return Path(source).expanduser()
     folders = {file.parent for file in _files_of(source)}
@@ -169,15 +169,15 @@ def folder_of(source: Source) -> Path | None:
 
 
 def _files_of(source: Source) -> list[Path]:
-    """The files that a path, a glob or a list of them names, in its order; those of a glob sorted."""
+    """The files of a path, a glob or a list of these, in the list's order; those of a glob sorted."""
     if isinstance(source, list):
         return [file for one in source for file in _files_of(one)]
-    found = glob.glob(str(Path(source).expanduser()), recursive=True) if glob.has_magic(source) else [source]  # noqa: PTH207 any root
-    return sorted(path for path in (Path(file).expanduser() for file in found) if path.is_file())
+    paths = glob.glob(str(Path(source).expanduser()), recursive=True) if glob.has_magic(source) else [source]  # noqa: PTH207 any root
+    return sorted(path for path in (Path(file).expanduser() for file in paths) if path.is_file())
 
 
 def _refuse_urls(key: str, value: Any) -> None:
-    """Only files of this machine and names of the hub are opened."""
+    """Refuse URLs: only local files and hub names are opened."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             _refuse_urls(f"{key}.{name}", inner)
@@ -198,8 +198,8 @@ def _open_path(source: Source, options: dict[str, Any]) -> Any:
             raise InputError("data.source", str(file), "is named twice; a row would be trained on and held out")
     suffixes = {file.suffix.lower() for file in files}
     if len(suffixes) != 1 or not suffixes <= set(BUILDERS):
-        found = ", ".join(sorted(suffixes)) or "no files"
-        raise InputError("data.source", source, f"holds files of {found}; one kind of {_KINDS} is read")
+        kinds = ", ".join(sorted(suffixes)) or "no files"
+        raise InputError("data.source", source, f"holds files of {kinds}; one kind of {_KINDS} is read")
     builder, arguments = BUILDERS[suffixes.pop()]
     check_options(builder, options)
     check_files(source, files)
@@ -223,8 +223,8 @@ def _open_folder(source: str, path: Path, options: dict[str, Any]) -> Any:
         return _datasets(source, "imagefolder", options, data_dir=str(path))
     tables = suffixes & set(BUILDERS)
     if len(tables) != 1:
-        found = ", ".join(sorted(suffixes - {""})) or "no files"
-        raise InputError("data.source", source, f"a folder of images or of one kind of {_KINDS}; {found}")
+        kinds = ", ".join(sorted(suffixes - {""})) or "no files"
+        raise InputError("data.source", source, f"a folder of images or of one kind of {_KINDS} is read; here {kinds}")
     suffix = tables.pop()
     builder, arguments = BUILDERS[suffix]
     check_options(builder, options)
@@ -250,7 +250,7 @@ def _datasets(source: Source, path: str, options: dict[str, Any], **arguments: A
 def _call(source: Source, call: Callable[[], Any], options: Mapping[str, Any], known: str = "") -> Any:
     try:
         return call()
-    except Exception as error:  # the hub client and the builders raise many kinds; the person needs one line
+    except Exception as error:  # the hub client and the builders raise many kinds
         cause = error.__cause__ or error
         if type(cause).__name__ in _EMPTY or "corresponds to no data" in str(cause):
             split = "".join(re.findall(r'"(\w+)" corresponds', str(cause))) or "of an empty file"
@@ -259,5 +259,5 @@ def _call(source: Source, call: Callable[[], Any], options: Mapping[str, Any], k
             key = f"data.options.{unknown[1]}"
             raise InputError(key, options.get(unknown[1]), f"is no option of {source}; leave it out") from error
         reason = f"{type(cause).__name__}: {cause}".partition("\n")[0]
-        given = f" with options {dict(options)}" if options else ""
-        raise InputError("data.source", source, f"cannot be opened{given} ({reason}){known}") from error
+        arguments = f" with options {dict(options)}" if options else ""
+        raise InputError("data.source", source, f"cannot be opened{arguments} ({reason}){known}") from error

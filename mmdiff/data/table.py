@@ -1,4 +1,4 @@
-"""Rows become batches of values, with a `present` mask for each modality."""
+"""Rows become batches of values with a `present` mask for each modality."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class Rows(Protocol):
-    """The part of a Hugging Face data set that is used."""
+    """The part of the interface of `datasets.Dataset` that is used."""
 
     column_names: list[str]
     features: Any
@@ -36,9 +36,9 @@ class Rows(Protocol):
 
 
 class Holes(NamedTuple):
-    """How a masked image is made from another modality's image.
+    """How a masked image is made from the image of the modality ``source``.
 
-    ``pattern`` and ``ratio`` as in `mmdiff.data.masking.known_masks`; ``seed`` of the holes.
+    ``pattern``, ``ratio`` and ``seed`` as of `mmdiff.data.masking.known_masks`.
     """
 
     source: str
@@ -48,8 +48,8 @@ class Holes(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """``values`` {modality: (B, …)} and ``present`` {modality: (B,) bool}; every key is always there. ``unusable`` says
-    which values of the rows could not be used, one line each."""
+    """``values`` {modality: (B, …)} and ``present`` {modality: (B,) bool}, with every key in every batch; ``unusable``,
+    one error line for each skipped value."""
 
     values: dict[str, Tensor]
     present: dict[str, Tensor]
@@ -66,31 +66,31 @@ class Batch(NamedTuple):
 
 
 class Unusable:
-    """Counts the values that were skipped, each once, and stops when they are too many.
+    """Counts skipped values, each once, and stops the run when they are too many.
 
     Args:
-        rows: of the data set.
-        share: of the rows that may have such a value.
+        rows: number of rows of the data set.
+        share: largest share of rows with such a value.
     """
 
     def __init__(self, rows: int, share: float) -> None:
-        self.rows, self.share, self.found = rows, share, dict[str, None]()
+        self.rows, self.share, self.lines = rows, share, dict[str, None]()
 
     def add(self, lines: Sequence[str]) -> None:
-        """Count them, and say which are new.
+        """Count the lines and log new ones.
 
         Raises:
-            InputError: when they are more than the share.
+            InputError: when more than the share are skipped.
         """
-        new = [line for line in lines if line not in self.found]
-        self.found |= dict.fromkeys(new)
+        new = [line for line in lines if line not in self.lines]
+        self.lines |= dict.fromkeys(new)
         first = "; ".join(new[:3]) + ("; …" if len(new) > 3 else "")
-        if len(self.found) > self.share * self.rows:
-            count = f"{len(self.found)} unusable values in {self.rows} rows"
+        if len(self.lines) > self.share * self.rows:
+            count = f"{len(self.lines)} unusable values in {self.rows} rows"
             remedy = f"are more than data.max_errors = {self.share:g}; mend them, or raise it: {first}"
             raise InputError("data.on_error", count, remedy, everywhere=False)
         if new:
-            logger.warning("%d of %d rows have a value that counts as absent: %s", len(self.found), self.rows, first)
+            logger.warning("%d of %d rows have a value that counts as absent: %s", len(self.lines), self.rows, first)
 
 
 class Table(torch.utils.data.Dataset):
@@ -100,15 +100,15 @@ class Table(torch.utils.data.Dataset):
         rows: a data set.
         columns: {modality: column}.
         preprocess: {modality: raw value -> tensor}.
-        placeholders: {modality: the tensor that stands for a missing value}.
-        holes: {masked image: how it is made}; its value is the source's with holes, and the mask of known pixels.
-        missing: {modality: share of rows whose value is hidden}, the same rows always.
+        placeholders: {modality: the tensor in place of a missing value}.
+        holes: {masked image: how it is made}; its value is the image with holes and the mask of known pixels.
+        missing: {modality: share of rows whose value is hidden}, always the same rows.
         seed: of the hidden values.
-        cache_mib: keep all values in memory where they fit into this many MiB, so that nothing is decoded twice.
-        source: what the rows come from, for errors.
+        cache_mib: keep all values in memory if they fit into this many MiB, so that nothing is decoded twice.
+        source: of the rows, for errors.
         on_error: "raise", or "skip": a value that cannot be used counts as absent.
-        max_errors: share of rows that may have such a value; more stop the run.
-        is_missing: {modality: whether a raw value says that there is none}; None always does.
+        max_errors: largest share of rows with such a value; more stop the run.
+        is_missing: {modality: whether a raw value means missing}; None always does.
     """
 
     def __init__(
@@ -128,11 +128,8 @@ class Table(torch.utils.data.Dataset):
     ) -> None:
         for name, column in columns.items():
             if column not in rows.column_names:
-                raise InputError(
-                    f"data.columns.{name}",
-                    column,
-                    f"the source has {', '.join(n for n in rows.column_names if n != ROW)}",
-                )
+                known = ", ".join(n for n in rows.column_names if n != ROW)
+                raise InputError(f"data.columns.{name}", column, f"the source has {known}")
         self.rows = rows.select_columns(sorted({*columns.values(), ROW} & set(rows.column_names)))
         self.columns, self.preprocess, self.placeholders = dict(columns), dict(preprocess), dict(placeholders)
         self.is_missing = dict(is_missing or {})
@@ -152,7 +149,7 @@ class Table(torch.utils.data.Dataset):
         return self.batch([index])
 
     def __getitems__(self, visits: Sequence[Visit]) -> Batch | InputError:
-        """For a data loader. An unusable row travels as a value: workers turn exceptions into text."""
+        """For a data loader. An error is returned: worker processes would turn an exception into text."""
         try:
             return self.batch([v.row for v in visits], [v.sample for v in visits])
         except InputError as error:
@@ -163,7 +160,7 @@ class Table(torch.utils.data.Dataset):
 
         Args:
             indices: of the rows.
-            samples: numbers that random holes are functions of; by default the indices, so that a row keeps its hole.
+            samples: sample numbers of the random holes; by default the indices, so that a row keeps its hole.
         """
         chosen = torch.as_tensor(indices, dtype=torch.int64)
         if self._cache is None:
@@ -178,13 +175,13 @@ class Table(torch.utils.data.Dataset):
         return Batch(batch.values, batch.present | hidden, batch.unusable)
 
     def all(self, limit: int | None = None) -> Batch:
-        """The first ``limit`` rows, or all of them; values that cannot be used are counted."""
+        """The first ``limit`` rows, or all rows; skipped values are counted."""
         batch = self.batch(range(len(self) if limit is None else min(limit, len(self))))
         self.unusable.add(batch.unusable)
         return batch
 
     def _with_holes(self, batch: Batch, samples: Tensor) -> Batch:
-        """The batch with its masked images: (B, C + 1, H, W), the last channel 1 where known."""
+        """The batch with masked images (B, C + 1, H, W); the last channel is 1 at known pixels."""
         values, present = dict(batch.values), dict(batch.present)
         for name, holes in self.holes.items():
             image = values[holes.source]
@@ -210,7 +207,7 @@ class Table(torch.utils.data.Dataset):
         )
 
     def _value(self, name: str, raw: object, row: int, unusable: list[str]) -> Tensor | None:
-        """None where it is missing; so is one that cannot be used, where such are skipped."""
+        """None for a missing value, and for one that cannot be used if such values are skipped."""
         if raw is None or (name in self.is_missing and self.is_missing[name](raw)):
             return None
         try:
@@ -224,7 +221,7 @@ class Table(torch.utils.data.Dataset):
 
 
 def origin(source: str | Sequence[str], rows: Rows) -> str:
-    """A source and the split that rows are of, for errors."""
+    """A source and the split of its rows, for errors."""
     source = source if isinstance(source, str) else ", ".join(source)
     return f"{source} ({rows.split})" if isinstance(rows, datasets.Dataset) and rows.split else source
 
@@ -234,7 +231,7 @@ class StandIn(torch.utils.data.Dataset):
 
     Args:
         examples: {modality: (count, generator) -> values}.
-        rows: how many there seem to be.
+        rows: the number of rows to report.
     """
 
     def __init__(self, examples: Mapping[str, Callable[[int, torch.Generator], Tensor]], rows: int = 2**20) -> None:

@@ -51,7 +51,7 @@ class Evaluation:
 
 def manifest(pipeline: MTDiffusionPipeline, config: Config, train: Table, validation: Table) -> dict[str, Any]:
     """What a reader needs to believe a number, and to make it again."""
-    skipped = {"training": len(train.unusable.found), "held out": len(validation.unusable.found)}
+    skipped = {"training": len(train.unusable.lines), "held out": len(validation.unusable.lines)}
     return circumstances(pipeline.device) | {
         "data": config.data.source,
         "training rows": len(train),

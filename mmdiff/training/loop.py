@@ -122,7 +122,7 @@ class Log:
 
     def _skipped(self) -> dict[str, int]:
         """How many values were skipped, where they are: those that the main process has met."""
-        return {"skipped_values": len(self.table.unusable.found)} if self.config.data.on_error == "skip" else {}
+        return {"skipped_values": len(self.table.unusable.lines)} if self.config.data.on_error == "skip" else {}
 
     def grid(self, trainer: Trainer, done: int) -> None:
         """A picture of samples at a step."""

@@ -1,4 +1,4 @@
-"""Shapes with a set of photos per object: each shows a part of it somewhere else, and some show something else."""
+"""Shapes with an image set per object: each photo shows a part of it elsewhere, and some photos show other objects."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ import datasets
 import numpy as np
 from PIL import Image
 
+from mmdiff.data.image_sets import checked_ranges, drawn_counts
 from mmdiff.data.shapes import render as shapes
 from mmdiff.data.shapes.render import COLORS, OCCLUDER, SHAPES, Shapes, Thing, draw_place, render, row_uniform
-from mmdiff.errors import InputError
+from mmdiff.errors import InputError, at
 from mmdiff.randomness import fold
 
 FRONT = (0.5, 0.5, 0.3)  # x, y and radius of the front view
-_DRAWN = 12  # uniform numbers of a photo
-_DARK = 0.25  # brightness of a stranger's stripes
+_DRAWN = 12  # uniform numbers per photo
+_DARK = 0.25  # brightness of the dark stripes
 
 
 class ImageSets(NamedTuple):
     """How image sets are drawn.
 
     Attributes:
-        views: least and largest number of photos, all equally likely.
-        visible: side of the window through which the object is seen, in units of its radius, so that 2 shows all of it;
-            the rest of its bounding square is grey.
-        distractors: range of the share of photos that show another object, uniform; one photo is always right.
-        strangers: whether such objects have a striped surface, so that every photo says by itself that it does not
-            belong; else they are objects of other attributes, and only the rest of the set says so.
+        views: least and largest number of photos, drawn uniformly.
+        visible: side of the window through which the object is seen, in units of its radius; 2 shows all of it. The
+            rest of its bounding square is grey.
+        distractors: range of the share of photos of other objects, drawn uniformly; one photo is always of the object.
+        strangers: whether other objects have a striped surface, so that a distractor can be recognised alone; else only
+            the other photos of the set tell.
     """
 
     views: tuple[int, int] = (1, 6)
@@ -38,7 +39,7 @@ class ImageSets(NamedTuple):
 
 
 class Photo(NamedTuple):
-    """What is in a photo: ``backdrop`` and ``window`` are uniform numbers."""
+    """The content of a photo; ``backdrop`` and ``window`` are uniform numbers."""
 
     thing: Thing
     distractor: bool
@@ -49,13 +50,13 @@ class Photo(NamedTuple):
 class ShapeSets(Shapes):
     """Rows of shapes with further columns.
 
-    ``photos``: a list of images of an object of the row's shape and colour at other places and scales, and of others;
-    ``distractors``: which are of others; ``front``: the object whole, in the centre; ``kind``: shape and colour as one
-    class; ``description``: for example "a red circle".
+    ``photos``: images of an object of the row's shape and colour at other places and scales, and of other objects;
+    ``distractors``: which photos show other objects; ``front``: the whole object, in the centre; ``kind``: shape and
+    colour as one class; ``description``: for example "a red circle".
 
     Args:
         split, rows, size, views, seed: see `Shapes`.
-        image_sets: how they are drawn.
+        image_sets: how image sets are drawn.
     """
 
     def __init__(self, split: str, rows: int, size: int, views: int, seed: int, image_sets: ImageSets) -> None:
@@ -64,10 +65,9 @@ class ShapeSets(Shapes):
         self._keys["image_sets"] = fold(seed, 0, f"shapes/{split}/bags")
 
     def _members(self, row: int, thing: Thing) -> list[Photo]:
-        (least, most), (low, high) = self.image_sets.views, self.image_sets.distractors
+        most = self.image_sets.views[1]
         uniform = row_uniform(self._keys["image_sets"], row, 3 + _DRAWN * most)
-        count = least + int(uniform[0] * (most - least + 1))
-        others = min(int((low + (high - low) * uniform[1]) * count + uniform[2]), count - 1)
+        count, others = drawn_counts(self.image_sets.views, self.image_sets.distractors, uniform)
         each = uniform[3:].reshape(most, _DRAWN)[:count]
         foreign = each[:, 0].argsort(kind="stable").argsort(kind="stable") < others
         return [_photo(thing, bool(other), numbers) for other, numbers in zip(foreign, each)]
@@ -114,39 +114,23 @@ def load(
     """{"train", "validation"}, see `Shapes`; with the fields of `ImageSets` also the columns of `ShapeSets`.
 
     Raises:
-        InputError: as in `shapes.load`, and for image sets of no photo, of distractors only, or with nothing to see.
+        InputError: as of `shapes.load`, and for image sets of no photo, of distractors only, or without a window.
     """
     plain = shapes.load(rows, validation_rows, size, views, seed)
     if image_sets is None:
         return plain
-    drawn = _checked(ImageSets(**image_sets))
-    return {split: ShapeSets(split, len(own), size, views, seed, drawn) for split, own in plain.items()}
-
-
-def _checked(given: ImageSets) -> ImageSets:
-    views, shares = (_pair(name, value) for name, value in (("views", given.views), ("distractors", given.distractors)))
-    if not (1 <= views[0] <= views[1] and all(isinstance(count, int) for count in views)):
-        raise InputError(
-            "image_sets.views", given.views, "needs the least and the largest number of photos, 1 at least"
-        )
-    if not 0 <= shares[0] <= shares[1] < 1:
-        raise InputError("image_sets.distractors", given.distractors, "needs a range of shares, 0 <= low <= high < 1")
-    if not 0 < given.visible <= 2:
-        raise InputError("image_sets.visible", given.visible, "is the window's side in radii, 0 < visible <= 2")
-    return given._replace(views=views, distractors=shares)
-
-
-def _pair(name: str, value: Any) -> tuple[Any, Any]:
-    """One number, or a range."""
-    ends = tuple(value) if isinstance(value, list | tuple) else (value, value)
-    if len(ends) != 2 or not all(isinstance(end, int | float) for end in ends):
-        raise InputError(f"image_sets.{name}", value, "needs one number, or two: low and high")
-    return ends
+    settings = ImageSets(**image_sets)
+    with at("image_sets"):
+        sizes, shares = checked_ranges(settings.views, settings.distractors)
+    if not 0 < settings.visible <= 2:
+        raise InputError("image_sets.visible", settings.visible, "is the window's side in radii, 0 < visible <= 2")
+    settings = settings._replace(views=sizes, distractors=shares)
+    return {split: ShapeSets(split, len(rows), size, views, seed, settings) for split, rows in plain.items()}
 
 
 def _photo(thing: Thing, distractor: bool, uniform: np.ndarray) -> Photo:
     kind = thing.label * len(COLORS) + thing.color
-    if distractor:  # any other, all equally likely
+    if distractor:  # another kind, uniformly
         kinds = len(SHAPES) * len(COLORS)
         kind = (kind + 1 + int(uniform[1] * (kinds - 1))) % kinds
     label, color = divmod(kind, len(COLORS))
@@ -154,7 +138,7 @@ def _photo(thing: Thing, distractor: bool, uniform: np.ndarray) -> Photo:
 
 
 def _hidden(photo: Photo, visible: float, size: int) -> np.ndarray:
-    """(size, size) bool: the object's bounding square but for a window, anywhere inside of it."""
+    """(size, size) bool: the object's bounding square without a window at a random place in it."""
     thing, centres = photo.thing, (np.arange(size) + 0.5) / size
     half = visible * thing.radius / 2
     shift = (2 * photo.window - 1) * (thing.radius - half)
@@ -166,6 +150,6 @@ def _hidden(photo: Photo, visible: float, size: int) -> np.ndarray:
 
 
 def _stripes(size: int) -> np.ndarray:
-    """(size, size): diagonals of four pixels, bright and dark in turn."""
+    """(size, size): diagonals two pixels wide, bright and dark in turn."""
     place = np.arange(size)
     return np.where((place[:, None] + place) // 2 % 2, 1.0, _DARK)

@@ -1,4 +1,4 @@
-"""The inverse of the renderer in `shapes`: exact rules, nothing trained, that read modalities off generated images."""
+"""The inverse of the renderer: exact rules, without training, that read modalities from images of shapes."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def read_label(images: Tensor) -> Tensor:
 
 def read_kind(images: Tensor) -> Tensor:
     """Images (n, 3, H, W) in [−1, 1] -> (n,) int64, shape and colour in one: label · 6 + colour."""
-    found = read_object(images)
-    return torch.from_numpy(found.label * len(COLORS) + found.color).to(images.device)
+    thing = read_object(images)
+    return torch.from_numpy(thing.label * len(COLORS) + thing.color).to(images.device)
 
 
 def read_embedding(images: Tensor) -> Tensor:
-    """Images (n, 3, H, W) in [−1, 1] -> (n, 32) float32, the mean direction of what is seen, a unit vector."""
+    """Images (n, 3, H, W) in [−1, 1] -> (n, 32) float32, unit vectors, the embedding's mean direction."""
     return torch.from_numpy(mean_direction(read_object(images)).astype(np.float32)).to(images.device)
 
 
@@ -49,17 +49,17 @@ RULES: dict[str, Callable[[Tensor], Tensor]] = {
 def read_object(images: Tensor) -> Thing:
     """Images (n, 3, H, W) in [−1, 1] -> the attributes of the object in each: arrays (n,).
 
-    Area and centre of mass of what has the object's colour place the silhouette of every shape; the best fit wins. An
-    image without an object gets arbitrary attributes.
+    The area and the centre of mass of the object's colour place the silhouette of every shape. The shape with the best
+    fit is chosen. An image without an object gets arbitrary attributes.
     """
     chroma = _chroma(images)
     mask = _mask(chroma)  # (n, H, W)
     count = np.stack([(mask == color + 1).sum(axis=(1, 2)) for color in range(len(COLORS))], axis=1)
     color = count.argmax(axis=1)  # (n,)
-    own = _CHROMA[color]  # (n, 3)
-    alpha = np.einsum("nchw,nc->nhw", chroma, own) / (own**2).sum(axis=1)[:, None, None]
+    pure = _CHROMA[color]  # (n, 3)
+    alpha = np.einsum("nchw,nc->nhw", chroma, pure) / (pure**2).sum(axis=1)[:, None, None]
     near = ndimage.binary_dilation(mask == color[:, None, None] + 1, np.ones((1, 3, 3)))
-    alpha = np.where(near, alpha, 0.0)  # the noise of the whole background would spoil the moments
+    alpha = np.where(near, alpha, 0.0)  # noise of the background would change the moments
     places = _places(alpha)
     errors = [_misfit(alpha, label, *places[label]) for label in range(len(SHAPES))]
     label = np.argmin(errors, axis=0)  # (n,)
@@ -68,7 +68,7 @@ def read_object(images: Tensor) -> Thing:
 
 
 def _chroma(images: Tensor) -> np.ndarray:
-    """What makes pixels differ from grey: (n, 3, H, W)."""
+    """Differences of pixels from grey: (n, 3, H, W)."""
     pixels = images.detach().cpu().float().numpy()
     return pixels - pixels.mean(axis=1, keepdims=True)
 

@@ -1,6 +1,6 @@
 """A procedural data set with exact truth for every modality: one coloured shape on a dark background.
 
-Nothing is stored: a row is a pure function of (seed, split, index), and only the columns that are asked for are made.
+A row is a pure function of (seed, split, index); only the selected columns are generated.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ COLORS = ("red", "yellow", "green", "cyan", "blue", "magenta")
 RGB = np.array([[230, 30, 30], [230, 230, 30], [30, 230, 30], [30, 230, 230], [30, 30, 230], [230, 30, 230]], float)
 RADIUS = (0.2, 0.36)
 EMBEDDING_SIZE = 32
-CONCENTRATION = 1000.0  # κ of the von Mises–Fisher law of directions; the mean cosine to the mean direction is 0.985
-NORM_MEDIAN, NORM_LOG_STD = 10.0, 0.1  # of the log-normal law of norms
+CONCENTRATION = 1000.0  # κ of the von Mises–Fisher distribution of directions; the mean cosine is 0.985
+NORM_MEDIAN, NORM_LOG_STD = 10.0, 0.1  # of the log-normal distribution of norms
 _GREYS = (20.0, 45.0, 70.0)
 _GRADIENT = 12.0  # largest difference from the middle of a background to its border
 OCCLUDER = 128
@@ -93,8 +93,8 @@ def caption(thing: Thing) -> str:
     extent = ("small", "medium", "large")[min(int(3 * (thing.radius - low) / (high - low)), 2)]
     words = [names[(part > 0.42) + (part > 0.58)] for names, part in ((_DOWN, thing.y), (_ACROSS, thing.x))]
     place = " ".join(word for word in words if word)
-    where = f"at the {place}" if place else "in the centre"
-    return f"a {extent} {COLORS[thing.color]} {SHAPES[thing.label]} {where}"
+    position = f"at the {place}" if place else "in the centre"
+    return f"a {extent} {COLORS[thing.color]} {SHAPES[thing.label]} {position}"
 
 
 _DOWN, _ACROSS = ("top", "", "bottom"), ("left", "", "right")
@@ -154,7 +154,7 @@ _PROBABILITIES, _COSINES = _cosine_quantiles()
 
 
 def _embedding(mean: np.ndarray, uniform: np.ndarray) -> list[float]:
-    """A draw of the law: direction ~ von Mises–Fisher(mean, κ), norm ~ log-normal, independent of it."""
+    """A draw: direction ~ von Mises–Fisher(mean, κ), norm ~ log-normal, independent of it."""
     normal = _normal(uniform[1:])  # (34,): a tangent, the norm, one spare
     tangent = normal[:EMBEDDING_SIZE] - (normal[:EMBEDDING_SIZE] @ mean) * mean
     cosine = np.interp(uniform[0], _PROBABILITIES, _COSINES)
@@ -171,7 +171,7 @@ class Shapes(MadeRows):
 
     Columns: ``image`` (RGB), ``mask`` (L; 0 = background, 1 + colour), ``label`` (shape), ``color``, ``x``, ``y``,
     ``radius`` (parts of the side), ``caption``, ``embedding`` (32 floats) and ``views`` (RGB images of an object of
-    the same shape and colour elsewhere, with half or a quarter of it covered by grey).
+    the same shape and colour at other places, with half or a quarter of it covered by grey).
 
     Args:
         split: name of the stream of rows; streams are disjoint.
@@ -244,7 +244,7 @@ def load(
     """{"train", "validation"}, see `Shapes`; more rows do not change the earlier ones.
 
     Raises:
-        InputError: for no rows, a negative number of views, or a side below 16 pixels, where shapes look alike.
+        InputError: for no rows, a negative number of views, or a side below 16 pixels, at which shapes look alike.
     """
     for key, value, least in (("rows", rows, 1), ("validation_rows", validation_rows, 1), ("views", views, 0)):
         if value < least:
