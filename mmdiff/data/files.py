@@ -45,7 +45,7 @@ def with_images(rows: Any, key: str, column: str, folder: Path | None) -> Any:
         InputError: for a URL, and for a relative path without a folder, naming the row.
     """
     feature = rows.features.get(column) if isinstance(rows, datasets.Dataset) else None
-    many = isinstance(feature, datasets.List)
+    many = isinstance(feature, datasets.List | datasets.LargeList)
     if not _holds_files(feature.feature if many else feature):
         return rows
 
@@ -64,10 +64,16 @@ def with_images(rows: Any, key: str, column: str, folder: Path | None) -> Any:
 
 
 def _holds_files(feature: Any) -> bool:
-    return isinstance(feature, datasets.Value) and feature.dtype.removeprefix("large_") in ("string", "binary")
+    """Whether a column holds paths, whole files, or structs of these such as {"bytes": …, "width": …}."""
+    if isinstance(feature, dict):
+        return bool({"bytes", "path"} & set(feature))
+    kind = feature.dtype.removeprefix("large_").removesuffix("_view") if isinstance(feature, datasets.Value) else ""
+    return kind in ("string", "binary")
 
 
-def _file(place: str, text: str | bytes | None, folder: Path | None) -> dict[str, Any] | None:
+def _file(place: str, text: Any, folder: Path | None) -> dict[str, Any] | None:
+    if isinstance(text, dict):
+        text = text.get("bytes") or text.get("path")
     if not text:
         return None
     if isinstance(text, bytes):

@@ -6,6 +6,7 @@ import numbers
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 from mmdiff.errors import InputError
@@ -18,7 +19,7 @@ _COMPACT = "set classes: compact to keep those that have rows"
 
 def whole_number(raw: Any) -> int | None:
     """An integer, or a float that is one, as an int; None for anything else, a bool too."""
-    if isinstance(raw, bool) or not isinstance(raw, numbers.Real):
+    if isinstance(raw, bool) or not isinstance(raw, numbers.Real | Decimal):
         return None
     return int(raw) if raw == raw and abs(raw) != float("inf") and raw == int(raw) else None
 
@@ -66,7 +67,7 @@ def _class(key: str, value: Any) -> str | bool | int:
         return value
     number = whole_number(value)
     if number is None:
-        shown = value if isinstance(value, numbers.Real) else type(value).__name__
+        shown = value if isinstance(value, numbers.Real | Decimal) else type(value).__name__
         raise InputError(key, shown, "is no class: ids are whole numbers, names are texts; check data.columns")
     return number
 

@@ -91,6 +91,8 @@ class Dense(Modality):
         array = as_array(raw)
         if array.ndim not in (2, 3) or array.dtype.kind not in "iuf":
             raise InputError("dense", type(raw).__name__, "is no map of numbers (h, w) or (channels, h, w)")
+        if array.ndim == 3 and array.shape[2] <= 4 < min(array.shape[:2]):
+            raise InputError("dense", f"shape {array.shape}", "has its channels last; store (channels, h, w)")
         with np.errstate(over="ignore"):  # infinity is refused
             return array.astype(np.float32).reshape(-1, *array.shape[-2:])
 

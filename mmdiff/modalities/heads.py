@@ -6,6 +6,7 @@ import io
 import json
 import math
 from collections.abc import Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -125,12 +126,12 @@ def save_image(shown: PILImage.Image, stem: Path) -> Path:
 
 def as_array(raw: Any) -> np.ndarray:
     """A list, an array or a loaded image as an array; anything else, a ragged list too, as one of no dimension."""
-    if isinstance(raw, PILImage.Image):
-        return np.asarray(raw)
     try:
-        return np.asarray(raw) if isinstance(raw, list | tuple | np.ndarray) else np.zeros(())
+        array = np.asarray(raw) if isinstance(raw, list | tuple | np.ndarray | PILImage.Image) else np.zeros(())
     except ValueError:
         return np.zeros(())
+    decimals = array.dtype == object and all(isinstance(number, Decimal) for number in array.flat)
+    return array.astype(np.float64) if decimals else array
 
 
 def as_vector(key: str, raw: Any) -> np.ndarray:

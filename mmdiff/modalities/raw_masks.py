@@ -46,6 +46,8 @@ def readable(raw: Any) -> PILImage.Image | np.ndarray:
     mask = of_file("mask", raw)
     if not isinstance(mask, PILImage.Image):
         array = as_array(mask)
+        if array.dtype.kind == "f" and bool(((array == array.round()) & (np.abs(array) < 2**31)).all()):
+            array = array.astype(np.int64)
         if array.ndim not in (2, 3) or array.dtype.kind not in "iub":
             raise InputError("mask", type(raw).__name__, "is no map of class ids; check data.columns")
         return array

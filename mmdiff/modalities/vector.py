@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mmdiff.modalities.heads import as_vector, check_numbers, open_numbers, repe
 TRANSFORMS = ("standardise", "ranks")
 _KNOTS = 65  # quantiles that ranks are read from
 _EDGE = 1e-3  # ranks stay away from 0 and 1, where a Gaussian has no finite value
+_LARGEST_WHOLE = 2**24  # float32 has every whole number up to it
 
 
 class Vector(Modality):
@@ -220,7 +222,11 @@ def _is_nan(raw: Any) -> bool:
 
 def _vector(raw: Any) -> np.ndarray:
     """A list, an array or one number as (D,) float64."""
-    number = isinstance(raw, int | float | np.number) and not isinstance(raw, bool)
+    number = isinstance(raw, int | float | np.number | Decimal) and not isinstance(raw, bool)
     vector = as_vector("vector", [raw] if number else raw)
     check_numbers("vector", "a vector", vector)
+    lost = (vector != vector.astype(np.float32)) & (vector == vector.round()) & (np.abs(vector) > _LARGEST_WHOLE)
+    if lost.any():
+        remedy = "is a whole number that float32 rounds; leave ids out, give quantities in a larger unit"
+        raise InputError("vector", int(vector[lost.argmax()]), remedy)
     return vector

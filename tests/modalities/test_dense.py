@@ -134,6 +134,7 @@ WITH_NAN = np.where(np.eye(8) > 0, np.nan, MAP)
         (np.where(np.eye(8) > 0, np.inf, MAP), "dense = 'a map': must be finite"),
         (MAP[:, :7], "dense = '7x8': expected 8x8; or set resize: true"),
         (np.zeros((3, 8, 8)), "dense = '3 channels': expected 1"),
+        (np.zeros((8, 8, 3)), "dense = 'shape (8, 8, 3)': has its channels last"),
         (MAP > 0, "dense = 'ndarray': is no map of numbers (h, w) or (channels, h, w)"),
         ([["a"]], "dense = 'list': is no map of numbers"),
         ([1.0, 2.0], "dense = 'list': is no map of numbers"),

@@ -87,8 +87,11 @@ def test_a_missing_mask_is_one_of_ignored_pixels() -> None:
 
 @pytest.mark.parametrize(
     "raw",
-    [picture(IDS), picture(IDS, "P"), IDS.tolist(), IDS, IDS.astype(np.uint8), PILImage.fromarray(IDS.astype("int32"))],
-    ids=["L", "P", "list", "int64", "uint8", "I"],
+    [
+        *(picture(IDS), picture(IDS, "P"), IDS.tolist(), IDS, IDS.astype(np.uint8), IDS.astype(float).tolist()),
+        PILImage.fromarray(IDS.astype("int32")),
+    ],
+    ids=["L", "P", "list", "int64", "uint8", "whole floats", "I"],
 )
 def test_ids_are_read_from_images_and_lists(raw: Any) -> None:
     assert torch.equal(mask().preprocess(raw), torch.from_numpy(IDS))
@@ -198,7 +201,8 @@ def test_a_space_of_one_channel_takes_patterns() -> None:
         (IDS - 1, "mask = -1: is no class and not ignore; found "),
         (picture(IDS[:, :7]), "mask = '7x8': expected 8x8; or set resize: true"),
         (coloured(), "mask = 'RGB': is coloured: [0, 9, 0]: 50.0%, [9, 0, 0]: 50.0%; set colors, one RGB triple per "),
-        (IDS.astype(float), "mask = 'ndarray': is no map of class ids; check data.columns"),
+        (IDS + 0.5, "mask = 'ndarray': is no map of class ids; check data.columns"),
+        (np.full((8, 8), np.inf), "mask = 'ndarray': is no map of class ids; check data.columns"),
         (3, "mask = 'int': is no map of class ids; check data.columns"),
         (None, "mask = 'NoneType': is no map of class ids"),
         ([1, 2, 3], "mask = 'list': is no map of class ids"),

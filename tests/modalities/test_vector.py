@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,9 @@ def test_draws_by_ranks_stay_inside_the_data() -> None:
     assert (drawn.numpy() >= ROWS.min(0) - 1e-6).all() and (drawn.numpy() <= ROWS.max(0) * 1.001).all()
 
 
-@pytest.mark.parametrize("raw", [3, 3.5, np.float32(3.5), [3.5], np.array([3], dtype=np.int64)])
+@pytest.mark.parametrize(
+    "raw", [3, 3.5, np.float32(3.5), [3.5], np.array([3], dtype=np.int64), Decimal("3.5"), [Decimal(3)], 2**24]
+)
 def test_a_single_number_is_a_vector_of_one(raw: Any) -> None:
     assert Vector.settings_from_data(None, [raw, raw])["dim"] == 1
     assert Vector(SHAPE, dim=1).preprocess(raw).shape == (1,)
@@ -93,7 +96,7 @@ def test_a_norm_that_overflows_or_vanishes_is_refused() -> None:
             Embedding(SHAPE, dim=64).preprocess(bad)
 
 
-@pytest.mark.parametrize("raw", ["1", [], [[1.0]], [True], None, {"a": 1}, [1.0, "a"]])
+@pytest.mark.parametrize("raw", ["1", [], [[1.0]], [True], None, {"a": 1}, [1.0, "a"], 2**24 + 1, [2.0**40 + 1]])
 def test_what_is_no_vector_is_refused(raw: Any) -> None:
     with pytest.raises(InputError, match="^vector = "):
         Vector(SHAPE, dim=1).preprocess(raw)
