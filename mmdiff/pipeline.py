@@ -148,7 +148,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
             num_inference_steps: solver steps. 0: nothing is denoised; what is unobserved is read from the heads in one
                 evaluation at t = T, the anchor from the head of an observed modality that predicts it (masked image).
             guidance_scale: classifier-free, a number or {observed modality: number}; 1 is off. Needs concatenation.
-            conditioning: how observed values steer (README, Theory, section 5): one or several of "concatenation",
+            conditioning: how observed values steer (docs/theory.md, section 5): one or several of "concatenation",
                 "aggregation", "head-guidance" and "replacement" for all, or {modality: one or several}; by default as
                 trained: observation channels, and c_t for what is aggregated.
             head_guidance_scale: of "head-guidance", one number or {modality: number}; 1 is exact for exact heads.

@@ -1,4 +1,4 @@
-"""How training draws the state of every modality: absent, aggregated or observed (README, Theory, section 4).
+"""How training draws the state of every modality: absent, aggregated or observed (docs/theory.md, section 4).
 
 A distribution is a pure function of counter-based uniforms, so that accumulation, several processes and a resumed run
 draw the same states.

@@ -1,4 +1,4 @@
-"""The contract of a backbone (README, Theory, section 4: the three states of a modality)."""
+"""The contract of a backbone (docs/theory.md, section 4: the three states of a modality)."""
 
 from __future__ import annotations
 

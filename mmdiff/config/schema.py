@@ -98,7 +98,7 @@ class DataConfig(Strict):
 
 
 class WeightConfig(Strict):
-    """W_t of a modality (README, Theory, section 3)."""
+    """W_t of a modality (docs/theory.md, section 3)."""
 
     schedule: Literal["constant", "bump", "early", "none", "learned"] = "constant"  # how W_t depends on t
     scale: float = Field(1.5, ge=0, le=1e4)  # max_t W_t
@@ -140,7 +140,7 @@ class SchedulerConfig(_Open):
 
 
 class StatesConfig(Strict):
-    """The distribution by which training draws each modality's state (README, Theory, section 4)."""
+    """The distribution by which training draws each modality's state (docs/theory.md, section 4)."""
 
     # how the flags of all modalities are drawn together
     distribution: Literal["independent", "each_alone", "half_alone", "source", "heads"] = "independent"

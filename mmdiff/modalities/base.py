@@ -44,7 +44,7 @@ class Modality(nn.Module, ABC):
     """
 
     #: Whether the modality may enter the mean of the forward process. One that lives in the anchor's own subspace may
-    #: not: it is observed or absent (README, Theory, section 4).
+    #: not: it is observed or absent (docs/theory.md, section 4).
     aggregable: ClassVar[bool] = True
     #: Whether the head predicts the anchor and not the modality's own value: its L2 term then counts where the modality
     #: is observed too.

@@ -1,4 +1,4 @@
-"""Several embeddings of one thing become one, whatever their order and number (README, Theory, section 7)."""
+"""Several embeddings of one thing become one, whatever their order and number (docs/theory.md, section 7)."""
 
 from __future__ import annotations
 

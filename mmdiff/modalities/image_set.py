@@ -1,4 +1,4 @@
-"""Several photos of one thing: each is encoded, all are fused into one embedding (README, Theory, section 7)."""
+"""Several photos of one thing: each is encoded, all are fused into one embedding (docs/theory.md, section 7)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How observed values are asked to steer sampling (README, Theory, section 5): ways, names and scales, checked."""
+"""How observed values are asked to steer sampling (docs/theory.md, section 5): ways, names and scales, checked."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def _checked_resampling(resampling: tuple[int, int]) -> tuple[int, int]:
 
 
 def feedback_for(feedback: str | None, stochastic: bool) -> str:
-    """How unknown aggregated modalities enter z_t; by default what is right for the solver (Theory, section 5).
+    """How unknown aggregated modalities enter z_t; by default what is right for the solver (docs/theory.md, section 5).
 
     Raises:
         InputError: on an unknown feedback, and on "mode" with a deterministic solver, where it is wrong.

@@ -1,7 +1,7 @@
 """What every path needs of a scheduler: targets and times for training, and reversal through the shift u_t = z_t − c_t.
 
 By Eq. (11) and (13) u_t is an ordinary process of z_0, so a solver of diffusers reverses it: subtract c at the current
-timestep, let the solver step, add c at the next one. The README (Theory, section 5) says which solvers allow that when
+timestep, let the solver step, add c at the next one. docs/theory.md, section 5, says which solvers allow that when
 encodings change from call to call.
 """
 

@@ -1,4 +1,4 @@
-"""Weight schedules: how much of a modality's encoding the mean of q(z_t | z_0, X) carries (README, Theory, section 3).
+"""Weight schedules: how much of a modality's encoding the mean of q(z_t | z_0, X) carries (docs/theory.md, section 3).
 
 A schedule is a shape g_t, t = 1 … T; the cumulative weight is W_t = scale · g_t / max_s g_s, so that ``scale`` is the
 peak of W_t whatever the schedule. Everything is float64 and differentiable in the learned parameters.

@@ -1,4 +1,4 @@
-"""Several photos in front of a vision-language model of Hugging Face transformers (README, Theory, section 7)."""
+"""Several photos in front of a vision-language model of Hugging Face transformers (docs/theory.md, section 7)."""
 
 from mmdiff.vlm.architectures import ARCHITECTURES
 from mmdiff.vlm.model import Answered, Generated, VisionLanguageModel
