@@ -17,7 +17,7 @@ from torch import Tensor
 from mmdiff.model import MTDiffusionModel, complete, dtypes, in_dtype
 from mmdiff.sampling.arguments import check_finite, memory_errors
 from mmdiff.sampling.components import HUB_ARGUMENTS, check_components, check_together, read_index
-from mmdiff.sampling.conditioning import Ways, peak_weights
+from mmdiff.sampling.conditioning import Methods, peak_weights
 from mmdiff.sampling.heads import read_anchor, read_hidden_anchor
 from mmdiff.sampling.observed import weights_of
 from mmdiff.sampling.request import Generators, Request, request_of
@@ -124,7 +124,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
         observed: Mapping[str, Any] | None = None,
         num_inference_steps: int = 20,
         guidance_scale: float | Mapping[str, float] = 1.0,
-        conditioning: Ways | Mapping[str, Ways] | None = None,
+        conditioning: Methods | Mapping[str, Methods] | None = None,
         head_guidance_scale: float | Mapping[str, float] = 1.0,
         resampling: tuple[int, int] = (2, 5),
         read_timesteps: Sequence[int] | None = None,

@@ -25,7 +25,7 @@ from mmdiff.metrics.features import distances, extractor
 from mmdiff.metrics.neighbours import MEMORISED_EXPECTED, MemorisationTest
 from mmdiff.modalities import Label
 from mmdiff.pipeline import MTDiffusionPipeline
-from mmdiff.sampling.conditioning import feedback_for, usable_ways, ways_of_text
+from mmdiff.sampling.conditioning import feedback_for, methods_of_text, usable_methods
 
 PICTURED = 8  # rows of a picture
 
@@ -117,8 +117,8 @@ class Scene:
     def _usable(self, conditioning: Iterable[str]) -> dict[str, list[str]]:
         """{modality: the ways to compare that it can use}; a way that none can use is refused."""
         names = [*self.read_out, *self.restoring]
-        able = {name: usable_ways(self.model, name, self._weighted()) for name in names}
-        found = {name: [way for way in conditioning if ways_of_text(way) <= able[name]] for name in names}
+        able = {name: usable_methods(self.model, name, self._weighted()) for name in names}
+        found = {name: [way for way in conditioning if methods_of_text(way) <= able[name]] for name in names}
         for way in conditioning:
             if not any(way in ways for ways in found.values()):
                 raise InputError("--conditioning", way, f"none of {', '.join(names) or 'no modality'} can use it here")
@@ -291,7 +291,7 @@ class Scene:
 
 def _asked(setting: dict[str, Any]) -> dict[str, Any]:
     """The pipeline's arguments of a row's setting."""
-    return {k: sorted(ways_of_text(v)) if k == "conditioning" else v for k, v in setting.items()}
+    return {k: sorted(methods_of_text(v)) if k == "conditioning" else v for k, v in setting.items()}
 
 
 def draw(pipeline: MTDiffusionPipeline, count: int, batch_size: int, seed: int, **arguments: Any) -> dict[str, Tensor]:

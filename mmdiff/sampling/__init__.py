@@ -1,1 +1,1 @@
-"""What a call to the pipeline is made of: its arguments, conditioning, guidance, and the reading of heads."""
+"""The parts of a call to the pipeline: arguments, conditioning, guidance, reverse steps and head reads."""

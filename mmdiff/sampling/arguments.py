@@ -1,4 +1,4 @@
-"""Arguments of a call to the pipeline, checked."""
+"""Checks of the pipeline's arguments and samples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmdiff.values import plain
 
 
 def scales(key: str, value: Any) -> Any:
-    """A number, or {modality: number}, none below 0.
+    """A number or {modality: number}, none below 0.
 
     Raises:
         InputError: naming the modality.
@@ -36,16 +36,15 @@ def generators(value: Any, count: int) -> torch.Generator | list[torch.Generator
     """
     if value is None or isinstance(value, torch.Generator):
         return value
-    found = list(value) if isinstance(value, list | tuple) else None
-    if found is None or not all(isinstance(one, torch.Generator) for one in found):
+    if not isinstance(value, list | tuple) or not all(isinstance(item, torch.Generator) for item in value):
         raise InputError("generator", type(value).__name__, "needs a torch.Generator, or a list of one per sample")
-    if len(found) != count:
-        raise InputError("generator", f"{len(found)} generators", f"needs one, or one per sample: {count}")
-    return found
+    if len(value) != count:
+        raise InputError("generator", f"{len(value)} generators", f"needs one, or one per sample: {count}")
+    return list(value)
 
 
 def check_finite(samples: Mapping[str, Tensor]) -> None:
-    """Refuse to return samples with NaN or infinity.
+    """Refuse samples with NaN or infinity.
 
     Raises:
         InputError: naming the modality.
@@ -58,10 +57,10 @@ def check_finite(samples: Mapping[str, Tensor]) -> None:
 
 @contextlib.contextmanager
 def memory_errors() -> Iterator[None]:
-    """Say in one line that a request does not fit.
+    """One line for a request that does not fit into memory.
 
     Raises:
-        InputError: where memory cannot be had.
+        InputError: if memory cannot be allocated.
     """
     try:
         yield

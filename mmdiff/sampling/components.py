@@ -1,4 +1,4 @@
-"""The components of a pipeline, checked before they are used or imported."""
+"""Checks of a pipeline's components before they are imported or used."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def read_index(pipeline: type[DiffusionPipeline], path: str | os.PathLike, **hub
     """`model_index.json` of a folder or a repository; nothing that it names is imported.
 
     Raises:
-        InputError: where there is none, and where it describes another pipeline.
+        InputError: if it is missing or describes another pipeline.
     """
     if not isinstance(path, str | os.PathLike):
         raise InputError("pipeline", path, "needs a folder or the name of a repository")
@@ -30,33 +30,32 @@ def read_index(pipeline: type[DiffusionPipeline], path: str | os.PathLike, **hub
     if not isinstance(index, Mapping):
         raise InputError("model_index.json", index, "needs {component: class}")
     for name, known in (("model", (MTDiffusionModel,)), ("scheduler", tuple(SCHEDULERS.values()))):
-        homes = [[component.__module__, component.__name__] for component in known]
-        if index.get(name) not in homes:
-            expected = " or ".join(map(str, homes))
+        classes = [[component.__module__, component.__name__] for component in known]
+        if index.get(name) not in classes:
+            expected = " or ".join(map(str, classes))
             remedy = f"is no mmdiff pipeline; expected {expected}"
             raise InputError(f"model_index.json: {name}", index.get(name), remedy)
     return index
 
 
 def check_components(model: Any, autoencoder: Any) -> None:
-    """Refuse networks of another kind.
+    """Refuse networks of another class.
 
     Raises:
         InputError: naming the component.
     """
-    if not isinstance(getattr(model, "_orig_mod", model), MTDiffusionModel):  # where torch.compile wrapped it
+    if not isinstance(getattr(model, "_orig_mod", model), MTDiffusionModel):  # torch.compile wraps it
         raise InputError("model", type(model).__name__, "needs an MTDiffusionModel")
     if autoencoder is not None and not isinstance(getattr(autoencoder, "_orig_mod", autoencoder), AutoencoderKL):
         raise InputError("autoencoder", type(autoencoder).__name__, "needs an AutoencoderKL")
 
 
 def check_together(model: MTDiffusionModel, scheduler: MTScheduler | None, **others: Any) -> None:
-    """Every modality with weights is an auxiliary of the model, which c_t is the sum of.
+    """Refuse a scheduler with weights of a modality that the model cannot aggregate.
 
     Args:
-        model: of a pipeline.
-        scheduler: of it; None: not there yet.
-        others: that are not looked at.
+        model, scheduler: of a pipeline; without a scheduler nothing is checked.
+        others: further components, ignored.
 
     Raises:
         InputError: naming the component, or the entry of the scheduler's weights.

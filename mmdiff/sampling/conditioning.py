@@ -1,4 +1,4 @@
-"""How observed values are asked to steer sampling (docs/theory.md, section 5): ways, names and scales, checked."""
+"""How conditions steer sampling (docs/theory.md, section 5): methods, modalities and scales, checked."""
 
 from __future__ import annotations
 
@@ -13,164 +13,165 @@ from mmdiff.model import MTDiffusionModel
 from mmdiff.schedulers import MTScheduler
 from mmdiff.values import names, plain
 
-CONCATENATION, AGGREGATION, HEAD_GUIDANCE, REPLACEMENT = WAYS = (
+CONCATENATION, AGGREGATION, HEAD_GUIDANCE, REPLACEMENT = METHODS = (
     "concatenation",
     "aggregation",
     "head-guidance",
     "replacement",
 )
 FEEDBACKS = ("draw", "mean", "mode")
-LONGEST = 1000  # of resampling; RePaint takes 10
-Ways = str | Iterable[str]
+LONGEST = 1000  # jump of resampling; RePaint takes 10
+Methods = str | Iterable[str]
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What every observed auxiliary modality does to the reverse process.
+    """The effect of every auxiliary modality on the reverse process.
 
     Attributes:
-        concatenated: shown to the network in their observation channels.
-        aggregated: whose values stand in c_t.
-        replaced: whose known parts of z_0 replacement holds fixed.
-        fed: unknown ones that stand in c_t, read from their heads.
-        guidance: {name: scale of the classifier-free guidance}.
-        head_guidance: {name: scale of the guidance by its head}.
+        concatenated: conditions in the observation channels.
+        aggregated: conditions in c_t.
+        replaced: conditions whose known parts of z_0 replacement keeps.
+        fed_back: unobserved modalities in c_t, predicted by their heads.
+        guidance: {condition: scale of classifier-free guidance}.
+        head_guidance: {condition: scale of head guidance}.
         resampling: (jump_length, jump_n_sample) of replacement.
     """
 
     concatenated: frozenset[str]
     aggregated: frozenset[str]
     replaced: frozenset[str]
-    fed: frozenset[str]
+    fed_back: frozenset[str]
     guidance: dict[str, float]
     head_guidance: dict[str, float]
     resampling: tuple[int, int]
 
     @property
     def in_mean(self) -> frozenset[str]:
-        """All that stand in c_t."""
-        return self.aggregated | self.fed
+        """All modalities in c_t."""
+        return self.aggregated | self.fed_back
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """The observed modalities that a branch of their own does without."""
+        """The conditions that one further branch each leaves out."""
         return tuple(sorted(set(self.guidance) | (set(self.head_guidance) & self.concatenated)))
 
 
 def conditioning_of(
     model: MTDiffusionModel,
     values: Mapping[str, Tensor],
-    conditioning: Ways | Mapping[str, Ways] | None,
+    conditioning: Methods | Mapping[str, Methods] | None,
     aggregated: set[str],
     guidance_scale: float | Mapping[str, float] = 1.0,
     head_guidance_scale: float | Mapping[str, float] = 1.0,
     resampling: tuple[int, int] = (2, 5),
     denoising: bool = True,
 ) -> Conditioning:
-    """The checked plan of a call.
+    """The checked conditioning of a call.
 
     Args:
         model: the networks.
-        values: of the observed modalities; the anchor's steers nothing, it is read.
-        conditioning: a way or several of `WAYS` for every observed modality that can use it, or {modality: ways}, or
-            None: as trained (the channels where training ever showed the modality as observed, c_t where it is
-            aggregated; where neither holds, replacement or head-guidance).
+        values: of the observed modalities; an observed anchor is no condition, the heads read it.
+        conditioning: one or several of `METHODS`, for every condition that can use them; or {condition: methods}; or
+            None: as trained (concatenation if training concatenated the condition, aggregation if it has weights; if
+            neither, replacement or head guidance).
         aggregated: modalities that take part in c_t, see `aggregated_names`.
-        guidance_scale, head_guidance_scale, resampling: see the pipeline.
-        denoising: False where the heads are read at once; only channels can be used then.
+        guidance_scale, head_guidance_scale, resampling: as of the pipeline.
+        denoising: False if only the heads are read; conditions can only be concatenated then.
 
     Raises:
         InputError: naming the argument, the value and the remedy.
     """
     observed = sorted(set(values) - {model.anchor})
     denoising = denoising and model.anchor not in values
-    able = {name: _able(model, name, aggregated, denoising) for name in observed}
-    ways = {name: _as_trained(found) for name, found in able.items()}
-    for name in (name for name, found in ways.items() if denoising and not found):
-        raise InputError(f"observed.{name}", "a value", _remedy(able[name]))
+    usable = {name: _usable(model, name, aggregated, denoising) for name in observed}
+    chosen = {name: _as_trained(methods) for name, methods in usable.items()}
+    for name in (name for name, methods in chosen.items() if denoising and not methods):
+        raise InputError(f"observed.{name}", "a value", _remedy(usable[name]))
     if isinstance(conditioning, Mapping):
-        ways |= _named(conditioning, able)
+        chosen |= _by_name(conditioning, usable)
     elif conditioning is not None:
-        ways = _common(_as_ways("conditioning", conditioning), able)
+        chosen = _for_all(_as_methods("conditioning", conditioning), usable)
 
-    def using(way: str) -> frozenset[str]:
-        return frozenset(name for name in observed if way in ways[name])
+    def using(method: str) -> frozenset[str]:
+        return frozenset(name for name in observed if method in chosen[name])
 
     return Conditioning(
         concatenated=using(CONCATENATION),
         aggregated=using(AGGREGATION),
         replaced=using(REPLACEMENT),
-        fed=frozenset(aggregated - set(values)),
+        fed_back=frozenset(aggregated - set(values)),
         guidance=guidance_scales(guidance_scale, observed, using(CONCATENATION)),
         head_guidance=head_guidance_scales(head_guidance_scale, using(HEAD_GUIDANCE)),
         resampling=_checked_resampling(resampling),
     )
 
 
-def _able(model: MTDiffusionModel, name: str, aggregated: set[str], denoising: bool) -> frozenset[str]:
-    """The ways that this modality can use."""
+def _usable(model: MTDiffusionModel, name: str, aggregated: set[str], denoising: bool) -> frozenset[str]:
+    """The methods that a condition can use."""
     modality: Modality = model.modalities[name]
-    able = {
+    usable = {
         CONCATENATION: name in model.observable,
         AGGREGATION: denoising and name in aggregated,
         HEAD_GUIDANCE: denoising and modality.generated and not modality.predicts_anchor,
         REPLACEMENT: denoising and modality.fixes_anchor,
     }
-    return frozenset(way for way in WAYS if able[way])
+    return frozenset(method for method in METHODS if usable[method])
 
 
-def usable_ways(model: MTDiffusionModel, name: str, aggregated: set[str]) -> frozenset[str]:
-    """The ways that an auxiliary modality can use while the anchor is denoised."""
-    return _able(model, name, aggregated, True)
+def usable_methods(model: MTDiffusionModel, name: str, aggregated: set[str]) -> frozenset[str]:
+    """The methods that a condition can use while the anchor is denoised."""
+    return _usable(model, name, aggregated, True)
 
 
-def ways_of_text(text: str) -> frozenset[str]:
-    """ "concatenation+head-guidance" -> its ways."""
-    return _as_ways("conditioning", text.split("+"))
+def methods_of_text(text: str) -> frozenset[str]:
+    """ "concatenation+head-guidance" -> its methods."""
+    return _as_methods("conditioning", text.split("+"))
 
 
-def _as_trained(able: frozenset[str]) -> frozenset[str]:
-    trained = able & {CONCATENATION, AGGREGATION}
-    return trained or frozenset([way for way in (REPLACEMENT, HEAD_GUIDANCE) if way in able][:1])
+def _as_trained(usable: frozenset[str]) -> frozenset[str]:
+    trained = usable & {CONCATENATION, AGGREGATION}
+    return trained or frozenset([method for method in (REPLACEMENT, HEAD_GUIDANCE) if method in usable][:1])
 
 
-def _as_ways(key: str, given: Ways) -> frozenset[str]:
-    ways = names(key, given)
-    for way in ways:
-        if way not in WAYS:
-            raise InputError(key, way, f"choose from {', '.join(WAYS)}")
-    if not ways:
-        raise InputError(key, ways, f"names no way; choose from {', '.join(WAYS)}, or leave the modality unobserved")
-    return frozenset(ways)
+def _as_methods(key: str, value: Methods) -> frozenset[str]:
+    methods = names(key, value)
+    for method in methods:
+        if method not in METHODS:
+            raise InputError(key, method, f"choose from {', '.join(METHODS)}")
+    if not methods:
+        remedy = f"names no method; choose from {', '.join(METHODS)}, or leave the modality unobserved"
+        raise InputError(key, methods, remedy)
+    return frozenset(methods)
 
 
-def _named(conditioning: Mapping[str, Ways], able: Mapping[str, frozenset[str]]) -> dict[str, frozenset[str]]:
-    """{modality: ways}, all of which it must be able to use."""
-    found = {}
-    for name, given in conditioning.items():
-        if name not in able:
-            raise InputError(f"conditioning.{name}", given, "is no observed auxiliary modality")
-        found[name] = _as_ways(f"conditioning.{name}", given)
-        for way in sorted(found[name] - able[name]):
-            raise InputError(f"conditioning.{name}", way, _remedy(able[name]))
-    return found
+def _by_name(conditioning: Mapping[str, Methods], usable: Mapping[str, frozenset[str]]) -> dict[str, frozenset[str]]:
+    """{condition: methods}, each of which it must be able to use."""
+    chosen = {}
+    for name, value in conditioning.items():
+        if name not in usable:
+            raise InputError(f"conditioning.{name}", value, "is no observed auxiliary modality")
+        chosen[name] = _as_methods(f"conditioning.{name}", value)
+        for method in sorted(chosen[name] - usable[name]):
+            raise InputError(f"conditioning.{name}", method, _remedy(usable[name]))
+    return chosen
 
 
-def _common(ways: frozenset[str], able: Mapping[str, frozenset[str]]) -> dict[str, frozenset[str]]:
-    """The same ways for all: each modality uses those it can; each needs one, and each way a modality."""
-    for name, found in able.items():
-        if not found & ways:
-            raise InputError("conditioning", "+".join(sorted(ways)), f"cannot use observed {name}: {_remedy(found)}")
-    for way in sorted(ways):
-        if able and not any(way in found for found in able.values()):
-            raise InputError("conditioning", way, f"no observed modality can use it: {', '.join(able)}")
-    return {name: found & ways for name, found in able.items()}
+def _for_all(methods: frozenset[str], usable: Mapping[str, frozenset[str]]) -> dict[str, frozenset[str]]:
+    """{condition: those of the methods that it can use}. A condition without a method is refused, and vice versa."""
+    for name, possible in usable.items():
+        if not possible & methods:
+            remedy = f"cannot use observed {name}: {_remedy(possible)}"
+            raise InputError("conditioning", "+".join(sorted(methods)), remedy)
+    for method in sorted(methods):
+        if usable and not any(method in possible for possible in usable.values()):
+            raise InputError("conditioning", method, f"no observed modality can use it: {', '.join(usable)}")
+    return {name: possible & methods for name, possible in usable.items()}
 
 
-def _remedy(able: frozenset[str]) -> str:
-    """Why ways fail: channels were not trained, c_t has no weight, a head or the anchor does not allow it."""
-    ways = ", ".join(way for way in WAYS if way in able)
-    return f"here it can use {ways}" if ways else "here nothing can use it; leave it unobserved"
+def _remedy(usable: frozenset[str]) -> str:
+    methods = ", ".join(method for method in METHODS if method in usable)
+    return f"here it can use {methods}" if methods else "here nothing can use it; leave it unobserved"
 
 
 def _checked_resampling(resampling: tuple[int, int]) -> tuple[int, int]:
@@ -182,10 +183,10 @@ def _checked_resampling(resampling: tuple[int, int]) -> tuple[int, int]:
 
 
 def feedback_for(feedback: str | None, stochastic: bool) -> str:
-    """How unknown aggregated modalities enter z_t; by default what is right for the solver (docs/theory.md, section 5).
+    """How unobserved aggregated modalities re-enter c_t; the default depends on the solver.
 
     Raises:
-        InputError: on an unknown feedback, and on "mode" with a deterministic solver, where it is wrong.
+        InputError: for an unknown feedback, and for "mode" with a deterministic solver.
     """
     feedback = ("draw" if stochastic else "mean") if feedback is None else feedback
     if not isinstance(feedback, str) or feedback not in FEEDBACKS:
@@ -201,50 +202,47 @@ def peak_weights(scheduler: MTScheduler) -> dict[str, float]:
 
 
 def aggregated_names(aggregate: bool | Iterable[str] | None, weighted: Mapping[str, float]) -> set[str]:
-    """Which modalities take part in c_t: all with weights, none, or the named ones.
+    """The modalities in c_t: all with weights, none, or the named ones.
 
     Args:
         aggregate: True or None, False, or names.
         weighted: {modality: max_t W_t}.
     """
-    able = {name for name, peak in weighted.items() if peak > 0}
+    positive = {name for name, peak in weighted.items() if peak > 0}
     aggregate = True if aggregate is None else plain("aggregate", aggregate)
     if isinstance(aggregate, bool):
-        return able if aggregate else set()
+        return positive if aggregate else set()
     chosen = set(names("aggregate", aggregate))
-    if chosen - able:
-        raise InputError(
-            "aggregate", sorted(chosen - able)[0], f"has no weight; weighted: {', '.join(sorted(able)) or 'none'}"
-        )
+    for name in sorted(chosen - positive):
+        raise InputError("aggregate", name, f"has no weight; weighted: {', '.join(sorted(positive)) or 'none'}")
     return chosen
 
 
 def guidance_scales(
-    guidance_scale: float | Mapping[str, float], observed: Iterable[str], channels: Iterable[str] | None = None
+    guidance_scale: float | Mapping[str, float], observed: Iterable[str], concatenated: Iterable[str] | None = None
 ) -> dict[str, float]:
-    """{observed modality: scale}, those with scale 1 left out: they need no further evaluation.
+    """{condition: scale} of classifier-free guidance, without those of scale 1, which need no further evaluation.
 
     Args:
         guidance_scale: one number for all, or one per modality.
-        observed: names.
-        channels: those of them that the network is shown; guidance needs that. Default: all.
+        observed: names of the conditions.
+        concatenated: those in the observation channels, which guidance needs. Default: all.
     """
     observed = sorted(observed)
-    shown = set(observed if channels is None else channels)
+    able = set(observed if concatenated is None else concatenated)
     if not isinstance(guidance_scale, Mapping):
-        if observed and not shown and guidance_scale != 1.0:
-            raise InputError(
-                "guidance_scale", guidance_scale, "needs an observed modality in conditioning concatenation"
-            )
-        return {name: float(guidance_scale) for name in observed if name in shown and guidance_scale != 1.0}
-    for name in sorted(set(guidance_scale) - shown):
-        unseen = "needs conditioning concatenation" if name in observed else "this modality is not observed"
-        raise InputError(f"guidance_scale.{name}", guidance_scale[name], unseen)
+        if observed and not able and guidance_scale != 1.0:
+            remedy = "needs an observed modality in conditioning concatenation"
+            raise InputError("guidance_scale", guidance_scale, remedy)
+        return {name: float(guidance_scale) for name in observed if name in able and guidance_scale != 1.0}
+    for name in sorted(set(guidance_scale) - able):
+        remedy = "needs conditioning concatenation" if name in observed else "this modality is not observed"
+        raise InputError(f"guidance_scale.{name}", guidance_scale[name], remedy)
     return {name: float(scale) for name, scale in sorted(guidance_scale.items()) if scale != 1.0}
 
 
 def head_guidance_scales(scale: float | Mapping[str, float], guiding: Iterable[str]) -> dict[str, float]:
-    """{head-guiding modality: scale}, by default 1, which is exact for exact heads; those with scale 0 left out."""
+    """{condition: scale} of head guidance, without those of scale 0. The default 1 is exact for exact heads."""
     guiding = sorted(guiding)
     if not isinstance(scale, Mapping):
         return {name: float(scale) for name in guiding if scale != 0.0}

@@ -1,4 +1,4 @@
-"""One evaluation of the network in a reverse step: branches, classifier-free guidance, head-guidance, feedback.
+"""One evaluation of the network in a reverse step: branches, classifier-free guidance, head guidance, feedback.
 
 Head guidance adds the gradient of the model's own log p_θ(x_i | z_t): with z_t = signal · z_0 + c + noise · ε,
 Tweedie's formula (Efron, 2011) and Bayes' rule give E[z_0 | z_t, x_i] from E[z_0 | z_t].
@@ -18,15 +18,13 @@ from mmdiff.model import MTDiffusionModel
 from mmdiff.sampling.conditioning import Conditioning
 from mmdiff.schedulers import MTScheduler
 
-MIN_SIGNAL = (
-    1e-2  # √ā_t below which there is no head-guidance: z_t says nothing of z_0, and its gradient is divided by it
-)
+MIN_SIGNAL = 1e-2  # smallest s_t with head guidance, which divides a gradient by s_t
 
 
 class Branches(NamedTuple):
-    """What the network is told beside z_t, the branches along the batch: all that is shown, then all but one each.
+    """The network's second input, for K branches along the batch: with all conditions, then without one each.
 
-    ``observation`` is (K · B, …) for 1 + len(``left_out``) = K branches.
+    ``observation`` is (K · B, …) for K = 1 + len(``left_out``).
     """
 
     observation: Observation
@@ -34,8 +32,8 @@ class Branches(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """``prediction`` (B, C, H, W) and ``params`` by modality, of the branch with all; ``unseen`` {name: its params in
-    the branch that leaves it out}, of those that have a head."""
+    """``prediction`` (B, C, H, W) and ``params`` by modality, of the branch with all conditions; ``unseen`` {condition
+    with a head: its params in the branch without it}."""
 
     prediction: Tensor
     params: dict[str, Tensor]
@@ -50,13 +48,13 @@ def branches_of(
     left_out: tuple[str, ...],
     like: Tensor,
 ) -> Branches:
-    """The same for every step of a run.
+    """The branches, which are the same for every step of a run.
 
     Args:
         model: the networks.
         values: of the observed modalities.
-        aggregated, concatenated: names of those in c_t, and in the observation channels.
-        left_out: one further branch each.
+        aggregated, concatenated: names of the modalities in c_t and in the observation channels.
+        left_out: conditions that one further branch each leaves out.
         like: z_t (B, C, H, W).
     """
     everywhere = torch.ones(len(like), dtype=torch.bool, device=like.device)
@@ -71,9 +69,9 @@ def branches_of(
 def guided(
     model: MTDiffusionModel, sample: Tensor, timesteps: Tensor, branches: Branches, scales: Mapping[str, float]
 ) -> Evaluation:
-    """Classifier-free guidance, every branch in one batch: full + Σ_i (s_i − 1) (full − full without i).
+    """Classifier-free guidance with all branches in one batch: full + Σ_i (s_i − 1) (full − full without i).
 
-    With one observed modality this is the usual absent + s (observed − absent). The heads are those of the full branch.
+    With one condition this is the usual absent + s (observed − absent). The heads are those of the full branch.
     """
     count = 1 + len(branches.left_out)
     if count == 1:
@@ -91,13 +89,13 @@ def guided(
 
 
 class Denoiser:
-    """One evaluation of the network in a reverse step, with every guidance that was asked for.
+    """One evaluation of the network in a reverse step, with classifier-free guidance and head guidance.
 
     Args:
         model, scheduler: of the pipeline.
         values: {observed modality: (B, …)}.
-        conditioning: how they steer.
-        aggregated: {observed modality: its encoding in c_t (B, C, H, W)}.
+        conditioning: of the call.
+        aggregated: {condition: its encoding in c_t (B, C, H, W)}.
         count: B.
     """
 
@@ -115,12 +113,12 @@ class Denoiser:
         self.branches = branches_of(
             model, values, conditioning.in_mean, conditioning.concatenated, conditioning.left_out, like=like
         )
-        # observed modalities that the guiding branch meets in c_t alone, with their encodings
-        blind = set(conditioning.head_guidance) & set(aggregated) - conditioning.concatenated
-        self.blind = {name: aggregated[name] for name in sorted(blind)}
+        # encodings of conditions with head guidance that are aggregated but not concatenated
+        only_mean = set(conditioning.head_guidance) & set(aggregated) - conditioning.concatenated
+        self.only_mean = {name: aggregated[name] for name in sorted(only_mean)}
 
     def __call__(self, sample: Tensor, timesteps: Tensor, now: int) -> Evaluation:
-        """z_t (B, C, H, W) at ``timesteps`` (B,), the same as a Python number in ``now``."""
+        """An evaluation at z_t (B, C, H, W), ``timesteps`` (B,); ``now`` is the timestep as a Python number."""
         scales, guiding = self.conditioning.guidance, self.conditioning.head_guidance
         signal, noise = self.scheduler.signal_and_noise(now) if guiding else (0.0, 1.0)
         if signal < MIN_SIGNAL:
@@ -132,7 +130,7 @@ class Denoiser:
         prediction = evaluation.prediction.detach()
         params = {name: head.detach() for name, head in evaluation.params.items()}
         shift = (noise**2 / signal) * score
-        if self.blind:
+        if self.only_mean:
             shift = shift + self._recentred(prediction, params, sample, now)
         return Evaluation(self.scheduler.shifted_prediction(prediction, now, shift), params, {})
 
@@ -145,17 +143,17 @@ class Denoiser:
         )
 
     def _recentred(self, prediction: Tensor, params: Mapping[str, Tensor], sample: Tensor, now: int) -> Tensor:
-        """The z_0 that a network means which does not know x_i, minus the z_0 that the solver will read off.
+        """Correction for a network that does not see x_i: its implied z_0 minus the z_0 that the solver computes.
 
-        Such a network predicts means over p_θ(x_i | z_t), c_t's too; the solver subtracts c_t of the observed x_i.
+        The network predicts means over p_θ(x_i | z_t), also of c_t; the solver subtracts c_t of the observed x_i.
         """
-        scheduler, known = self.scheduler, self.blind
+        scheduler, known = self.scheduler, self.only_mean
         mean = {name: self.model.modalities[name].expected_encoding(params[name]) for name in known}
         signal, _ = scheduler.signal_and_noise(now)
-        meant = scheduler.predict_original_sample(prediction, now, sample, mean)
-        read = scheduler.predict_original_sample(prediction, now, sample, known)
+        implied = scheduler.predict_original_sample(prediction, now, sample, mean)
+        computed = scheduler.predict_original_sample(prediction, now, sample, known)
         moved = scheduler.aggregate(mean, now, sample) - scheduler.aggregate(known, now, sample)
-        return meant - read + moved / signal
+        return implied - computed + moved / signal
 
 
 def _log_likelihood(modality: Modality, params: Tensor, value: Tensor) -> Tensor:
@@ -163,8 +161,8 @@ def _log_likelihood(modality: Modality, params: Tensor, value: Tensor) -> Tensor
     return -modality.dimensions * modality.nll(params.float() if params.dtype != torch.float64 else params, value).sum()
 
 
-def fed_encoding(modality: Modality, params: Tensor, feedback: str, drawn: Tensor) -> Tensor:
-    """The encoding of an unknown modality from its head: E(draw), Σ_k p(k) E(k), or E(mode)."""
+def feedback_encoding(modality: Modality, params: Tensor, feedback: str, drawn: Tensor) -> Tensor:
+    """The encoding of an unobserved modality from its head: E(draw), Σ_k p(k) E(k), or E(mode)."""
     if feedback == "mean":
         return modality.expected_encoding(params)
     return modality.encode(drawn if feedback == "draw" else modality.mode(params))

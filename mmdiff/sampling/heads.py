@@ -1,4 +1,4 @@
-"""The heads read from a finished or an observed anchor: in one evaluation, or over several noise levels."""
+"""Head reads from a finished or observed anchor: in one evaluation, or averaged over several noise levels."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from mmdiff.schedulers import MTScheduler
 def heads(
     model: MTDiffusionModel, scheduler: MTScheduler, values: Mapping[str, Tensor], concatenated: Iterable[str]
 ) -> dict[str, Tensor]:
-    """{auxiliary: params} in one evaluation at t = T: nothing is denoised, z_T is its mean 0, all else is absent.
+    """{auxiliary: params} in one evaluation at t = T with z_T = 0; modalities that are not concatenated are absent.
 
     Args:
         model, scheduler: of the pipeline.
         values: of the observed modalities.
-        concatenated: those in observation channels.
+        concatenated: conditions in the observation channels.
     """
     count = len(next(iter(values.values())))
     z = torch.zeros(count, *model.space, device=model.device, dtype=model.value_dtype)
@@ -37,13 +37,13 @@ def heads_of_noised_anchor(
     levels: Iterable[int],
     noises: Iterable[Tensor],
 ) -> dict[str, Tensor]:
-    """{auxiliary: params}: p_θ(x_i | z_t) averaged over timesteps, z_t the anchor with ``noises`` (B, C, H, W) each."""
+    """{auxiliary: params} of p_θ(x_i | z_t) averaged over timesteps; z_t is the anchor with ``noises`` (B, C, H, W)."""
     z_0 = model.modalities[model.anchor].encode(values[model.anchor])
-    found = []
+    params = []
     for level, noise in zip(levels, noises, strict=False):
         z_t = scheduler.add_noise(z_0, noise, torch.full((len(z_0),), level, device=z_0.device))
-        found.append(_params(model, z_t, level, values, concatenated))
-    return {name: model.modalities[name].average([params[name] for params in found]) for name in found[0]}
+        params.append(_params(model, z_t, level, values, concatenated))
+    return {name: model.modalities[name].average([level[name] for level in params]) for name in params[0]}
 
 
 def _params(
@@ -56,7 +56,7 @@ def _params(
 def read_anchor(
     model: MTDiffusionModel, scheduler: MTScheduler, request: Request, values: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """{unobserved auxiliary: its mode (B, …)}, given the anchor and what else is shown to the network.
+    """{unobserved auxiliary: its mode (B, …)}, given the anchor and the concatenated conditions.
 
     Args:
         model, scheduler: of the pipeline.
@@ -74,10 +74,10 @@ def read_anchor(
 
 
 def read_hidden_anchor(model: MTDiffusionModel, scheduler: MTScheduler, request: Request) -> dict[str, Tensor]:
-    """The same with nothing denoised, and the anchor from the head of an observed modality that predicts it.
+    """The same without denoising; the anchor is from the head of a condition that predicts it.
 
     Raises:
-        InputError: no observed modality does.
+        InputError: if no condition does.
     """
     modalities, concatenated = model.modalities, request.conditioning.concatenated
     able = [name for name in sorted(concatenated) if modalities[name].predicts_anchor]

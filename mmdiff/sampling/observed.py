@@ -1,4 +1,4 @@
-"""Observed values of a call to the pipeline: raw things as tensors of one batch size, and what mattered in them."""
+"""Observed values of a call to the pipeline as tensors of one batch size."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def observed_values(model: MTDiffusionModel, observed: Mapping[str, Any], batch_
     Args:
         model: the networks.
         observed: {modality: one raw value, a list of them, or a tensor of values}; single values are broadcast.
-        batch_size: B, or None: what the values have.
+        batch_size: B; None: the number of values.
 
     Raises:
         InputError: naming the modality.
@@ -35,9 +35,9 @@ def observed_values(model: MTDiffusionModel, observed: Mapping[str, Any], batch_
         values[name] = _values(model, name, raw)
     counts = {name: len(value) for name, value in values.items() if len(value) != 1}
     count = batch_size or max(counts.values(), default=1)
-    for name, found in counts.items():
-        if found != count:
-            raise InputError(f"observed.{name}", f"{found} values", f"does not match {count} samples")
+    for name, length in counts.items():
+        if length != count:
+            raise InputError(f"observed.{name}", f"{length} values", f"does not match {count} samples")
     return {name: value.expand(count, *value.shape[1:]) if len(value) == 1 else value for name, value in values.items()}
 
 
@@ -50,10 +50,10 @@ def _values(model: MTDiffusionModel, name: str, raw: Any) -> Tensor:
             modality.check(value)
             modality.check_observed(value)
         else:
-            many = _separate(raw, len(modality.value_shape))
-            if not many:
+            items = _separate(raw, len(modality.value_shape))
+            if not items:
                 raise InputError(name, raw, "is empty; leave the modality out to draw it")
-            value = torch.stack([modality.preprocess(plain(name, item)) for item in many])
+            value = torch.stack([modality.preprocess(plain(name, item)) for item in items])
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise InputError(name, "NaN or infinity", "every number must be finite")
     except InputError as error:
@@ -71,7 +71,7 @@ def _as_batch(name: str, raw: Tensor, modality: Modality) -> Tensor:
     """(B, …), whole numbers of any width as int64.
 
     Raises:
-        InputError: where nothing can be read from it.
+        InputError: for a tensor without values.
     """
     dense(name, raw)
     if not raw.numel():
@@ -82,7 +82,7 @@ def _as_batch(name: str, raw: Tensor, modality: Modality) -> Tensor:
 
 
 def _separate(raw: Any, dimensions: int) -> list[Any]:
-    """The raw values of a batch: of a list of things, of an array (B, …), or of one thing alone."""
+    """The raw values of a batch: the items of a list or of an array (B, …), or one value."""
     if isinstance(raw, np.ndarray):
         return list(raw) if raw.ndim > max(dimensions, 0) else [raw]
     if isinstance(raw, list | tuple):
@@ -91,7 +91,7 @@ def _separate(raw: Any, dimensions: int) -> list[Any]:
 
 
 def _depth(raw: Any, levels: int = 8) -> int:
-    """How deep numbers lie in nested lists; 0 where something else does."""
+    """Depth of nested lists of numbers; 0 for anything else."""
     if isinstance(raw, list | tuple):
         inner = _depth(raw[0], levels - 1) if raw and levels else 0
         return inner + 1 if inner or (raw and isinstance(raw[0], int | float | np.number)) else 0
@@ -99,8 +99,8 @@ def _depth(raw: Any, levels: int = 8) -> int:
 
 
 def weights_of(model: MTDiffusionModel, values: Mapping[str, Tensor], size: int | None = None) -> dict[str, Tensor]:
-    """{modality: how much each part of its values matters (B, n)}, of those that have parts, ``size`` rows at once."""
-    found = {
+    """{modality with parts: weight of each part of its values (B, n)}, computed for ``size`` rows at once."""
+    weights = {
         name: [model.modalities[name].weights(part) for part in v.split(size or len(v))] for name, v in values.items()
     }
-    return {name: torch.cat(parts) for name, parts in found.items() if parts[0] is not None}
+    return {name: torch.cat(parts) for name, parts in weights.items() if parts[0] is not None}

@@ -1,4 +1,4 @@
-"""Replacement with resampling: known parts of z_t are noised known parts of z_0 (Lugmayr et al., RePaint, 2022)."""
+"""Replacement with resampling: known parts of z_t are the noised known parts of z_0 (RePaint; Lugmayr et al., 2022)."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from mmdiff.schedulers import MTScheduler
 
 
 def visits(steps: int, jump_length: int, jump_n_sample: int) -> list[tuple[int, int]]:
-    """[(number of a solver step, how many steps to go back after it)], RePaint's schedule.
+    """[(index of a solver step, number of steps to go back after it)], RePaint's schedule.
 
-    From every ``jump_length``-th state, counted from the one before the last step, the run goes ``jump_length`` steps
-    back, ``jump_n_sample`` − 1 times.
+    At every ``jump_length``-th state, counted from the last step, the run goes back ``jump_length`` steps,
+    ``jump_n_sample`` − 1 times.
     """
     left = dict.fromkeys(range(0, steps - jump_length, jump_length), jump_n_sample - 1)
-    found, done = [], 0
+    schedule, done = [], 0
     while done < steps:
-        state = steps - done - 2  # after this step, counted from the end
+        state = steps - done - 2  # after this step, counted from the last
         back = jump_length if left.get(state, 0) > 0 else 0
         if back:
             left[state] -= 1
-        found.append((done, back))
+        schedule.append((done, back))
         done += 1 - back
-    return found
+    return schedule
 
 
 def replaced(
@@ -45,7 +45,7 @@ def replaced(
         sample: z_t (B, C, H, W).
         now: its timestep, −1 for t = 0.
         known: parts of z_0.
-        encodings: what is aggregated in z_t.
+        encodings: of the modalities in c_t.
         noise: standard normal (B, C, H, W).
     """
     signal, sigma = scheduler.signal_and_noise(now)

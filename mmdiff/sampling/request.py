@@ -1,4 +1,4 @@
-"""One call to the pipeline: its arguments, checked once, and split into batches."""
+"""One call to the pipeline: its checked arguments, and their split into batches."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ Noise = Callable[[tuple[int, ...]], Tensor]
 
 @dataclass(frozen=True)
 class Request:
-    """What a call asks for.
+    """The checked arguments of a call.
 
     Attributes:
         count: B, how many samples.
         values: {observed modality: (B, …)}.
-        steps: of the solver; 0: the heads are read at once.
+        steps: of the solver; 0: only the heads are read.
         conditioning: how the observed values steer.
-        feedback: how unknown aggregated modalities re-enter c_t.
-        levels: timesteps at which the heads read the finished anchor; None: from its observation channels.
+        feedback: how unobserved aggregated modalities re-enter c_t.
+        levels: timesteps at which the heads read the finished anchor; None: they read its observation channels.
         generator: one, or a list of one per sample.
-        max_batch_size: how many samples are computed at once.
+        max_batch_size: number of samples per batch.
         paste_back, final_read, return_last_draws, output_type: as of the pipeline.
     """
 
@@ -56,64 +56,63 @@ class Request:
         for start in range(0, self.count, self.max_batch_size):
             rows = slice(start, min(start + self.max_batch_size, self.count))
             values = {name: value[rows] for name, value in self.values.items()}
-            own = self.generator[rows] if isinstance(self.generator, list) else self.generator
-            yield replace(self, count=rows.stop - start, values=values, generator=own)
+            generator = self.generator[rows] if isinstance(self.generator, list) else self.generator
+            yield replace(self, count=rows.stop - start, values=values, generator=generator)
 
     def noise(self, model: MTDiffusionModel) -> Noise:
         """shape -> standard normal noise (B, *shape).
 
-        What it needs is looked up once: diffusers searches all modules for its offloading hooks whenever a model is
-        asked for its device.
+        The device is looked up once: in diffusers `model.device` searches all modules.
         """
-        one = isinstance(self.generator, list) and len(self.generator) == 1
-        generator = self.generator[0] if one else self.generator
+        single = isinstance(self.generator, list) and len(self.generator) == 1
+        generator = self.generator[0] if single else self.generator
         device, dtype = model.device, model.value_dtype
         return lambda shape: randn_tensor((self.count, *shape), generator=generator, device=device, dtype=dtype)
 
 
-def request_of(model: MTDiffusionModel, scheduler: MTScheduler, asked: Mapping[str, Any]) -> Request:
+def request_of(model: MTDiffusionModel, scheduler: MTScheduler, arguments: Mapping[str, Any]) -> Request:
     """The checked request of a call.
 
     Args:
         model, scheduler: of the pipeline.
-        asked: {argument of the pipeline's call: value}.
+        arguments: {argument of the pipeline's call: value}.
 
     Raises:
         InputError: naming the argument, the value and the remedy.
     """
-    if not isinstance(asked["output_type"], str) or asked["output_type"] not in ("pil", "pt"):
-        raise InputError("output_type", asked["output_type"], "choose pil or pt")
-    batch_size, largest = (_optional(asked, key) for key in ("batch_size", "max_batch_size"))
-    flags = {key: switch(key, asked[key]) for key in ("paste_back", "final_read", "return_last_draws")}
-    steps = whole("num_inference_steps", asked["num_inference_steps"], 0)
-    classifier_free, by_heads = (scales(key, asked[key]) for key in ("guidance_scale", "head_guidance_scale"))
-    resampling, read_timesteps = (plain(key, asked[key]) for key in ("resampling", "read_timesteps"))
-    values = observed_values(model, {} if asked["observed"] is None else asked["observed"], batch_size)
+    if not isinstance(arguments["output_type"], str) or arguments["output_type"] not in ("pil", "pt"):
+        raise InputError("output_type", arguments["output_type"], "choose pil or pt")
+    batch_size, largest = (_optional(arguments, key) for key in ("batch_size", "max_batch_size"))
+    flags = {key: switch(key, arguments[key]) for key in ("paste_back", "final_read", "return_last_draws")}
+    steps = whole("num_inference_steps", arguments["num_inference_steps"], 0)
+    classifier_free, by_heads = (scales(key, arguments[key]) for key in ("guidance_scale", "head_guidance_scale"))
+    resampling, read_timesteps = (plain(key, arguments[key]) for key in ("resampling", "read_timesteps"))
+    values = observed_values(model, {} if arguments["observed"] is None else arguments["observed"], batch_size)
     count = len(next(iter(values.values()))) if values else batch_size or 1
-    generator = generators(asked["generator"], count)
-    aggregated = aggregated_names(asked["aggregate"], peak_weights(scheduler))
+    generator = generators(arguments["generator"], count)
+    aggregated = aggregated_names(arguments["aggregate"], peak_weights(scheduler))
     conditioning = conditioning_of(
-        model, values, asked["conditioning"], aggregated, classifier_free, by_heads, resampling, steps != 0
+        model, values, arguments["conditioning"], aggregated, classifier_free, by_heads, resampling, steps != 0
     )
     return Request(
         count=count,
         values=values,
         steps=steps,
         conditioning=conditioning,
-        feedback=feedback_for(asked["feedback"], scheduler.is_stochastic),
+        feedback=feedback_for(arguments["feedback"], scheduler.is_stochastic),
         levels=read_levels(read_timesteps, model, len(scheduler)),
         generator=generator,
         max_batch_size=largest or count,
-        output_type=asked["output_type"],
+        output_type=arguments["output_type"],
         **flags,
     )
 
 
 def read_levels(read_timesteps: Sequence[int] | None, model: MTDiffusionModel, total: int) -> tuple[int, ...] | None:
-    """The timesteps at which the anchor is read, or None: from its observation channels, as it was trained.
+    """The timesteps at which the heads read the anchor; None: they read its observation channels, as trained.
 
     Raises:
-        InputError: where one lies outside 0 … total − 1.
+        InputError: for a timestep outside 0 … total − 1.
     """
     if read_timesteps is None:
         return None if model.anchor in model.observable else (0,)
@@ -123,5 +122,5 @@ def read_levels(read_timesteps: Sequence[int] | None, model: MTDiffusionModel, t
     return levels
 
 
-def _optional(asked: Mapping[str, Any], key: str) -> int | None:
-    return None if asked[key] is None else whole(key, asked[key], 1)
+def _optional(arguments: Mapping[str, Any], key: str) -> int | None:
+    return None if arguments[key] is None else whole(key, arguments[key], 1)

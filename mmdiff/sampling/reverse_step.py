@@ -5,32 +5,32 @@ from __future__ import annotations
 from torch import Tensor
 
 from mmdiff.model import MTDiffusionModel
-from mmdiff.sampling.guidance import Denoiser, fed_encoding
+from mmdiff.sampling.guidance import Denoiser, feedback_encoding
 from mmdiff.sampling.replacement import renoised, replaced, visits
 from mmdiff.sampling.request import Request
 from mmdiff.schedulers import MTScheduler
 
 
 class ReverseStep:
-    """z_t -> z at the solver's next timestep; what does not change from step to step is computed once.
+    """z_t -> z at the solver's next timestep; values that stay the same in all steps are computed once.
 
     Args:
         model, scheduler: of the pipeline; the scheduler's timesteps are set here.
         request: of one batch of B samples.
 
     Attributes:
-        schedule: [(index of a step, how many steps to go back after it)], in the order of the calls.
+        schedule: [(index of a step, number of steps to go back after it)], in the order of the calls.
         draws: {unobserved modality: (B, …)}, drawn from the heads in the last step.
     """
 
     def __init__(self, model: MTDiffusionModel, scheduler: MTScheduler, request: Request) -> None:
         conditioning, values = request.conditioning, request.values
         self.model, self.scheduler, self.request = model, scheduler, request
-        self.fed = sorted(conditioning.fed)
-        self.unknown = sorted(set(model.generated) - set(values))
+        self.fed_back = sorted(conditioning.fed_back)
+        self.unobserved = sorted(set(model.generated) - set(values))
         anchor = model.modalities[model.anchor]
         self.known = [model.modalities[n].known_part(values[n], anchor) for n in sorted(conditioning.replaced)]
-        constant = not (self.fed or self.known)
+        constant = not (self.fed_back or self.known)
         scheduler.set_timesteps(request.steps, device=model.device, constant_encodings=constant)
         self.times = scheduler.steps
         self.timesteps = [t.expand(request.count) for t in scheduler.timesteps]
@@ -69,14 +69,14 @@ class ReverseStep:
         return sample
 
     def _feed_back(self, params: dict[str, Tensor], last: bool) -> None:
-        """Encodings of unknown modalities from their heads, and in the last step draws of all that is unknown."""
+        """Encodings of unobserved modalities from their heads; in the last step also draws of all of them."""
         feedback, modalities = self.request.feedback, self.model.modalities
         self.draws = {
             name: modalities[name].sample(params[name], self.noise(modalities[name].noise_shape))
-            for name in (self.unknown if last else self.fed if feedback == "draw" else ())
+            for name in (self.unobserved if last else self.fed_back if feedback == "draw" else ())
         }
-        for name in self.fed:
-            self.encodings[name] = fed_encoding(modalities[name], params[name], feedback, self.draws.get(name))
+        for name in self.fed_back:
+            self.encodings[name] = feedback_encoding(modalities[name], params[name], feedback, self.draws.get(name))
 
     def _with_known(self, sample: Tensor, now: int) -> Tensor:
         if not self.known:

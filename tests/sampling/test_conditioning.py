@@ -22,7 +22,7 @@ from mmdiff.sampling.conditioning import (
     feedback_for,
     guidance_scales,
 )
-from mmdiff.sampling.guidance import Denoiser, Evaluation, branches_of, fed_encoding, guided
+from mmdiff.sampling.guidance import Denoiser, Evaluation, branches_of, feedback_encoding, guided
 from mmdiff.sampling.heads import heads_of_noised_anchor
 from mmdiff.sampling.request import read_levels
 from mmdiff.schedulers import MTDiffusionScheduler
@@ -130,7 +130,7 @@ def test_what_is_fed() -> None:
     expected = {"draw": rows[2:], "mode": rows[:1], "mean": (0.5 * rows[0] + 0.3 * rows[1] + 0.2 * rows[2])[None]}
     assert expected.keys() == set(FEEDBACKS)
     for feedback, encoding in expected.items():
-        torch.testing.assert_close(fed_encoding(label, params, feedback, drawn), encoding)
+        torch.testing.assert_close(feedback_encoding(label, params, feedback, drawn), encoding)
 
 
 # ------------------------------------------------------------------------------------------------ names and scales
@@ -179,7 +179,7 @@ def test_a_scale_for_what_is_not_observed_is_refused() -> None:
         guidance_scales({"mask": 2.0, "label": 1.0}, {"label"})
 
 
-# ------------------------------------------------------------------------------------------------- ways, by modality
+# ------------------------------------------------------------------------------------------------- methods, by modality
 
 
 def plan(conditioning: Any = None, aggregated: Any = ("label",), **arguments: Any) -> Conditioning:
@@ -188,12 +188,12 @@ def plan(conditioning: Any = None, aggregated: Any = ("label",), **arguments: An
 
 def test_by_default_values_act_as_trained() -> None:
     found = plan()
-    assert (found.concatenated, found.aggregated, found.fed) == ({"label", "colour"}, {"label"}, set())
+    assert (found.concatenated, found.aggregated, found.fed_back) == ({"label", "colour"}, {"label"}, set())
     assert (found.head_guidance, found.replaced, found.left_out) == ({}, set(), ())
     unseen = conditioning_of(build(observable=["image"]), VALUES, None, {"label"})
     assert (unseen.concatenated, unseen.aggregated, unseen.head_guidance) == (set(), {"label"}, {"colour": 1.0})
     unknown = conditioning_of(build(), {}, None, {"label"})
-    assert unknown.fed == unknown.in_mean == {"label"}
+    assert unknown.fed_back == unknown.in_mean == {"label"}
 
 
 @pytest.mark.parametrize(
@@ -225,8 +225,8 @@ def test_ways_for_all_and_by_name(conditioning: Any, channels: set[str], plugged
             {"conditioning": "magic"},
             "conditioning = 'magic': choose from concatenation, aggregation, head-guidance, replacement",
         ),
-        ({"conditioning": []}, "conditioning = []: names no way"),
-        ({"conditioning": {"label": []}}, "conditioning.label = []: names no way"),
+        ({"conditioning": []}, "conditioning = []: names no method"),
+        ({"conditioning": {"label": []}}, "conditioning.label = []: names no method"),
         (
             {"conditioning": {"mask": "concatenation"}},
             "conditioning.mask = 'concatenation': is no observed auxiliary modality",

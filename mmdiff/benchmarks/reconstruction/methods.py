@@ -170,7 +170,7 @@ def head(run: Trained, pixels: Tensor, known: Tensor, generators: Generators) ->
 def draws(
     run: Trained, pixels: Tensor, known: Tensor, generators: Generators, ways: str, steps: int, guidance: float = 1.0
 ) -> Tensor:
-    """One draw by the pipeline; ``ways`` are names of `mmdiff.sampling.conditioning.WAYS` with plus signs."""
+    """One draw by the pipeline; ``ways`` are names of `mmdiff.sampling.conditioning.METHODS` with plus signs."""
     return _asked(
         run,
         pixels,
