@@ -1,4 +1,4 @@
-"""What every argument of a scheduler may be, and the check of one value against its type."""
+"""Types of the schedulers' arguments, and the check of a value against its type."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmdiff.values import dense, plain
 _SWITCH = Annotated[bool, Field(strict=True)]
 _NUMBER = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 _VARIANCE = Annotated[float, Field(strict=True, ge=0, le=1)]
-ARGUMENTS = {  # of both schedulers; choices have lists of their own
+ARGUMENTS = {  # of both schedulers; the allowed texts are checked elsewhere
     "num_train_timesteps": Annotated[int, Field(strict=True, ge=1, le=100_000)],
     "beta_schedule": str,
     "beta_start": _VARIANCE,
@@ -41,13 +41,13 @@ def check_value(key: str, value: Any, annotation: Any, reason: str | None = None
     """Refuse a value that is not of its type.
 
     Args:
-        key: its name, for errors.
-        value: anything.
+        key: of the value, for errors.
+        value: any.
         annotation: a type that pydantic knows.
-        reason: what is said after the problem.
+        reason: added to the message.
 
     Raises:
-        InputError: with pydantic's own words.
+        InputError: with pydantic's message.
     """
     try:
         TypeAdapter(annotation).validate_python(value)
@@ -62,18 +62,14 @@ def plain_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: naming the argument.
     """
-    found = {key: _plain(key, config[key]) for key in ARGUMENTS if key in config}
-    for key, value in found.items():
+    arguments = {key: _lists(key, plain(key, config[key])) for key in ARGUMENTS if key in config}
+    for key, value in arguments.items():
         check_value(key, value, ARGUMENTS[key])
-    return found
-
-
-def _plain(key: str, value: Any) -> Any:
-    """Of what JSON knows, where that is possible."""
-    return _lists(key, plain(key, value))
+    return arguments
 
 
 def _lists(key: str, value: Any) -> Any:
+    """Sequences, arrays and tensors as lists."""
     if isinstance(value, Mapping):
         return {name: _lists(f"{key}.{name}", inner) for name, inner in value.items()}
     if isinstance(value, list | tuple | range):

@@ -1,8 +1,8 @@
-"""What every path needs of a scheduler: targets and times for training, and reversal through the shift u_t = z_t − c_t.
+"""The schedulers' common part: training targets and timesteps, and reversal through the shift u_t = z_t − c_t.
 
-By Eq. (11) and (13) u_t is an ordinary process of z_0, so a solver of diffusers reverses it: subtract c at the current
-timestep, let the solver step, add c at the next one. docs/theory.md, section 5, says which solvers allow that when
-encodings change from call to call.
+By Eq. (11) and (13) u_t is an ordinary process of z_0, so a solver of diffusers can reverse it: subtract c at the
+current timestep, take the solver's step, add c at the next timestep. docs/theory.md, section 5, says which solvers
+allow encodings that change from step to step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mmdiff.schedulers.weights import checked_weight
 from mmdiff.trust import damage
 from mmdiff.values import check_names, dense, plain, switch, whole
 
-TIMESTEP_SAMPLING = {  # uniform numbers -> shares of the path, (B,) float64; Esser et al. (2024) for the second
+TIMESTEP_SAMPLING = {  # uniform numbers -> shares of the path, (B,) float64; logit_normal by Esser et al. (2024)
     "uniform": lambda u, mean, std: u,
     "logit_normal": lambda u, mean, std: torch.sigmoid(mean + std * torch.special.ndtri(u)),
 }
@@ -42,8 +42,10 @@ class MTDiffusionSchedulerOutput(BaseOutput):
 
 
 class MTScheduler(GaussianPath):
-    """What schedulers share. One that inherits it registers its config, calls `_prepare` first, then sets its path and
-    its solver; and it says how timesteps count, how u_t is noised and where a solver stops."""
+    """Base of the schedulers. A subclass registers its config, calls `_prepare`, then sets its path and its solver.
+
+    It defines how timesteps count and where the solver's steps lie.
+    """
 
     order = 1
     init_noise_sigma = 1.0
@@ -56,10 +58,10 @@ class MTScheduler(GaussianPath):
 
     @classmethod
     def from_config(cls, config: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As of diffusers, but arguments that no scheduler of ours has are refused.
+        """As of diffusers, but unknown arguments are refused.
 
         Raises:
-            InputError: with the nearest name; and where the config is none: a text would be looked up on the hub.
+            InputError: with the nearest name, and for a config that is no mapping: diffusers would ask the hub.
         """
         if not isinstance(config, Mapping) or not all(isinstance(key, str) for key in config):
             raise InputError("config", config, "needs the config of a scheduler; from_pretrained reads a folder")
@@ -68,14 +70,17 @@ class MTScheduler(GaussianPath):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any = None, **kwargs: Any) -> Any:
-        """As of diffusers; a damaged folder is one `InputError`."""
+        """As of diffusers; a damaged folder is an `InputError`."""
         with damage("scheduler", pretrained_model_name_or_path):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def _prepare(self, **copied: Any) -> dict[str, dict[str, Any]]:
-        """Check the choices of the config; ``copied`` are the arguments that can be changed from outside, which
-        diffusers keeps as the caller's own objects. Returns the checked weights."""
-        # diffusers takes arguments given by position for defaults, which `from_config` leaves out
+        """Check the config. Returns the checked weights.
+
+        Args:
+            copied: mutable arguments, of which diffusers would keep the caller's own objects.
+        """
+        # else diffusers treats positional arguments as defaults, which `from_config` leaves out
         self.register_to_config(**copy.deepcopy(copied), _use_default_values=[])
         self.register_to_config(**plain_arguments(self.config))
         config = self.config
@@ -99,16 +104,16 @@ class MTScheduler(GaussianPath):
 
     @property
     def is_stochastic(self) -> bool:
-        """Whether the solver draws noise in its steps (theory: then unknown modalities are drawn too)."""
+        """Whether the solver adds noise in its steps."""
         return self._traits.is_stochastic(self.config.solver_config or {})
 
     # ------------------------------------------------------------------------------------------------------ training
 
     def training_timesteps(self, u: Tensor) -> Tensor:
         """Timesteps to train at, by `timestep_sampling`: monotone in ``u`` (B,), uniform numbers in [0, 1)."""
-        law = TIMESTEP_SAMPLING[self.config.timestep_sampling]
+        sampling = TIMESTEP_SAMPLING[self.config.timestep_sampling]
         u = u.double().clamp(_EDGE, 1 - _EDGE)
-        return self._timesteps_at(law(u, self.config.logit_mean, self.config.logit_std))
+        return self._timesteps_at(sampling(u, self.config.logit_mean, self.config.logit_std))
 
     def _timesteps_at(self, share: Tensor) -> Tensor:
         """Timesteps at shares of the path in (0, 1), (B,) float64."""
@@ -126,31 +131,31 @@ class MTScheduler(GaussianPath):
         return signal * original_samples + sigma * noise
 
     def training_target(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the network should predict of u_t, by `prediction_type`; (B, C, H, W)."""
+        """The network's target for u_t, by `prediction_type`; (B, C, H, W)."""
         coefficients = self._coefficients(timesteps, original_samples)
         return PREDICTIONS[self.config.prediction_type].target(original_samples, noise, *coefficients)
 
     def predict_original_sample(
         self, model_output: Tensor, timesteps: Tensor | float, sample: Tensor, encodings: Encodings | None = None
     ) -> Tensor:
-        """The prediction of z_0 that ``model_output`` stands for, from z_t; (B, C, H, W), not clipped."""
+        """The predicted z_0 from the network's output and z_t; (B, C, H, W), not clipped."""
         u_t = sample - self.aggregate(encodings, timesteps, sample) if encodings else sample
         coefficients = self._coefficients(timesteps, sample)
         return PREDICTIONS[self.config.prediction_type].original(model_output, u_t, *coefficients)
 
     def signal_and_noise(self, timestep: float) -> tuple[float, float]:
-        """(s_t, σ_t) as Python numbers, the factors of z_0 and of the noise in z_t."""
+        """(s_t, σ_t) as Python numbers."""
         signal, noise = (float(self._at(key, timestep, self._tables[key])) for key in ("signal", "noise"))
         return signal, noise
 
     def shifted_prediction(self, model_output: Tensor, timestep: float, shift: Tensor) -> Tensor:
-        """The model output that stands for a predicted z_0 moved by ``shift`` (B, C, H, W)."""
+        """The model output whose predicted z_0 is shifted by ``shift`` (B, C, H, W)."""
         nothing = torch.zeros((), dtype=shift.dtype, device=shift.device)
         moved = PREDICTIONS[self.config.prediction_type].output(shift, nothing, *self.signal_and_noise(timestep))
         return model_output + moved  # outputs are linear in (z_0, u_t)
 
     def _coefficients(self, timesteps: Tensor | float, like: Tensor) -> tuple[Any, Any]:
-        """(s_t, σ_t) in the precision of ``like``; a Python timestep gives numbers, which are kept."""
+        """(s_t, σ_t) in the dtype of ``like``; for a Python timestep numbers, which are cached."""
         if isinstance(timesteps, Tensor):
             return self._factors(timesteps, like)
         key = "signal, noise", timesteps, like.dtype
@@ -165,13 +170,13 @@ class MTScheduler(GaussianPath):
     def set_timesteps(
         self, num_inference_steps: int, device: torch.device | str | None = None, constant_encodings: bool = False
     ) -> None:
-        """Choose the timesteps of a sampling run and forget the last one.
+        """Set the timesteps of a sampling run and reset the solver.
 
         Args:
             num_inference_steps: solver steps, 1 … T.
-            device: where ``timesteps`` will live.
-            constant_encodings: whether `step` gets the same encodings at every call. Only then may a corrector that
-                re-uses an earlier sample (UniPC's) run.
+            device: of ``timesteps``.
+            constant_encodings: whether every `step` gets the same encodings. Only then a corrector may run that re-uses
+                an earlier sample (UniPC's).
         """
         total = len(self)
         num_inference_steps = whole("num_inference_steps", num_inference_steps, 1)
@@ -188,17 +193,17 @@ class MTScheduler(GaussianPath):
         self._steps = [*timesteps.tolist(), self.first_timestep - 1]  # the last is t = 0, where c = 0
 
     def _place_steps(self, num_inference_steps: int, index: int) -> Tensor:
-        """The solver before step number ``index``, with nothing kept from earlier steps; its timesteps stay on the CPU:
-        no host synchronisation in `step`. Returns ours, (steps,)."""
+        """Reset the solver to step number ``index``. Returns our timesteps (steps,), on the CPU so that `step` needs no
+        synchronisation."""
         raise NotImplementedError
 
     @property
     def steps(self) -> list[Any]:
-        """The timesteps of the run as Python numbers, and at the end the one that stands for t = 0."""
+        """The timesteps of the run as Python numbers; the last one stands for t = 0."""
         return self._steps
 
     def rewind(self, count: int) -> None:
-        """Go ``count`` steps back: the last of them are taken again, by a solver that has forgotten them."""
+        """Go ``count`` steps back; the solver forgets all earlier steps."""
         count = whole("count", count, 0)
         if self._step_index is None or count > self._step_index:
             raise InputError("count", count, f"{self._step_index or 0} steps are taken")
@@ -206,7 +211,7 @@ class MTScheduler(GaussianPath):
         self._place_steps(self.num_inference_steps, self._step_index)
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
-        """The sample itself: the solvers allowed here scale nothing."""
+        """The sample itself; part of diffusers' interface."""
         return sample
 
     def step(
@@ -224,7 +229,7 @@ class MTScheduler(GaussianPath):
             model_output: the network's prediction at z_t, (B, C, H, W).
             timestep: ``timesteps[j]`` in call number j after `set_timesteps`.
             sample: z_t.
-            encodings: of every aggregated modality, known or read from its head at this call.
+            encodings: of every aggregated modality, observed or predicted by its head.
             generator: for stochastic solvers; one, or one per sample.
         """
         if self._step_index is None:
@@ -250,7 +255,7 @@ class MTScheduler(GaussianPath):
 
     @property
     def _solver_prediction(self) -> str:
-        """What the solver takes: the network's own prediction, or what it is turned into first."""
+        """The prediction type of the solver; the network's output is converted to it."""
         return self.config.prediction_type
 
     def _step_arguments(self, timestep: float) -> dict[str, Any]:
@@ -260,8 +265,10 @@ class MTScheduler(GaussianPath):
     def _check_step(self, timestep: Tensor | float) -> None:
         if self._step_index >= self.num_inference_steps:
             raise InputError("timestep", timestep, "all steps are taken; call set_timesteps for another run")
-        known = not isinstance(timestep, Tensor) or timestep.device.type == "cpu"  # never wait for an accelerator
-        expected = self._steps[self._step_index]
-        given = dense("timestep", timestep).squeeze() if isinstance(timestep, Tensor) else timestep
-        if known and not (isinstance(given := plain("timestep", given), int | float) and given == expected):
-            raise InputError("timestep", given, f"call {self._step_index} after set_timesteps expects {expected}")
+        if isinstance(timestep, Tensor):
+            timestep = dense("timestep", timestep).squeeze()
+            if timestep.device.type != "cpu":  # to read it would wait for the accelerator
+                return
+        expected, timestep = self._steps[self._step_index], plain("timestep", timestep)
+        if not isinstance(timestep, int | float) or timestep != expected:
+            raise InputError("timestep", timestep, f"call {self._step_index} after set_timesteps expects {expected}")

@@ -30,7 +30,7 @@ class MTDiffusionScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
         beta_schedule: "squaredcos_cap_v2", "linear" or "scaled_linear", as in diffusers.
         beta_start: of the linear schedules.
         beta_end: of the linear schedules.
-        trained_betas: a schedule of one's own, T numbers.
+        trained_betas: T numbers in place of a schedule.
         rescale_betas_zero_snr: make ā_T zero, as in diffusers.
         prediction_type: what the network predicts of u_t: "v_prediction", "epsilon" or "sample".
         timestep_spacing: "trailing", "leading" or "linspace", as in diffusers.
@@ -40,14 +40,14 @@ class MTDiffusionScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
             learned (with "parameters" and "log_scale", see `mmdiff.schedulers.weights`).
         solver: name of one of `SOLVERS`.
         solver_config: the solver's own options, DDIM's `eta` included.
-        literal_alpha: divide a standard schedule by N + 1, which destroys the anchor; for study, warns.
-        allow_nonzero_terminal: accept W_T > 0.1, with which z_T is not N(0, I).
+        literal_alpha: divide a standard schedule by N + 1, which destroys the anchor; for study, with a warning.
+        allow_nonzero_terminal: accept W_T > 0.1, so that z_T is not N(0, I).
         timestep_sampling: how training draws t/T: "uniform" or "logit_normal".
         logit_mean: of logit_normal.
         logit_std: of logit_normal.
 
     Raises:
-        InputError: on an unknown or refused choice; the message names the argument, the value and the remedy.
+        InputError: for an unknown or refused choice.
     """
 
     solvers, refused, prediction_types = SOLVERS, REFUSED, PREDICTION_TYPES
@@ -76,7 +76,8 @@ class MTDiffusionScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
         logit_std: float = 1.0,
     ) -> None:
         checked = self._prepare(weights=weights, solver_config=solver_config, trained_betas=trained_betas)
-        self._check_choices()
+        self._check_choice("beta_schedule", BETA_SCHEDULES)
+        self._check_choice("timestep_spacing", ("trailing", "leading", "linspace"))
         self._check_combinations()
         self._arguments = self._base_arguments(len(checked))
         self._forward_process = self._build_forward_process()
@@ -91,10 +92,6 @@ class MTDiffusionScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
         self.timesteps = arange(len(self) - 1, -1, -1)
 
     # ------------------------------------------------------------------------------------------------ construction
-
-    def _check_choices(self) -> None:
-        self._check_choice("beta_schedule", BETA_SCHEDULES)
-        self._check_choice("timestep_spacing", ("trailing", "leading", "linspace"))
 
     def _check_combinations(self) -> None:
         config = self.config
@@ -124,7 +121,7 @@ class MTDiffusionScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
         return arguments
 
     def _literal_betas(self, arguments: dict[str, Any], auxiliary: int) -> list[float]:
-        """1 − (1 − β_t)/(N + 1): what dividing a standard schedule by N + 1 does to the betas."""
+        """1 − (1 − β_t)/(N + 1): the betas of a standard schedule divided by N + 1."""
         standard = 1.0 - DDPMScheduler(**arguments, clip_sample=False).betas.double()
         alphas = standard / (auxiliary + 1)
         lost = int((alphas.cumprod(0) >= 1e-3).sum()) + 1
@@ -136,8 +133,8 @@ class MTDiffusionScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
         return (1.0 - alphas).tolist()
 
     def _build_forward_process(self) -> DDPMScheduler:
-        """Noise and targets for training: DDPM's arithmetic (DDIM's is the same; multistep solvers only look a
-        timestep up among those of the last `set_timesteps`)."""
+        """The scheduler for noise and targets in training. Multistep solvers know only the timesteps of the last
+        `set_timesteps`."""
         return DDPMScheduler(
             **self._arguments, rescale_betas_zero_snr=self.config.rescale_betas_zero_snr, clip_sample=False
         )
@@ -148,14 +145,14 @@ class MTDiffusionScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
         if self.config.rescale_betas_zero_snr:
             arguments["rescale_betas_zero_snr"] = True
         if not self._traits.multistep:
-            arguments["clip_sample"] = False  # the wrapper clips, on z_0, for every solver alike
+            arguments["clip_sample"] = False  # the wrapper clips z_0 for every solver
         return self._traits.scheduler(**arguments)
 
     def _check_decay(self) -> None:
-        """ā_t falls at every step, from below 1, to above 0 or to 0 at T with `rescale_betas_zero_snr`. Elsewhere
-        solvers divide by 0."""
+        """Refuse ā_t that does not fall at every step, from below 1 to above 0: solvers would divide by 0. With
+        `rescale_betas_zero_snr` ā_T is 0."""
         if self.config.literal_alpha:
-            return  # its ā_t may underflow; `_place_steps` looks at the steps that are taken
+            return  # its ā_t may underflow; `_place_steps` checks the steps in use
         alpha_bar = cat([ones(1), self._forward_process.alphas_cumprod])
         falls = bool((alpha_bar[1:] < alpha_bar[:-1]).all())
         if not falls or (float(alpha_bar[-1]) == 0 and not self.config.rescale_betas_zero_snr):
@@ -169,13 +166,12 @@ class MTDiffusionScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
         for name in self._weights:
             terminal = float(self.cumulative_weights(name)[-1].detach())
             if terminal > MAX_TERMINAL_WEIGHT and not self.config.allow_nonzero_terminal:
-                raise InputError(
-                    f"weights.{name}",
-                    dict(self.config.weights[name]),
-                    f"W_T = {terminal:.3g} > {MAX_TERMINAL_WEIGHT}, so z_T would not be N(0, I) and sampling would "
-                    "start from the wrong law; take beta_schedule squaredcos_cap_v2, a smaller scale, the schedule "
-                    "bump, or allow_nonzero_terminal=True",
+                remedy = (
+                    f"W_T = {terminal:.3g} > {MAX_TERMINAL_WEIGHT}, so z_T would not be N(0, I), from which sampling "
+                    "starts; take beta_schedule squaredcos_cap_v2, a smaller scale, the schedule bump, or "
+                    "allow_nonzero_terminal=True"
                 )
+                raise InputError(f"weights.{name}", dict(self.config.weights[name]), remedy)
 
     # ---------------------------------------------------------------------------------------------------- the path
 
@@ -183,7 +179,7 @@ class MTDiffusionScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
         return (share * len(self)).long()
 
     def _factors(self, timesteps: Tensor | float, like: Tensor) -> tuple[Tensor, Tensor]:
-        """From ā_t rounded to the dtype first, as the solvers do, so that they give a clipped z_0 back as it is."""
+        """From ā_t rounded to the dtype first, as in the solvers, so that they return a clipped z_0 unchanged."""
         alpha_bar = self._at("a_bar", timesteps, like).to(like.dtype)
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
@@ -192,7 +188,7 @@ class MTDiffusionScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
         return self._forward_process.add_noise(original_samples, noise, timesteps)
 
     def training_target(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the network should predict: v, the noise or z_0 of u_t, by `prediction_type`; (B, C, H, W)."""
+        """The network's target: v, the noise or z_0 of u_t, by `prediction_type`; (B, C, H, W)."""
         if self.config.prediction_type == "v_prediction":
             return self._forward_process.get_velocity(original_samples, noise, timesteps)
         return super().training_target(original_samples, noise, timesteps)

@@ -35,7 +35,7 @@ class MTFlowMatchScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
         logit_std: of logit_normal.
 
     Raises:
-        InputError: on an unknown or refused choice; the message names the argument, the value and the remedy.
+        InputError: for an unknown or refused choice.
     """
 
     solvers, refused, prediction_types = FLOW_SOLVERS, FLOW_REFUSED, ("velocity", "sample")
@@ -69,14 +69,14 @@ class MTFlowMatchScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
 
     @property
     def _solver_prediction(self) -> str:
-        takes = self._traits.arguments
-        return self.config.prediction_type if self.config.prediction_type in takes else "velocity"
+        kind = self.config.prediction_type
+        return kind if kind in self._traits.arguments else "velocity"
 
     def _timesteps_at(self, share: Tensor) -> Tensor:
         return (share * len(self)).float()
 
     def _place_steps(self, num_inference_steps: int, index: int) -> Tensor:
-        """The multistep classes cut their timesteps to whole numbers, so ours are read off their σ."""
+        """Our timesteps come from the solver's σ: the multistep classes round theirs to whole numbers."""
         self._traits.place(self._solver, num_inference_steps)
         sigmas = self._solver.sigmas
         if not bool((sigmas[1:] < sigmas[:-1]).all()):

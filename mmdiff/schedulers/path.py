@@ -1,4 +1,4 @@
-"""A Gaussian path z_t = s_t z_0 + c_t + σ_t ε: its tables and its laws, Eq. (11)–(13); (1)–(6) are one case."""
+"""A Gaussian path z_t = s_t z_0 + c_t + σ_t ε: tables and distributions, Eq. (11)–(13); (1)–(6) are one case."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ Encodings = Mapping[str, Tensor]  # {modality name: encoding in diffusion space,
 
 
 class GaussianPath:
-    """The equations, for a scheduler to inherit; it calls `_set_path` first.
+    """Base of a scheduler with the equations; a subclass calls `_set_path` first.
 
     ``path`` holds s_t, σ_t and ρ_t, (T,) float64; index k is t = k + 1. Timestep τ stands for t = τ − first_timestep
     + 1; between two steps s, σ and W are interpolated linearly.
     """
 
-    first_timestep: int  # that stands for t = 1
+    first_timestep: int  # the timestep of t = 1
     path: Coefficients
 
     def _set_path(self, path: Coefficients, weights: Mapping[str, Mapping[str, Any]]) -> None:
-        """Build the tables; ``weights`` as `weight_schedules.checked_weight` left them."""
+        """Build the tables; ``weights`` are checked by `weight_schedules.checked_weight`."""
         self.path, self._weights = path, dict(weights)
         self._cumulative: dict[str, Tensor] = {}
         self._tables_on: dict[tuple[str, torch.device], Tensor] = {}
-        self._numbers: dict[tuple[Any, ...], Any] = {}  # what Python timesteps gave before
+        self._numbers: dict[tuple[Any, ...], Any] = {}  # cached results for Python timesteps
         self._tables = {
             "signal": _from_zero(path.signal, 1.0),
             "noise": _from_zero(path.noise, 0.0),
@@ -55,7 +55,7 @@ class GaussianPath:
         self._numbers = {key: number for key, number in self._numbers.items() if not key[0].endswith(f"/{name}")}
 
     def set_learned_weights(self, learned: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Replace W_t of learned schedules by the table of live parameters, through which gradients flow.
+        """Set W_t of learned schedules from parameters, through which gradients flow.
 
         Args:
             learned: {modality: (parameters (LEARNED_NODES,), log_scale ())}.
@@ -73,7 +73,7 @@ class GaussianPath:
 
     @property
     def terminal_timestep(self) -> int:
-        """The timestep that stands for t = T, where only noise is left."""
+        """The timestep of t = T."""
         return self.first_timestep + len(self) - 1
 
     def cumulative_weights(self, name: str) -> Tensor:
@@ -94,7 +94,7 @@ class GaussianPath:
 
     def _at(self, key: str, timesteps: Tensor | float, like: Tensor) -> Tensor:
         """A table at timesteps: (B, 1, 1, 1) float64 on the device of ``like``, or a scalar for a Python number."""
-        t = timesteps + (1 - self.first_timestep)  # in this order no float32 timestep is rounded
+        t = timesteps + (1 - self.first_timestep)  # this order rounds no float32 timestep
         if not isinstance(t, Tensor):  # a CPU scalar multiplies any device's tensor without a transfer
             table = self._tables[key]
             return table[t] if isinstance(t, int) else _between(table, torch.tensor(t, dtype=torch.float64))
@@ -116,21 +116,20 @@ class GaussianPath:
 
     def _weight(self, kind: str, name: str, timesteps: Tensor | float, like: Tensor) -> Any:
         """W_t or w_t in the dtype of ``like``; a Python timestep gives a number."""
-        self.cumulative_weights(name)  # a modality without weights is refused by name
+        self.cumulative_weights(name)  # refuses a modality without weights
         key = f"{kind}/{name}"
         if isinstance(timesteps, Tensor):
             return self._at(key, timesteps, like).to(like.dtype)
         return self._once((key, timesteps, like.dtype), lambda: self._at(key, timesteps, like).to(like.dtype).item())
 
-    def _once(self, key: tuple[Any, ...], found: Callable[[], Any]) -> Any:
-        """``found()``, asked for once: every step of a sampling loop needs some numbers, each of which costs several
-        tensor operations."""
+    def _once(self, key: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
+        """``compute()``, cached: each number costs several tensor operations in every sampling step."""
         if key not in self._numbers:
-            self._numbers[key] = found()
+            self._numbers[key] = compute()
         return self._numbers[key]
 
     def _step_variance(self, timesteps: Tensor, like: Tensor) -> Tensor:
-        """σ_t² − ρ_t² σ_{t−1}², the noise that one transition adds; 1 − a_t on the variance-preserving path."""
+        """σ_t² − ρ_t² σ_{t−1}², the variance that one transition adds; 1 − a_t on the variance-preserving path."""
         kept = self._at("ratio", timesteps, like) * self._at("noise", timesteps - 1, like)
         return self._at("noise", timesteps, like) ** 2 - kept**2
 
@@ -151,7 +150,7 @@ class GaussianPath:
     def posterior(
         self, original_samples: Tensor, sample: Tensor, timesteps: Tensor, encodings: Encodings | None = None
     ) -> Gaussian:
-        """q(z_{t−1} | z_t, z_0, X), Eq. (4), (5) and (13). At t = 1 it is the point z_0."""
+        """q(z_{t−1} | z_t, z_0, X), Eq. (4), (5) and (13); at t = 1 the point z_0."""
         added, before = self._step_variance(timesteps, sample), self._at("noise", timesteps - 1, sample) ** 2
         total = self._at("noise", timesteps, sample) ** 2
         c_t = self.aggregate(encodings, timesteps, sample)
@@ -165,7 +164,7 @@ class GaussianPath:
     def posterior_from_noise(
         self, noise: Tensor, sample: Tensor, timesteps: Tensor, encodings: Encodings | None = None
     ) -> Gaussian:
-        """q(z_{t−1} | z_t, z_0, X) with its mean from the noise, Eq. (4) and (6); needs ρ_t > 0."""
+        """q(z_{t−1} | z_t, z_0, X) with the mean from the noise, Eq. (4) and (6); needs ρ_t > 0."""
         added, before = self._step_variance(timesteps, sample), self._at("noise", timesteps - 1, sample) ** 2
         sigma = self._at("noise", timesteps, sample)
         e_t = self._weighted_sum("w", encodings, timesteps, sample)
@@ -179,6 +178,6 @@ def _from_zero(table: Tensor, first: float) -> Tensor:
 
 
 def _between(table: Tensor, t: Tensor) -> Tensor:
-    """A table at fractional t, linearly."""
+    """A table at fractional t, by linear interpolation."""
     left = t.floor().long().clamp(max=len(table) - 2)
     return torch.lerp(table[left], table[left + 1], (t - left).to(table.dtype))

@@ -1,4 +1,4 @@
-"""What a network may predict of u_t = s_t z_0 + σ_t ε, and the ways between that, z_0 and u_t."""
+"""What a network may predict of u_t = s_t z_0 + σ_t ε, and the conversions to z_0 and u_t."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ Conversion = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Prediction(NamedTuple):
-    """Three functions that end in (…, s_t, σ_t), broadcastable to (B, C, H, W)."""
+    """Three functions of two tensors and (s_t, σ_t), broadcastable to (B, C, H, W)."""
 
-    target: Conversion  # (z_0, ε) -> what the network should say
-    original: Conversion  # (what it says, u_t) -> z_0
-    output: Conversion  # (z_0, u_t) -> what it would say, the inverse of `original`
+    target: Conversion  # (z_0, ε) -> the network's target
+    original: Conversion  # (output, u_t) -> z_0
+    output: Conversion  # (z_0, u_t) -> output, the inverse of `original`
 
 
 PREDICTIONS = {

@@ -1,4 +1,4 @@
-"""The schedulers of diffusers that may reverse u_t = z_t − c_t, and what the wrapper must know of each."""
+"""The schedulers of diffusers that may reverse u_t = z_t − c_t, with their options and limits."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from mmdiff.schedulers.arguments import check_value
 
 @dataclass(frozen=True)
 class Solver:
-    """What the wrapper must know of a diffusers scheduler."""
+    """Options and limits of a diffusers scheduler."""
 
     scheduler: type
-    options: Mapping[str, Any]  # {what `solver_config` may set: type of its values}; all else is the wrapper's
+    options: Mapping[str, Any]  # {option of `solver_config`: type of its values}
     takes_generator: bool = False
     multistep: bool = False
     zero_terminal_snr: bool = True
-    has_corrector: bool = False  # that re-uses an earlier sample
+    has_corrector: bool = False  # one that re-uses an earlier sample
     is_stochastic: Callable[[Mapping[str, Any]], bool] = lambda options: False
     refused: Mapping[str, str] = field(default_factory=dict)  # {option: reason}
-    arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # {prediction it takes: its own}; flows
+    arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of flows: {prediction type: arguments}
     place: Callable[[Any, int], None] = lambda solver, count: solver.set_timesteps(count, device="cpu")
 
 
@@ -184,20 +184,20 @@ FLOW_REFUSED = {
 
 
 def check_options(solver: Solver, options: Mapping[str, Any]) -> None:
-    """Refuse an option that the solver does not take, and a value that its class does not document or that gives NaN.
+    """Refuse options that the solver does not take, and values that its class does not document or that give NaN.
 
     Raises:
         InputError: naming `solver_config.<option>`.
     """
     for key, value in options.items():
-        where, reason = f"solver_config.{key}", solver.refused.get(key)
+        option, reason = f"solver_config.{key}", solver.refused.get(key)
         if key not in solver.options:
-            raise InputError(where, value, reason or f"choose from {', '.join(solver.options)}")
-        check_value(where, value, solver.options[key], reason)
+            raise InputError(option, value, reason or f"choose from {', '.join(solver.options)}")
+        check_value(option, value, solver.options[key], reason)
 
 
 def trim_timesteps(solver: Any, count: int, multistep: bool) -> None:
-    """Undo or refuse slips of diffusers' spacings: a last timestep −1 too many, one beyond the table, repeated ones.
+    """Correct or refuse faults of diffusers' spacings: an extra last timestep −1, one beyond the table, repeated ones.
 
     np.arange(T, 0, −T/n) has n + 1 entries for some n (61 of 1000); the last would read ā_T as ā_0.
     """
@@ -207,20 +207,16 @@ def trim_timesteps(solver: Any, count: int, multistep: bool) -> None:
             solver.sigmas = torch.cat([solver.sigmas[:count], solver.sigmas[-1:]])
             solver.num_inference_steps = count
     if int(solver.timesteps.max()) >= solver.config.num_train_timesteps:
-        offset = solver.config.steps_offset
-        raise InputError(
-            "solver_config.steps_offset",
-            offset,
-            f"leaves the {solver.config.num_train_timesteps} "
-            f"timesteps with num_inference_steps = {count}; take 0, or fewer steps",
-        )
+        total = solver.config.num_train_timesteps
+        remedy = f"leaves the {total} timesteps with num_inference_steps = {count}; take 0, or fewer steps"
+        raise InputError("solver_config.steps_offset", solver.config.steps_offset, remedy)
     if len(solver.timesteps.unique()) < len(solver.timesteps):
         remedy = "the spacing repeats timesteps for this solver; take fewer, or trailing spacing"
         raise InputError("num_inference_steps", count, remedy)
 
 
 def safe_eta(solver: Any, eta: float, timestep: int) -> float:
-    """DDIM's η, lowered by 1e-6 in the rare step where float32 rounds 1 − ā_s − σ² below 0."""
+    """DDIM's η, lowered by 1e-6 in the rare step in which float32 rounds 1 − ā_s − σ² below 0."""
     previous = timestep - solver.config.num_train_timesteps // solver.num_inference_steps
     alpha_bar = solver.alphas_cumprod[previous] if previous >= 0 else solver.final_alpha_cumprod
     deviation = eta * solver._get_variance(timestep, previous) ** 0.5

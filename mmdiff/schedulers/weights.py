@@ -1,7 +1,7 @@
-"""Weight schedules: how much of a modality's encoding the mean of q(z_t | z_0, X) carries (docs/theory.md, section 3).
+"""Weight schedules: the share of a modality's encoding in the mean of q(z_t | z_0, X) (docs/theory.md, section 3).
 
-A schedule is a shape g_t, t = 1 … T; the cumulative weight is W_t = scale · g_t / max_s g_s, so that ``scale`` is the
-peak of W_t whatever the schedule. Everything is float64 and differentiable in the learned parameters.
+A schedule is a shape g_t, t = 1 … T. The cumulative weight is W_t = scale · g_t / max_s g_s, so that ``scale`` is the
+peak of W_t for every schedule. Everything is float64 and differentiable in the learned parameters.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def early(path: Coefficients) -> Tensor:
 
 
 def none(path: Coefficients) -> Tensor:
-    """W_t = 0: the modality is decoded and never aggregated."""
+    """W_t = 0: the modality is never aggregated."""
     return torch.zeros_like(path.signal)
 
 
@@ -73,7 +73,7 @@ def learned(path: Coefficients, parameters: Tensor) -> Tensor:
 
 
 def initial_parameters() -> Tensor:
-    """Parameters whose r_t is linear in log-SNR: (LEARNED_NODES,) float32."""
+    """Parameters for which r_t is linear in log-SNR: (LEARNED_NODES,) float32."""
     return torch.full((LEARNED_NODES,), math.log(math.expm1(1.0 / LEARNED_NODES)))
 
 
@@ -112,10 +112,10 @@ def step_weights(path: Coefficients, cumulative: Tensor) -> Tensor:
 
 
 def checked_weight(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """One entry of a scheduler's `weights` with its defaults filled in.
+    """One entry of a scheduler's `weights`, with defaults.
 
     Raises:
-        InputError: on an unknown key, and a value that is not of its type.
+        InputError: for an unknown key and a value of another type.
     """
     for key, value in entry.items():
         if key not in _ENTRIES:
