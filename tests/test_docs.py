@@ -60,6 +60,14 @@ def test_every_option_that_a_page_names_is_one_of_the_command_line() -> None:
     assert named - foreign <= set(options_of(typer.main.get_command(app)))
 
 
+def test_the_commands_of_the_help_are_those_of_the_first_page() -> None:
+    text = typer.main.get_command(app).help or ""
+    commands = re.findall(r"^  mmdiff (?:.*\\\n)?.*$", text, flags=re.MULTILINE)
+    assert len(commands) == 2
+    page = " ".join((DOCS / "index.md").read_text().replace("\\\n", "").split())
+    assert all(" ".join(command.replace("\\\n", "").split()) in page for command in commands)
+
+
 def options_of(command: Any) -> Iterator[str]:
     """The options of a command and of those below it."""
     for parameter in command.params:

@@ -19,9 +19,24 @@ from mmdiff.cli.train import train
 from mmdiff.errors import printable
 
 _OF_THE_DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+_HELP = """Train one diffusion model on images and what belongs to them: labels, masks, depth maps, embeddings, tables,
+several photos of one object. Give any subset of these modalities, and the model draws the rest.
+
+It is for those who know PyTorch and diffusers, and train a model of their own.
+
+\b
+To train on a folder of yours, with one sub-folder per class (pets/cat/1.jpg, …):
+  mmdiff train experiments/digits.yaml name=pets data.source=pets \\
+      data.holdout=10 modalities.image.size=32 modalities.image.resize=true
+  mmdiff sample runs/pets --observe label=cat --num 16 --out cats.png
+
+\b
+Photos with masks, tables, archives, hub data sets: docs/your-data.md
+All settings of an experiment: mmdiff show experiments/digits.yaml
+"""
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
-    help="Multimodal, multitask diffusion: one model for several kinds of data at once.",
+    help=_HELP,
 )  # fmt: skip
 for command in (train, sample, evaluate, show):
     app.command()(command)
@@ -40,10 +55,10 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _everything(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and stop")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version, and stop")
     ] = False,
 ) -> None:
-    """Multimodal, multitask diffusion: one model for several kinds of data at once."""
+    """Options of the program itself."""
 
 
 def main() -> None:

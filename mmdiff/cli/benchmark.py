@@ -12,20 +12,23 @@ from mmdiff.cli.options import ConfigPath, Overrides, Trust, echo, integers, num
 from mmdiff.errors import InputError
 from mmdiff.trust import refuse_custom, stay_offline
 
-benchmark = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure against peers.")
+benchmark = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Compare methods on the same data.")
 
 
 @benchmark.command()
 def speed(
     config: ConfigPath,
     overrides: Overrides = None,
-    rounds: Annotated[int, typer.Option(help="interleaved rounds", min=1)] = 5,
+    rounds: Annotated[int, typer.Option(help="rounds; the two sides take turns", min=1)] = 5,
     steps: Annotated[int, typer.Option(help="steps per round", min=1)] = 10,
-    against: Annotated[str, typer.Option(help="bare, anchor or solver")] = "bare",
+    against: Annotated[str, typer.Option(help="bare, anchor or solver: see above")] = "bare",
     trust: Trust = False,
 ) -> None:
-    """A training step of mmdiff against a bare PyTorch loop, or against the same experiment with its anchor alone; or
-    a sampling step against the bare solver."""
+    """Time a training step against a bare PyTorch loop.
+
+    `--against anchor` takes the same experiment without auxiliary modalities. `--against solver` times a sampling step
+    against the bare solver of diffusers.
+    """
     from mmdiff.config import load_config
 
     read_only(trust)
@@ -41,42 +44,43 @@ def speed(
 def reconstruction(
     runs: Annotated[
         list[str],
-        typer.Argument(help="run folders, or experiments' YAML files, which are trained first; and key=value"),
+        typer.Argument(help="run folders, or YAML files, which are trained first; settings as key=value"),
     ],
-    data: Annotated[str | None, typer.Option(help="another data.source than the runs'")] = None,
-    patterns: Annotated[
-        str, typer.Option(help="patterns of the holes: squares,box,half,checkerboard,free-form")
-    ] = "squares",
+    data: Annotated[str | None, typer.Option(help="another data.source")] = None,
+    patterns: Annotated[str, typer.Option(help="hole patterns: squares,box,half,checkerboard,free-form")] = "squares",
     ratios: Annotated[str, typer.Option(help="shares of hidden pixels: 0.1,0.25,0.5,0.75")] = "0.5",
     images: Annotated[int, typer.Option(help="held-out images", min=2)] = 64,
     seeds: Annotated[int, typer.Option(help="sampling seeds", min=1)] = 1,
-    steps: Annotated[str, typer.Option(help="solver steps of mmdiff's draws; several make several rows")] = "20",
-    guidance: Annotated[str, typer.Option(help="classifier-free guidance of mmdiff's draws: 1,1.5")] = "1",
+    steps: Annotated[str, typer.Option(help="solver steps of draws; several numbers give several rows")] = "20",
+    guidance: Annotated[str, typer.Option(help="classifier-free guidance of draws: 1,1.5")] = "1",
     methods: Annotated[
         str | None,
-        typer.Option(help="some of them only: concatenation,head,repaint …; default: all that the runs can do"),
+        typer.Option(help="only these methods: concatenation,head,repaint …; default: all that the runs can do"),
     ] = None,
     repaint: Annotated[
         list[str] | None,
         typer.Option(
-            help="jump_length,jump_n_sample,steps; may be repeated: 5,3,20 is 50 evaluations (the default), 10,6,50 "
-            "is 250, the published 10,10,250 is 2410"
+            help="jump_length,jump_n_sample,steps of RePaint: 5,3,20 (default) is 50 evaluations, 10,6,50 is 250, the "
+            "published 10,10,250 is 2410. Repeat the option for several"
         ),
     ] = None,
     sdedit: Annotated[str, typer.Option(help="evaluations of SDEdit")] = "50",
     sweep: Annotated[
-        str, typer.Option(help="learning rates of the short runs that a YAML file is tried with, times its own")
+        str, typer.Option(help="factors of a YAML file's learning rate; a short run tries each")
     ] = "1,2,4",
     reference: Annotated[
-        str | None, typer.Option(help="the row that all others are compared with, by its name in the table")
+        str | None, typer.Option(help="the row to compare all others with, by its name in the table")
     ] = None,
-    out: Annotated[Path, typer.Option(help="runs, parts and results; called again it goes on")] = Path(
+    out: Annotated[Path, typer.Option(help="folder of runs and results; the same command continues there")] = Path(
         "runs/reconstruction"
     ),
     trust: Trust = False,
 ) -> None:
-    """Fill the holes of held-out images by every method that the runs can do, and by floors that need no model: LPIPS,
-    PSNR and SSIM with intervals, paired differences, time and network evaluations."""
+    """Fill holes of held-out images by every method.
+
+    The methods are all that the runs can do, and baselines without a model. The table has LPIPS, PSNR and SSIM with
+    intervals, paired differences, time and network evaluations.
+    """
     from mmdiff.config import load_config
 
     given = [text for text in runs if "=" not in text or Path(text).exists()]
@@ -136,14 +140,14 @@ def reconstruction(
 
 @benchmark.command("fusion-speed")
 def fusion_speed(
-    sets: Annotated[int, typer.Option(help="sets in the batch", min=1)] = 64,
-    largest: Annotated[int, typer.Option(help="members of the largest; the sizes run from 1 to it", min=1)] = 20,
-    dim: Annotated[int, typer.Option(help="numbers of a member", min=1)] = 512,
-    rounds: Annotated[int, typer.Option(help="rounds; medians are shown", min=1)] = 20,
+    sets: Annotated[int, typer.Option(help="image sets in the batch", min=1)] = 64,
+    largest: Annotated[int, typer.Option(help="members of the largest set; sizes run from 1 to it", min=1)] = 20,
+    dim: Annotated[int, typer.Option(help="features of a member", min=1)] = 512,
+    rounds: Annotated[int, typer.Option(help="rounds; the table has medians", min=1)] = 20,
     threads: Annotated[int, typer.Option(help="CPU threads", min=1)] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
 ) -> None:
-    """The fusions of image sets on a ragged batch, against a loop over its sets."""
+    """Time the fusions of image sets against a loop over sets."""
     from mmdiff.benchmarks.fusion.speed import compare_fusions
 
     echo(compare_fusions(sets, largest, dim, rounds, threads, device))
@@ -151,15 +155,16 @@ def fusion_speed(
 
 @benchmark.command()
 def fusion(
-    experiments: Annotated[
-        list[str], typer.Argument(help="YAML files, for example experiments/fusion/accuracy_shapes.yaml; and key=value")
-    ],
-    out: Annotated[Path, typer.Option(help="parts and results; called again it goes on")] = Path("runs/fusion"),
+    experiments: Annotated[list[str], typer.Argument(help="YAML files of experiments/fusion; settings as key=value")],
+    out: Annotated[Path, typer.Option(help="results; the same command continues there")] = Path("runs/fusion"),
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's", min=1)] = None,
     trust: Trust = False,
 ) -> None:
-    """Answer questions about sets of photos by the four fusions, by one large image of all photos and by single images:
-    accuracy, precision and recall against the number of photos and the share of distractors, by seed."""
+    """Answer questions about image sets by every fusion.
+
+    Beside the four fusions stand one large image of all members, and single images. The table has accuracy, precision
+    and recall against the number of members and the share of distractors.
+    """
     from mmdiff.benchmarks.fusion.settings import load_settings
 
     given = [text for text in experiments if "=" not in text or Path(text).exists()]

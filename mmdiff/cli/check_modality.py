@@ -10,11 +10,14 @@ from mmdiff.cli.options import echo, integers
 
 
 def check_modality(
-    kind: Annotated[str, typer.Argument(help="a modality of your own by import path, my_pkg.depth:Depth, or a kind")],
-    settings: Annotated[list[str] | None, typer.Argument(help="its settings as key=value, for example size=32")] = None,
-    space: Annotated[str, typer.Option(help="the diffusion space, channels,height,width")] = "3,16,16",
+    kind: Annotated[str, typer.Argument(help="a class of yours by import path, my_depth:Depth, or a kind")],
+    settings: Annotated[list[str] | None, typer.Argument(help="its settings as key=value: size=32")] = None,
+    space: Annotated[str, typer.Option(help="shape of the noisy anchor: channels,height,width")] = "3,16,16",
 ) -> None:
-    """Run the contract of a modality and say in words what fails; exit code 1 where something does."""
+    """Check a modality of your own against the contract.
+
+    Says in words what fails. The exit code is 1 if something does.
+    """
     from mmdiff.config import parse_overrides
     from mmdiff.config.tree import plain
     from mmdiff.errors import InputError

@@ -18,20 +18,21 @@ def evaluate(
     run: RunPath,
     overrides: Overrides = None,
     steps: Annotated[str | None, typer.Option(help="numbers of solver steps to compare: 10,20,200")] = None,
-    solver: Annotated[str | None, typer.Option(help="another solver than the run's")] = None,
-    feedback: Annotated[str | None, typer.Option(help="unknown modalities: draw, mean or mode")] = None,
+    solver: Annotated[str | None, typer.Option(help="another solver: DDIMScheduler")] = None,
+    feedback: Annotated[str | None, typer.Option(help="of unknown aggregated modalities: draw, mean or mode")] = None,
     conditioning: Annotated[
         str | None,
         typer.Option(
-            help="ways to compare: concatenation,aggregation,head-guidance,replacement,concatenation+aggregation …"
+            help="methods to compare: concatenation,aggregation,head-guidance,replacement,concatenation+aggregation …"
         ),
     ] = None,
-    subsets: Annotated[
-        bool, typer.Option("--subsets", help="score every subset of observed modalities instead")
-    ] = False,
+    subsets: Annotated[bool, typer.Option("--subsets", help="score every subset of conditions instead")] = False,
     trust: Trust = False,
 ) -> None:
-    """Score every modality and direction of a run; writes evaluation.json and prints the table."""
+    """Score every direction of a run on held-out rows.
+
+    Prints a table, and writes evaluation.json to the run folder.
+    """
     read_only(trust)
     ways = tuple(conditioning.split(",")) if conditioning else ()
     evaluate_run(run, overrides or [], integers("--steps", steps), solver, feedback, trust, trust, ways, subsets)

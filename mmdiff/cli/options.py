@@ -11,14 +11,14 @@ import typer
 from mmdiff.errors import InputError, printable
 from mmdiff.trust import stay_offline
 
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example train.steps=600")]
-ConfigPath = Annotated[Path, typer.Argument(help="an experiment's YAML file")]
-RunPath = Annotated[Path, typer.Argument(help="a run folder")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="settings that replace those of the file: train.steps=600")]
+ConfigPath = Annotated[Path, typer.Argument(help="an experiment: experiments/digits.yaml")]
+RunPath = Annotated[Path, typer.Argument(help="a run folder: runs/digits")]
 Trust = Annotated[
     bool,
     typer.Option(
         "--trust-custom-modalities",
-        help="import what a config, a run or its judges name by import path, and contact the hub",
+        help="run code that a config, a run or its judges name, and contact the hub; only for files that you trust",
     ),
 ]
 

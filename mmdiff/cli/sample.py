@@ -18,38 +18,40 @@ def sample(
     observe: Annotated[
         list[str] | None,
         typer.Option(
-            help="modality=value; may be repeated: label=3 or label=NAME, image=photo.png, mask=ids.png, "
-            "masked_image=photo.png@mask.png (white is known, black the hole; or one image with an alpha channel), "
-            "embedding=vec.npy; images of another size are cut to their centre and resized"
+            help="a condition, modality=value: label=3, label=cat, image=photo.png, mask=ids.png, embedding=vec.npy, "
+            "masked_image=photo.png@mask.png (white is known, black is the hole) or one image that is transparent in "
+            "the hole. Repeat the option for several conditions. Images of another size are cropped and resized"
         ),
     ] = None,
-    num: Annotated[int, typer.Option(help="how many samples", min=1)] = 64,
+    num: Annotated[int, typer.Option(help="number of samples", min=1)] = 64,
     steps: Annotated[int | None, typer.Option(help="solver steps; default: the run's sample.steps", min=1)] = None,
     guidance: Annotated[
-        str | None, typer.Option(help="2, or label=2,embedding=1.5; default: the run's sample.guidance_scale")
+        str | None, typer.Option(help="classifier-free guidance: 2, or label=2,embedding=1.5; default: the run's")
     ] = None,
     conditioning: Annotated[
         str | None,
         typer.Option(
-            help="how observed values steer: concatenation, aggregation, head-guidance, replacement, or several"
+            help="how conditions steer: concatenation, aggregation, head-guidance, replacement; several with commas"
         ),
     ] = None,
-    aggregate: Annotated[str | None, typer.Option(help="what enters z_t: all, none, or names with commas")] = None,
-    solver: Annotated[str | None, typer.Option(help="another solver than the run's")] = None,
-    feedback: Annotated[str | None, typer.Option(help="unknown modalities: draw, mean or mode")] = None,
+    aggregate: Annotated[
+        str | None, typer.Option(help="modalities to aggregate: all, none, or names with commas")
+    ] = None,
+    solver: Annotated[str | None, typer.Option(help="another solver: DDIMScheduler")] = None,
+    feedback: Annotated[str | None, typer.Option(help="of unknown aggregated modalities: draw, mean or mode")] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="samples that are computed at once; default: the run's sample.batch_size", min=1)
+        int | None, typer.Option(help="samples per batch; default: the run's sample.batch_size", min=1)
     ] = None,
     dtype: Annotated[str, typer.Option(help="precision of the networks: fp32 or bf16")] = "fp32",
-    compiled: Annotated[bool, typer.Option("--compile", help="torch.compile the backbone first")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="compile the backbone by torch.compile first")] = False,
     seed: Annotated[int, typer.Option(help="sample k depends on the seed and on k alone", min=0)] = 0,
-    out: Annotated[Path, typer.Option(help="the grid, a PNG that must not exist")] = Path("grid.png"),
+    out: Annotated[Path, typer.Option(help="the grid, a new PNG")] = Path("grid.png"),
     save_each: Annotated[
-        Path | None, typer.Option(help="a new folder: one file per modality and sample, which --observe reads back")
+        Path | None, typer.Option(help="a new folder for one file per modality and sample; --observe reads them")
     ] = None,
     trust: Trust = False,
 ) -> None:
-    """Sample from a run and write a grid."""
+    """Draw samples from a run, and write a grid of them."""
     read_only(trust)
     own = _sample_config(run)
     from mmdiff import runs

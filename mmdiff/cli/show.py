@@ -25,7 +25,7 @@ def show(
     plot: Annotated[Path | None, typer.Option(help="write the weight schedules as a PNG")] = None,
     trust: Trust = False,
 ) -> None:
-    """The resolved config, parameter counts and weight schedules of an experiment."""
+    """Print an experiment: settings, sizes, weight schedules."""
     from mmdiff.config import load_config
 
     read_only(trust)

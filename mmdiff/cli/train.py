@@ -13,10 +13,15 @@ from mmdiff.cli.options import ConfigPath, Overrides, Trust, echo, is_main
 def train(
     config: ConfigPath,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="two steps on stand-in data, and their cost")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="take two steps on random values, and print their cost")
+    ] = False,
     trust: Trust = False,
 ) -> None:
-    """Train an experiment; also under `accelerate launch -m mmdiff train …` and torchrun."""
+    """Train a model from an experiment's YAML file.
+
+    On several GPUs call `accelerate launch -m mmdiff train …`, or torchrun.
+    """
     from mmdiff.config import load_config
 
     loaded = load_config(config, overrides)
