@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -47,3 +48,14 @@ def test_it_is_short_and_its_installation_is_that_of_ci() -> None:
     assert len(text.splitlines()) <= 150
     assert 'pip install -e ".[test]" && pytest -n 2 --dist loadfile' in text
     assert 'pip install -e "\\.\\[test\\]"' in ci
+
+
+def test_the_numbers_of_its_table_are_those_of_the_pages() -> None:
+    rows = re.findall(r"^\| (.*?) \| (.*) \| (.*) \|$", README.read_text(), flags=re.MULTILINE)[1:]
+    assert len(rows) > 10
+    page = ""
+    for ability, score, size in rows:
+        if linked := re.search(r"\]\((.*)\.md\)", ability):  # rows without a link belong to the page above
+            page = "".join((ROOT / f"{linked[1]}{ending}").read_text() for ending in (".md", ".json"))
+        numbers = re.findall(r"\d(?: ?\d)*(?:\.\d+)?", f"{score} {size}") if "tests/" not in score else []
+        assert [number for number in numbers if number not in page] == [] or "not measured" in score, ability
