@@ -12,11 +12,11 @@ from mmdiff.slots import Axes, Slot
 
 
 class Observation(NamedTuple):
-    """What the backbone is told beside z_t.
+    """The backbone's second input.
 
-    ``channels`` (B, O, H, W): E_i(x_i) of observed modalities, zeros elsewhere. ``flags`` (B, V): for every modality,
-    in the order of their names, whether it is aggregated in z_t, whether it is observed, and, of an observed one, its
-    context, which has no place in space; zeros elsewhere.
+    ``channels`` (B, O, H, W): E_i(x_i) of observed modalities, zeros for others. ``flags`` (B, V): for every modality,
+    in the order of the names, whether it is aggregated, whether it is observed, and its context: numbers of an observed
+    value without a place in space, zeros for others.
     """
 
     channels: Tensor
@@ -25,7 +25,7 @@ class Observation(NamedTuple):
 
 class BackboneOutput(NamedTuple):
     """``prediction`` (B, C, H, W) by the scheduler's `prediction_type`; ``features`` (B, F, H / s, W / s) and
-    ``pooled`` (B, P) feedback the decoder heads."""
+    ``pooled`` (B, P), the inputs of the decoder heads."""
 
     prediction: Tensor
     features: Tensor
@@ -33,7 +33,7 @@ class BackboneOutput(NamedTuple):
 
 
 class Widths(NamedTuple):
-    """What a backbone gives to the heads: F channels of ``features`` at stride s, P numbers of ``pooled``."""
+    """Sizes of the heads' inputs: F channels of ``features`` at stride s, P numbers of ``pooled``."""
 
     features: int
     pooled: int
@@ -58,9 +58,9 @@ class Backbone(nn.Module, ABC):
         """The sizes of ``features`` and ``pooled`` under these settings."""
 
     def slots(self, channels: Sequence[Slot], flags: Sequence[Slot]) -> dict[str, Axes]:
-        """What the inputs of its layers belong to, for fine-tuning: {name in the state dict: axes}.
+        """Slots of the tensors whose inputs depend on the modalities, for fine-tuning: {name in the state dict: axes}.
 
-        A layer whose inputs depend on the modalities must be named; every other tensor is taken whole.
+        Tensors that are not named are copied whole.
 
         Args:
             channels: of the O observation channels.

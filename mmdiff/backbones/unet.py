@@ -1,4 +1,4 @@
-"""diffusers' `UNet2DModel` with observation channels and state flags; its bottleneck feeds the pooled heads."""
+"""diffusers' `UNet2DModel` with observation channels and state flags; pooled heads read its bottleneck."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmdiff.slots import Axes, Axis, Slot, of, parts, slots
 
 DEFAULT_CHANNELS = (64, 128, 256)
 GRID_CHANNELS = 16
-LARGEST = 2**16  # of any number of channels, groups or cells
+LARGEST = 2**16  # number of channels, groups or cells
 CONTEXT_CHANNELS, CONTEXT_WIDTH = 8, 512
 
 
@@ -92,12 +92,12 @@ class UNet(Backbone):
             nn.init.zeros_(self.skip.weight)
             nn.init.zeros_(self.skip.bias)
         width = 4 * block_out_channels[0]
-        # two layers, as a vector's meaning is not linear in it; no biases, as nothing observed must add nothing
+        # two layers, for functions of vectors that are not linear; no biases, so that zeros add nothing
         self.flags = nn.Sequential(
             nn.Linear(num_flags, width, bias=False), nn.SiLU(), nn.Linear(width, width, bias=False)
         )
         self.place = _place(num_flags, context_grid, (space[1] // patch_size, space[2] // patch_size))
-        nn.init.zeros_(self.unet.conv_out.weight)  # start from the prediction 0, whose loss is the target's variance
+        nn.init.zeros_(self.unet.conv_out.weight)  # start from the prediction 0
         nn.init.zeros_(self.unet.conv_out.bias)
 
     @classmethod
@@ -109,11 +109,10 @@ class UNet(Backbone):
         return Widths(block_out_channels[0], pooled, patch_size)
 
     def slots(self, channels: Sequence[Slot], flags: Sequence[Slot]) -> dict[str, Axes]:
-        """New inputs of the convolution and of the time embedding start at 0: what else the network learned is not
-        disturbed by them, and they learn from the first step on. Those of `place` start as drawn: its layer norms would
-        blow up the gradients of zeros."""
+        """New inputs of the convolution and of the time embedding start at 0, so that they do not change the pretrained
+        network. Those of `place` keep their random start: its layer norms have infinite gradients at zeros."""
         z_t = slots(("z_t", k) for k in range(self.channels))
-        # with another number of channels of z_t nothing that was learned fits
+        # with another number of channels of z_t no pretrained weight fits
         inputs = of(self.channels, parts([*z_t, *channels], self.patch_size**2))
         if self.place is None:
             place: dict[str, Axes] = {}
@@ -156,7 +155,7 @@ class UNet(Backbone):
 
 
 def _place(num_flags: int, grid: int, size: tuple[int, int]) -> nn.Module | None:
-    """(B, num_flags) -> (B, 8, *size), constant in every cell of a grid and 0 for zeros: no layer has a bias."""
+    """(B, num_flags) -> (B, 8, *size), constant in every cell of a grid. No layer has a bias, so zeros give 0."""
     if grid == 0:
         return None
     if grid < 0 or size[0] % grid or size[1] % grid:
@@ -181,7 +180,7 @@ _LEAST |= {"pooled_grid": 0, "context_grid": 0}
 
 
 def _check_ranges(settings: Mapping[str, Any]) -> None:
-    """What can be said of every setting by itself."""
+    """Refuse settings that are out of range."""
     channels = settings["block_out_channels"]
     if not channels or min(channels) < 1:
         raise InputError("backbone.block_out_channels", channels, "needs one positive number per level, at least one")
@@ -197,6 +196,7 @@ def _check_ranges(settings: Mapping[str, Any]) -> None:
 
 
 def _check(space: tuple, channels: Any, attention: list[bool], groups: int, head_dim: int, patch: int) -> None:
+    """Refuse settings that do not fit together."""
     key, factor = "backbone.block_out_channels", patch * 2 ** (len(channels) - 1)
     if patch < 1 or channels[0] % patch**2:
         raise InputError("backbone.patch_size", patch, f"its square must divide block_out_channels[0] = {channels[0]}")

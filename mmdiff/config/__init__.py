@@ -1,4 +1,4 @@
-"""The config of an experiment: its schema, and how it is read and written. Nothing here imports torch."""
+"""The config of an experiment: its schema, reading and writing. Nothing here imports torch."""
 
 from mmdiff.config.load import (
     as_yaml,

@@ -1,4 +1,4 @@
-"""Read a config from YAML and `key=value` overrides, check it, write it; every error is one line."""
+"""Read a config from YAML and `key=value` overrides, check it and write it; every error is one line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mmdiff.config.schema import Config, Strict
 from mmdiff.config.tree import check_literal, check_references, plain, read_tree
-from mmdiff.errors import InputError
+from mmdiff.errors import InputError, at
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -86,34 +86,34 @@ def parse_config(tree: Any) -> Config:
 
 
 def parse_arguments(key: str, arguments: Mapping[str, tuple[Any, Any]], settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a class, of the types that its constructor declares, over its defaults.
+    """Settings of a class with its defaults, checked against the types of its constructor.
 
     Args:
         key: of the section.
         arguments: {name: (annotation, default)}.
-        settings: what the config sets.
+        settings: of the config.
 
     Raises:
-        InputError: on an unknown key, with the nearest known one, and on a wrong type.
+        InputError: for an unknown key, with the nearest known one, and for a wrong type.
     """
     model: Any = pydantic.create_model(key, __base__=Strict, **arguments)
     try:
         return model.model_validate(settings).model_dump()
     except pydantic.ValidationError as error:
-        found = _readable(error.errors()[0], model)
-        raise InputError(f"{key}.{found.key}", found.value, found.remedy) from None
+        with at(key):
+            raise _readable(error.errors()[0], model) from None
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write the resolved config; reading it gives the same config again."""
+    """Write the resolved config."""
     path.write_text(as_yaml(config), encoding="utf-8")
 
 
 def as_yaml(config: Config) -> str:
-    """The config as YAML, in which every text is literal.
+    """The config as YAML.
 
     Raises:
-        InputError: a name that came with the data would be read as a reference.
+        InputError: for a text that would be read as a reference.
     """
     tree = config.model_dump(mode="json")
     check_literal("config", tree)
@@ -130,22 +130,20 @@ def _difference(one: Any, other: Any, key: str, ignore: set[str]) -> tuple[str, 
         return None
     if isinstance(one, dict) and isinstance(other, dict):
         for name in sorted(set(one) | set(other)):
-            found = _difference(one.get(name), other.get(name), f"{key}.{name}".lstrip("."), ignore)
-            if found:
-                return found
+            if difference := _difference(one.get(name), other.get(name), f"{key}.{name}".lstrip("."), ignore):
+                return difference
         return None
     return None if one == other else (key, one, other)
 
 
 def _readable(error: Any, model: Any) -> InputError:
-    """A pydantic error as our one line; unknown keys get the nearest known one."""
+    """A pydantic error as an `InputError`; unknown keys get the nearest known one."""
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         known = _fields_at(model, error["loc"][:-1])
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
-        return InputError(
-            key, error["input"], f"unknown key; {f'did you mean {near[0]}?' if near else 'known: ' + ', '.join(known)}"
-        )
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+        return InputError(key, error["input"], f"unknown key; {hint}")
     if error["type"] == "missing":
         return InputError(key, None, "is missing; add it to the config")
     message = error["msg"].removeprefix("Value error, ")
@@ -153,9 +151,9 @@ def _readable(error: Any, model: Any) -> InputError:
 
 
 def _fields_at(model: Any, path: tuple) -> list[str]:
-    """Names of the fields of the section of a model at a path of keys."""
+    """Names of the fields of a model's section at a path of keys."""
     for part in path:
         model = get_args(model)[1] if get_origin(model) is dict else model.model_fields[part].annotation
         if get_origin(model) is UnionType:  # an optional section
-            model = next(one for one in get_args(model) if one is not type(None))
+            model = next(section for section in get_args(model) if section is not type(None))
     return sorted(model.model_fields)

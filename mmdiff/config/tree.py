@@ -1,4 +1,4 @@
-"""YAML of strangers as a plain tree: small, without resolvers, and without aliases that grow when they are expanded."""
+"""Untrusted YAML as a plain tree: of limited size, without resolvers and without aliases that expand."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from mmdiff.errors import InputError
 MAX_BYTES = 1_000_000
 MAX_NODES = 20_000  # with every alias expanded
 MAX_DEPTH = 50
-MAX_REFERENCES = 16  # `${key}` in one file: references to references may double at every level
+MAX_REFERENCES = 16  # `${key}` in one file; references to references can double at every level
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # as omegaconf
 _REFERENCE = re.compile(r"\$\{[\w.\[\]-]+\}")  # ${key}, ${.key}, ${a.b[0]}; no resolver, which has a colon
 
 
 def read_tree(key: str, path: Path) -> Any:
-    """A YAML file as OmegaConf's tree, of which nothing is resolved yet.
+    """A YAML file as OmegaConf's tree, without resolving references.
 
     Args:
         key: for errors.
         path: of the file.
 
     Raises:
-        InputError: it cannot be read, is too large or too deep, or asks for a resolver.
+        InputError: if it cannot be read, is too large or too deep, or uses a resolver.
     """
     try:
         if path.stat().st_size > MAX_BYTES:
@@ -52,10 +52,10 @@ def read_tree(key: str, path: Path) -> Any:
 
 
 def plain(key: str, tree: Any) -> Any:
-    """OmegaConf's tree as dicts and lists, its `${key}` references resolved.
+    """OmegaConf's tree as dicts and lists, with resolved `${key}` references.
 
     Raises:
-        InputError: a reference that leads nowhere, or asks for a resolver.
+        InputError: for a reference without a target, and for a resolver.
     """
     check_references(key, tree)
     try:
@@ -65,7 +65,7 @@ def plain(key: str, tree: Any) -> Any:
 
 
 def check_references(key: str, tree: Any) -> None:
-    """Refuse `${name:…}`: a resolver reads the environment, or runs what somebody registered.
+    """Refuse `${name:…}`: a resolver reads the environment or runs a registered function.
 
     Raises:
         InputError: with the text.
@@ -79,7 +79,7 @@ def check_references(key: str, tree: Any) -> None:
 
 
 def check_literal(key: str, tree: Any) -> None:
-    """Refuse texts in a plain tree that a reader would take for references.
+    """Refuse texts that would be read as references.
 
     Raises:
         InputError: with the text.
@@ -90,10 +90,10 @@ def check_literal(key: str, tree: Any) -> None:
 
 
 def check_depth(key: str, value: str, text: str) -> None:
-    """Refuse what is nested deeply, before anything that calls itself reads it.
+    """Refuse deep nesting before a recursive parser reads it.
 
     Raises:
-        InputError: deeper than `MAX_DEPTH`.
+        InputError: for more than `MAX_DEPTH` levels.
     """
     depth = 0
     for event in yaml.parse(text, Loader=_LOADER):
@@ -106,10 +106,10 @@ def check_depth(key: str, value: str, text: str) -> None:
 
 
 def expanded_nodes(key: str, value: str, node: yaml.Node | None) -> int:
-    """How many nodes a composed YAML file has when every alias is written out.
+    """The number of nodes of a composed YAML file with expanded aliases.
 
     Raises:
-        InputError: more than `MAX_NODES`, deeper than `MAX_DEPTH`, or an alias within itself.
+        InputError: for more than `MAX_NODES`, more than `MAX_DEPTH` levels, or an alias within itself.
     """
     sizes: dict[int, int] = {}
 

@@ -1,4 +1,4 @@
-"""What surrounds the fusion in a vision-language model: the encoder before it, connector and language model behind."""
+"""The parts of a vision-language model around the fusion: vision encoder, connector and language model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Architecture(ABC):
-    """The parts of a model of transformers, which stay its own.
+    """Access to the parts of a model of transformers.
 
     Args:
         model: of the class `model_class`.
@@ -30,7 +30,7 @@ class Architecture(ABC):
     @property
     @abstractmethod
     def width(self) -> int:
-        """d of the tokens that `encode` gives."""
+        """d of the tokens from `encode`."""
 
     @abstractmethod
     def encode(self, pixels: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class Architecture(ABC):
 
     @abstractmethod
     def connect(self, tokens: Tensor) -> Tensor:
-        """Tokens of one image, or fused ones, (B, tokens, d) -> what the language model reads (B, k, width)."""
+        """Tokens of one image or fused tokens (B, tokens, d) -> inputs of the language model (B, k, width)."""
 
     @abstractmethod
     def connector(self) -> Iterable[nn.Parameter]:
@@ -47,15 +47,15 @@ class Architecture(ABC):
     @property
     @abstractmethod
     def language(self) -> Any:
-        """What takes ``inputs_embeds``, ``attention_mask`` and ``labels``, and generates."""
+        """The language model, which takes ``inputs_embeds``, ``attention_mask`` and ``labels``, and generates."""
 
     @abstractmethod
     def prompt(self, text: str, image_token: str) -> str:
-        """The text as the model's processor wants it."""
+        """The text in the format of the model's processor."""
 
     @property
     def continues(self) -> bool:
-        """Whether an answer continues the prompt, as in a decoder alone; else it is a decoder's own text."""
+        """Whether an answer continues the prompt, as in decoder-only models; else the decoder starts anew."""
         return not self.language.config.is_encoder_decoder
 
 

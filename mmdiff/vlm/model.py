@@ -1,4 +1,4 @@
-"""A vision-language model that sees a set of photos as it would see one: their tokens are fused behind its encoder."""
+"""A vision-language model that reads an image set as one image: the tokens are fused after its encoder."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Generated(NamedTuple):
 
 
 class VisionLanguageModel(nn.Module):
-    """Image tokens (B, n, tokens, d) are fused to (B, tokens, d) and go on as those of a single image.
+    """Image tokens (B, n, tokens, d) are fused to (B, tokens, d), which replace those of a single image.
 
-    Only the fusion learns (`learn` says otherwise): the model around it is frozen and stays in evaluation mode. With
-    one image per set everything equals the model of transformers, to the last bit on a CPU.
+    By default only the fusion learns, see `learn`. The model around it is frozen and stays in evaluation mode. With one
+    image per set the results equal those of the model of transformers, bit for bit on a CPU.
 
     Args:
         model: a `Blip2ForConditionalGeneration` or a `LlavaForConditionalGeneration`.
@@ -55,14 +55,14 @@ class VisionLanguageModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, fusion: str = "attention", hidden: int = 128, **loading: Any) -> Self:
-        """By hub name or folder; ``loading`` goes to transformers (``dtype``, ``device_map``, …).
+        """Load by hub name or folder; ``loading`` are arguments of transformers (``dtype``, ``device_map``, …).
 
         Raises:
-            InputError: when it cannot be loaded, and as the class does.
+            InputError: if it cannot be loaded, and as of the class.
         """
         import transformers
 
-        # without the first transformers asks on the terminal; pickles are not read
+        # without trust_remote_code transformers asks on the terminal; without use_safetensors it reads pickles
         loading = {"trust_remote_code": False, "use_safetensors": True, **loading}
         try:
             config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -86,10 +86,10 @@ class VisionLanguageModel(nn.Module):
         return self
 
     def learn(self, part: str) -> list[nn.Parameter]:
-        """Choose what learns, everything else is frozen.
+        """Choose the trainable part; the rest is frozen.
 
         Args:
-            part: "fusion"; "connector": what stands between it and the language model; "all".
+            part: "fusion"; "connector": the layers between the fusion and the language model; "all".
 
         Returns:
             Its parameters.
@@ -109,15 +109,15 @@ class VisionLanguageModel(nn.Module):
     # ----------------------------------------------------------------------------------------------- images and text
 
     def fuse(self, images: Tensor, mask: Tensor) -> Fused:
-        """Preprocessed images (B, n, 3, H, W), of which ``mask`` (B, n) says where one is -> tokens (B, tokens, d)."""
+        """Preprocessed images (B, n, 3, H, W) and their ``mask`` (B, n), True for images -> tokens (B, tokens, d)."""
         if images.ndim != 5 or mask.dtype != torch.bool or mask.shape != images.shape[:2]:
-            shown = f"images {tuple(images.shape)}, mask {mask.dtype} {tuple(mask.shape)}"
-            raise InputError("images", shown, "needs images (B, n, 3, H, W) and a torch.bool mask (B, n)")
+            shapes = f"images {tuple(images.shape)}, mask {mask.dtype} {tuple(mask.shape)}"
+            raise InputError("images", shapes, "needs images (B, n, 3, H, W) and a torch.bool mask (B, n)")
         learns = any(parameter.requires_grad for parameter in self.parts.vision.parameters())
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-            found = self.parts.encode(images[mask].to(self.model.dtype))  # (N, tokens, d), of the members only
-        members = found.new_zeros(*mask.shape, *found.shape[1:])  # (B, n, tokens, d)
-        return self.fusion(members.masked_scatter(mask[..., None, None], found), mask)
+            tokens = self.parts.encode(images[mask].to(self.model.dtype))  # (N, tokens, d), of the members only
+        members = tokens.new_zeros(*mask.shape, *tokens.shape[1:])  # (B, n, tokens, d)
+        return self.fusion(members.masked_scatter(mask[..., None, None], tokens), mask)
 
     def forward(
         self, images: Tensor, mask: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
@@ -125,43 +125,41 @@ class VisionLanguageModel(nn.Module):
         """The next tokens, and with ``labels`` their loss.
 
         Args:
-            images, mask: see `fuse`; fewer than one image in a set is refused.
-            input_ids: (B, length) with as many image tokens as one image has, which `Reader` prepares.
+            images, mask: as of `fuse`; a set without an image is refused.
+            input_ids: (B, length) from `Reader`, with the image tokens of one image.
             attention_mask: (B, length), 0 on padding.
-            labels: for a decoder alone (B, length) in the places of ``input_ids``, else the decoder's own text
+            labels: of a decoder-only model (B, length) at the positions of ``input_ids``, else the decoder's text
                 (B, …); −100 is ignored.
         """
         embeds, weights = self._embeds(images, mask, input_ids)
-        # a decoder that is given no text derives it from the labels
-        found = self.parts.language(inputs_embeds=embeds, attention_mask=attention_mask, labels=labels)
-        return Answered(found.loss, found.logits, weights)
+        # a decoder without input text derives it from the labels
+        output = self.parts.language(inputs_embeds=embeds, attention_mask=attention_mask, labels=labels)
+        return Answered(output.loss, output.logits, weights)
 
     @torch.no_grad()
     def generate(
         self, images: Tensor, mask: Tensor, input_ids: Tensor, attention_mask: Tensor, **settings: Any
     ) -> Generated:
-        """Text for each set; ``settings`` are those of transformers' ``generate``: max_new_tokens, num_beams, …"""
+        """Text for each set; ``settings`` are of transformers' ``generate``: max_new_tokens, num_beams, …"""
         embeds, weights = self._embeds(images, mask, input_ids)
         tokens = self.parts.language.generate(inputs_embeds=embeds, attention_mask=attention_mask, **settings)
         return Generated(tokens, weights)
 
     def _embeds(self, images: Tensor, mask: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(embeddings (B, length, width) with the fused images in their places, weights (B, n))."""
+        """(embeddings (B, length, width) with the fused images at the image tokens, weights (B, n))."""
         fused, weights = self.fuse(images, mask)
-        seen = self.parts.connect(fused)  # (B, k, width)
-        places = input_ids == self.model.config.image_token_id
-        if not (places.sum(dim=1) == seen.shape[1]).all() or len(places) != len(seen):
-            remedy = (
-                f"needs {seen.shape[1]} image tokens (id {self.model.config.image_token_id}) in each of {len(seen)}"
-            )
+        inputs, token = self.parts.connect(fused), self.model.config.image_token_id  # (B, k, width)
+        places = input_ids == token
+        if not (places.sum(dim=1) == inputs.shape[1]).all() or len(places) != len(inputs):
+            remedy = f"needs {inputs.shape[1]} image tokens (id {token}) in each of {len(inputs)}"
             raise InputError("input_ids", f"{places.sum(dim=1).tolist()} image tokens", remedy)
         text = self.model.get_input_embeddings()(input_ids)  # (B, length, width)
-        return text.masked_scatter(places[..., None], seen.to(text)), weights
+        return text.masked_scatter(places[..., None], inputs.to(text)), weights
 
     # ---------------------------------------------------------------------------------------------------------- files
 
     def save_fusion(self, folder: str | Path) -> None:
-        """Write the fusion alone: `fusion.safetensors`, and `fusion.json` with what it is and what it stood in."""
+        """Write the fusion alone: `fusion.safetensors`, and `fusion.json` with its settings and the model's name."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in self.fusion.state_dict().items()}, folder / WEIGHTS)
@@ -170,10 +168,10 @@ class VisionLanguageModel(nn.Module):
         (folder / SETTINGS).write_text(json.dumps(facts, indent=1) + "\n")
 
     def load_fusion(self, folder: str | Path) -> None:
-        """Put the fusion of a folder in the place of this one.
+        """Replace the fusion by that of a folder.
 
         Raises:
-            InputError: when there is none, or it is of another width.
+            InputError: if the folder has none, or one of another width.
         """
         folder = Path(folder)
         for file in (WEIGHTS, SETTINGS):
@@ -181,9 +179,7 @@ class VisionLanguageModel(nn.Module):
                 raise InputError("fusion", str(folder), f"has no {file}")
         facts = json.loads((folder / SETTINGS).read_text())
         if facts["dim"] != self.parts.width:
-            remedy = (
-                f"fuses tokens of {facts['dim']} numbers (of {facts['model']}), this model's have {self.parts.width}"
-            )
+            remedy = f"fuses tokens of width {facts['dim']} (of {facts['model']}), this model has {self.parts.width}"
             raise InputError("fusion", str(folder), remedy)
         self._set_fusion(facts["fusion"], facts["hidden"])
         self.fusion.load_state_dict(load_file(folder / WEIGHTS, device=str(self.model.device)))

@@ -1,4 +1,4 @@
-"""Sets of photos and texts as the tensors of a vision-language model, and its tokens as texts."""
+"""Image sets and texts as the tensors of a vision-language model, and its tokens as texts."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch.nn.utils.rnn import pad_sequence
 from mmdiff.errors import InputError
 from mmdiff.vlm.model import VisionLanguageModel
 
-IGNORED = -100  # a label that costs nothing
+IGNORED = -100  # a label without a loss
 
 
 class Inputs(NamedTuple):
     """Arguments of `VisionLanguageModel.forward`: ``images`` (B, n, 3, H, W), ``mask`` (B, n), ``input_ids`` and
-    ``attention_mask`` (B, length), ``labels`` (B, length), or (B, …) of a decoder's own text, or None."""
+    ``attention_mask`` (B, length), ``labels`` (B, length), or (B, …) of the decoder's text, or None."""
 
     images: Tensor
     mask: Tensor
@@ -28,11 +28,11 @@ class Inputs(NamedTuple):
 
 
 class Reader:
-    """The model's own processor, to which a set of photos is one image.
+    """The model's processor for image sets.
 
     Args:
-        model: whose language answers.
-        processor: of transformers; default: that in the folder, or under the name, that the model came from.
+        model: that answers.
+        processor: of transformers; default: that of the model's folder or hub name.
     """
 
     def __init__(self, model: VisionLanguageModel, processor: Any = None) -> None:
@@ -50,36 +50,36 @@ class Reader:
     def __call__(
         self, sets: Sequence[Sequence[PILImage.Image]], prompts: Sequence[str], answers: Sequence[str] | None = None
     ) -> Inputs:
-        """One prompt per set, and where the model shall learn one answer.
+        """Inputs of one prompt per set, and of one answer per set for training.
 
         Raises:
-            InputError: for an empty set, or other numbers of prompts or answers than of sets.
+            InputError: for an empty set, and for another number of prompts or answers than of sets.
         """
         for key, texts in (("prompts", prompts), ("answers", answers)):
             if texts is not None and len(texts) != len(sets):
                 raise InputError(key, len(texts), f"needs one for each of {len(sets)} sets")
         images, mask = self._images(sets)
-        told = [self.parts.prompt(prompt, str(self.processor.image_token)) for prompt in prompts]
-        # the prompt that one image would have; padded on the left, so that the answer follows at once
-        asked = self.processor(
+        texts = [self.parts.prompt(prompt, str(self.processor.image_token)) for prompt in prompts]
+        # the prompts of single images; padded on the left, so that the answer follows the prompt
+        encoded = self.processor(
             images=[members[0].convert("RGB") for members in sets],
-            text=told,
+            text=texts,
             padding=True,
             padding_side="left",
             return_tensors="pt",
         )
-        ids, attention = asked["input_ids"], asked["attention_mask"]
+        ids, attention = encoded["input_ids"], encoded["attention_mask"]
         if answers is None:
             return Inputs(images, mask, ids, attention)
-        own, there = self._answers(answers)
-        labels = own.masked_fill(~there, IGNORED)
+        tokens, real = self._answers(answers)
+        labels = tokens.masked_fill(~real, IGNORED)
         if not self.parts.continues:
             return Inputs(images, mask, ids, attention, labels)
         return Inputs(
             images,
             mask,
-            torch.cat([ids, own], dim=1),
-            torch.cat([attention, there.to(attention)], dim=1),
+            torch.cat([ids, tokens], dim=1),
+            torch.cat([attention, real.to(attention)], dim=1),
             torch.cat([torch.full_like(ids, IGNORED), labels], dim=1),
         )
 
@@ -99,9 +99,9 @@ class Reader:
         return images, mask
 
     def _answers(self, answers: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(tokens with an end (B, length), where they are)."""
-        own = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in answers]
-        tokens = [torch.tensor([*ids, self.end]) for ids in own]
-        lengths = torch.tensor([len(one) for one in tokens])
+        """(tokens with an end token (B, length), True for tokens and False for padding)."""
+        texts = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in answers]
+        tokens = [torch.tensor([*ids, self.end]) for ids in texts]
+        lengths = torch.tensor([len(ids) for ids in tokens])
         padded = pad_sequence(tokens, batch_first=True, padding_value=self.tokenizer.pad_token_id)
         return padded, torch.arange(padded.shape[1]) < lengths[:, None]

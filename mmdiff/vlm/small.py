@@ -1,4 +1,4 @@
-"""Vision-language models of transformers' own classes that are small enough to train on a CPU, with random weights."""
+"""Small vision-language models of transformers' classes with random weights, which train on a CPU."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ PAD, START, END, UNKNOWN, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
 
 
 class Sizes(NamedTuple):
-    """Of a small model: ``image`` and ``patch`` in pixels, ``width`` of all its parts, ``layers`` of the encoder and of
-    the language model, ``heads`` of each, ``queries`` of a Q-Former."""
+    """Sizes of a model: ``image`` and ``patch`` in pixels, ``width`` of all parts, ``layers`` and ``heads`` of the encoder
+    and of the language model, ``queries`` of a Q-Former."""
 
     image: int = 32
     patch: int = 8
@@ -30,14 +30,14 @@ class Sizes(NamedTuple):
 def make_small(
     folder: str | Path, kind: str, texts: Iterable[str], sizes: Sizes | None = None, seed: int = 0, **more: Any
 ) -> None:
-    """Write a model with its processor to a folder, from which `VisionLanguageModel.from_pretrained` loads it.
+    """Write a model and its processor to a folder for `VisionLanguageModel.from_pretrained`.
 
     Args:
         folder: a new one.
         kind: a key of `SMALL`: "blip-2" (OPT), "blip-2-t5" or "llava" (CLIP and Llama).
-        texts: all that it shall be able to read and write, word by word; case does not count.
-        sizes: of its parts.
-        seed: of its weights.
+        texts: whose words are the vocabulary, in lower case.
+        sizes: of the model.
+        seed: of the weights.
         more: settings of the model's config.
 
     Raises:
@@ -55,7 +55,7 @@ def make_small(
         torch.manual_seed(seed)
         model = getattr(transformers, architecture.model_class)(config)
         for name, parameter in model.named_parameters():
-            if name == "query_tokens":  # zeros: queries that start the same stay the same
+            if name == "query_tokens":  # zeros otherwise, and equal queries stay equal
                 nn.init.normal_(parameter, std=0.02)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -105,7 +105,7 @@ def _tower(sizes: Sizes) -> dict[str, Any]:
 
 
 def _spread(sizes: Sizes) -> float:
-    """Of the weights: the usual 0.02 is for widths near 1000; in narrow layers an image would hardly move an answer."""
+    """Standard deviation of the weights. The usual 0.02 is for widths near 1000; narrow layers need a larger one."""
     return sizes.width**-0.5
 
 

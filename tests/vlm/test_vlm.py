@@ -184,5 +184,5 @@ def test_what_cannot_be_is_refused(folders: dict[str, Path], tmp_path: Path) -> 
     VisionLanguageModel.from_pretrained(folders["blip-2"]).save_fusion(tmp_path)
     wide = tmp_path / "wide"
     make_small(wide, "llava", [PROMPT], TINY._replace(width=32))
-    with pytest.raises(InputError, match="this model's have 32"):
+    with pytest.raises(InputError, match="this model has 32"):
         VisionLanguageModel.from_pretrained(wide).load_fusion(tmp_path)
