@@ -18,7 +18,6 @@ from mmdiff.build import Experiment, build
 from mmdiff.config import Config
 from mmdiff.errors import InputError
 from mmdiff.pipeline import MTDiffusionPipeline
-from mmdiff.schedulers import SOLVERS
 from mmdiff.training.process import make_accelerator, set_threads
 from mmdiff.training.trainer import Trainer
 
@@ -139,22 +138,13 @@ def _timed(pipeline: MTDiffusionPipeline, size: int, observed: dict[str, Tensor]
 
 def _bare_solver(pipeline: MTDiffusionPipeline, size: int, steps: int) -> float:
     """Seconds per step of the diffusers class alone, on tensors of the same shape."""
-    config = pipeline.scheduler.config
-    options = {key: value for key, value in (config.solver_config or {}).items() if key != "eta"}
-    solver = SOLVERS[config.solver].scheduler(
-        num_train_timesteps=config.num_train_timesteps,
-        beta_schedule=config.beta_schedule,
-        prediction_type=config.prediction_type,
-        timestep_spacing=config.timestep_spacing,
-        **options,
-    )
-    solver.set_timesteps(steps)
-    extra = {"eta": config.solver_config["eta"]} if "eta" in (config.solver_config or {}) else {}
+    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(steps)
     z = torch.randn(size, *pipeline.model.space)
     output = torch.randn_like(z)
     start = time.thread_time()
-    for t in solver.timesteps:
-        z = solver.step(output, t, z, **extra).prev_sample
+    for timestep in scheduler.steps[:-1]:
+        z = scheduler.solver_step(output, timestep, z)
     return (time.thread_time() - start) / steps
 
 

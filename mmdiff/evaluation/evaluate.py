@@ -22,6 +22,7 @@ from mmdiff.evaluation.scorers import scorer
 from mmdiff.metrics.classification import class_shares, classification
 from mmdiff.metrics.clip_zero_shot import ZeroShot
 from mmdiff.metrics.features import distances, extractor
+from mmdiff.metrics.image import spread
 from mmdiff.metrics.neighbours import MEMORISED_EXPECTED, MemorisationTest
 from mmdiff.modalities import Label
 from mmdiff.pipeline import MTDiffusionPipeline
@@ -277,7 +278,7 @@ class Scene:
         return distances(self.extractor(images), self.features) | {
             "memorised": self.memory.share(images.numpy()),
             "memorised, expected": MEMORISED_EXPECTED,
-            "std over samples": float(images.std(dim=0).mean()),
+            "std over samples": spread(images),
         }
 
     def _draw(self, count: int, seed: int, **arguments: Any) -> dict[str, Tensor]:

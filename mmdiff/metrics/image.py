@@ -56,6 +56,11 @@ def ssim(images: Tensor, truth: Tensor, where: Tensor | None = None) -> Tensor:
     return _mean_over(torch.cat(maps), where)
 
 
+def spread(images: Tensor) -> float:
+    """Diversity of images (n, C, H, W): their standard deviation over the n samples, mean over pixels and channels."""
+    return float(images.std(dim=0).mean())
+
+
 def _mean_over(values: Tensor, where: Tensor | None) -> Tensor:
     """(n, C, H, W) -> (n,): means over channels and the pixels that count (n, 1, H, W)."""
     if where is None:

@@ -242,16 +242,26 @@ class MTScheduler(GaussianPath):
             original = original.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
         if self.config.clip_sample or self._solver_prediction != self.config.prediction_type:
             model_output = PREDICTIONS[self._solver_prediction].output(original, u, *self._coefficients(now, u))
-        arguments = self._step_arguments(now)
-        if self._traits.takes_generator:
-            arguments["generator"] = generator
-        timestep = self._solver.timesteps[self._step_index]
-        u = self._solver.step(model_output, timestep, u, return_dict=False, **arguments)[0]
+        u = self.solver_step(model_output, now, u, generator)
         previous = u + self.aggregate(encodings, then, u) if encodings else u
-        self._step_index += 1
         if not return_dict:
             return previous, original
         return MTDiffusionSchedulerOutput(prev_sample=previous, pred_original_sample=original)
+
+    def solver_step(
+        self,
+        model_output: Tensor,
+        timestep: float,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> Tensor:
+        """The step of the diffusers class alone, on u_t; arguments as of `step`, ``timestep`` one of ``steps``."""
+        arguments = self._step_arguments(timestep)
+        if self._traits.takes_generator:
+            arguments["generator"] = generator
+        time = self._solver.timesteps[self._step_index]
+        self._step_index += 1
+        return self._solver.step(model_output, time, sample, return_dict=False, **arguments)[0]
 
     @property
     def _solver_prediction(self) -> str:

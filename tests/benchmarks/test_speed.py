@@ -12,6 +12,7 @@ import pytest
 from mmdiff.benchmarks.speed import compare
 from mmdiff.config import Config, parse_config
 from mmdiff.errors import InputError
+from mmdiff.schedulers import SCHEDULERS
 
 Cli = Callable[..., Any]
 
@@ -61,10 +62,10 @@ def test_another_side_is_refused(shapes: Config, cli: Cli, tiny_file: Path) -> N
     assert answer.code == 2 and "choose bare, anchor or solver" in answer.complaint
 
 
-def test_the_solver_as_the_other_side_measures_sampling(cli: Cli, tiny_file: Path, tmp_path: Path) -> None:
-    answer = cli(
-        "benchmark", "speed", tiny_file, "train.batch_size=2", "--against", "solver", "--rounds", 1, "--steps", 3
-    )
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_the_solver_as_the_other_side_measures_sampling(kind: str, cli: Cli, tiny_file: Path, tmp_path: Path) -> None:
+    path = [f"scheduler={{kind: {kind}, num_train_timesteps: 50}}", "train.batch_size=2"]
+    answer = cli("benchmark", "speed", tiny_file, *path, "--against", "solver", "--rounds", 1, "--steps", 3)
     assert answer.code == 0, answer.err
     pattern = (
         r"^(joint|given the rest): loop (\d+) µs, network (\d+) µs, solver (\d+) µs, overhead (-?\d+) µs per step$"

@@ -15,7 +15,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from mmdiff.errors import InputError
 from mmdiff.metrics.bootstrap import interval, scored, statistic_interval
 from mmdiff.metrics.classification import class_shares, classification, retrieval
-from mmdiff.metrics.image import PSNR_OF_EQUAL, psnr, ssim
+from mmdiff.metrics.image import PSNR_OF_EQUAL, psnr, spread, ssim
 from mmdiff.metrics.neighbours import MEMORISED_EXPECTED, Judge, MemorisationTest
 from mmdiff.metrics.segmentation import confusions, segmentation
 
@@ -286,3 +286,10 @@ def test_more_noise_scores_less(score: type) -> None:
 def test_ssim_refuses_images_of_two_pixels() -> None:
     with pytest.raises(InputError, match=r"evaluate.ssim = \(2, 8\)"):
         ssim(torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, 2, 8))
+
+
+def test_the_spread_of_images_is_over_samples_pixel_by_pixel() -> None:
+    """Two images ±a: √2 a. Images that differ from pixel to pixel alone have none."""
+    ramp = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(1, 3, 2, 2)
+    assert spread(torch.cat([ramp, -ramp])) == pytest.approx(2**0.5 * float(ramp.abs().mean()))
+    assert spread(ramp.repeat(4, 1, 1, 1)) == 0
