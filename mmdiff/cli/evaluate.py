@@ -27,6 +27,9 @@ def evaluate(
         ),
     ] = None,
     subsets: Annotated[bool, typer.Option("--subsets", help="score every subset of conditions instead")] = False,
+    bound: Annotated[
+        bool, typer.Option("--elbo", help="the bound on the log-likelihood instead, in nats and bits per dimension")
+    ] = False,
     trust: Trust = False,
 ) -> None:
     """Score every direction of a run on held-out rows.
@@ -35,7 +38,7 @@ def evaluate(
     """
     read_only(trust)
     ways = tuple(conditioning.split(",")) if conditioning else ()
-    evaluate_run(run, overrides or [], integers("--steps", steps), solver, feedback, trust, trust, ways, subsets)
+    evaluate_run(run, overrides or [], integers("--steps", steps), solver, feedback, trust, trust, ways, subsets, bound)
 
 
 def evaluate_run(
@@ -48,6 +51,7 @@ def evaluate_run(
     trust_judges: bool,
     conditioning: tuple[str, ...] = (),
     subsets: bool = False,
+    bound: bool = False,
 ) -> None:
     from mmdiff.config import load_config
 
@@ -65,7 +69,7 @@ def evaluate_run(
     pipeline = load(run, solver, trust)
     train, validation = (build_table(config, pipeline.model, rows) for rows in open_rows(config, hub=trust))
     result = evaluators.evaluate(
-        pipeline, config, train, validation, steps, feedback, trust_judges, conditioning, subsets
+        pipeline, config, train, validation, steps, feedback, trust_judges, conditioning, subsets, bound
     )
     records.save(result, run / "evaluation.json")
     echo(records.table(result))

@@ -10,8 +10,16 @@ import torch
 from torch import Tensor
 
 from mmdiff import losses
+from mmdiff.build import state_probabilities
+from mmdiff.config import Config
+from mmdiff.data import Table
+from mmdiff.errors import InputError
+from mmdiff.evaluation.judges import complete
+from mmdiff.evaluation.report import Row
 from mmdiff.likelihoods import Gaussian
+from mmdiff.metrics.bootstrap import scored
 from mmdiff.model import MTDiffusionModel
+from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.schedulers import MTScheduler
 
 
@@ -33,6 +41,43 @@ class Elbo:
     def bits_per_dim(self, name: str) -> Tensor:
         """One term, in bits per dimension of x_0: (B,)."""
         return self.terms[name] / (self.dimensions * math.log(2))
+
+
+def recovered(model: MTDiffusionModel) -> list[str]:
+    """Modalities with an L2 term: those with a head for their own value. A masked image adds nothing to x_0."""
+    modalities = model.modalities
+    return [n for n in model.auxiliary if modalities[n].generated and not modalities[n].predicts_anchor]
+
+
+def elbo_rows(pipeline: MTDiffusionPipeline, config: Config, held_out: Table) -> list[Row]:
+    """The bound on held-out rows, every term by name, in nats and in bits per dimension of x_0, with 95 % intervals.
+
+    Args:
+        pipeline: the model.
+        config: `evaluate.num_samples` rows at most are used, those that have all modalities of the bound.
+        held_out: real rows.
+
+    Raises:
+        InputError: nothing is denoised by this model.
+    """
+    model, anchor = pipeline.model, pipeline.model.anchor
+    if state_probabilities(config, anchor).observed == 1 or config.states.anchor_hidden == 1:
+        raise InputError("--elbo", True, "needs a model that denoises; this one was trained without")
+    names = [anchor, *recovered(model)]
+    columns = complete(held_out.all(min(config.evaluate.num_samples, len(held_out))), *names)
+    latent = model.modalities[anchor].frozen is not None
+    generator, parts = torch.Generator().manual_seed(config.evaluate.seeds[0]), []
+    for batch in zip(*(column.split(config.sample.batch_size) for column in columns), strict=True):
+        values = {name: value.to(model.device) for name, value in zip(names, batch, strict=True)}
+        parts.append(elbo(model, pipeline.scheduler, values, generator, levels=None if latent else 256))
+    terms = {name: torch.cat([part.terms[name] for part in parts]).cpu() for name in parts[0].terms}
+    terms["all"] = sum(terms.values())
+    bits = 1 / (parts[0].dimensions * math.log(2))
+    about = {"of": "the latent, as a density" if latent else "256 levels"}
+    return [
+        Row("bound on -log p", name, about, {"n": len(nats)} | scored("nats", nats) | scored("bits/dim", nats * bits))
+        for name, nats in terms.items()
+    ]
 
 
 @torch.no_grad()
@@ -63,7 +108,7 @@ def elbo(
     chosen = torch.arange(total) if timesteps is None else timesteps
     scale = total / len(chosen)
     terms = {name: torch.zeros(len(z_0), dtype=torch.float64, device=z_0.device) for name in ("l1", "l3")}
-    generated = [name for name in model.auxiliary if model.modalities[name].generated]
+    generated = recovered(model)
     terms |= {f"l2/{name}": terms["l1"].clone() for name in generated}
     terms["l0"] = losses.terminal_kl(
         scheduler.marginal(z_0, torch.full((len(z_0),), scheduler.terminal_timestep), encodings)

@@ -15,6 +15,8 @@ from mmdiff.build import state_probabilities
 from mmdiff.config import Config
 from mmdiff.data import Table
 from mmdiff.errors import InputError
+from mmdiff.evaluation.draws import draw, on_grey, pictured
+from mmdiff.evaluation.elbo import elbo_rows
 from mmdiff.evaluation.holes import FLOORS, HoleScores
 from mmdiff.evaluation.judges import complete, find_judge
 from mmdiff.evaluation.report import Evaluation, Row, manifest, settings_hash
@@ -28,8 +30,6 @@ from mmdiff.modalities import Label
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.sampling.conditioning import feedback_for, methods_of_text, usable_methods
 
-PICTURED = 8  # rows of a picture
-
 
 def evaluate(
     pipeline: MTDiffusionPipeline,
@@ -41,6 +41,7 @@ def evaluate(
     trust_custom_modalities: bool = False,
     conditioning: Iterable[str] = (),
     subsets: bool = False,
+    bound: bool = False,
 ) -> Evaluation:
     """Score every direction: joint, each modality → anchor, anchor → each modality.
 
@@ -53,25 +54,30 @@ def evaluate(
         trust_custom_modalities: of runs that serve as judges.
         conditioning: ways to compare, such as "concatenation+head-guidance", see the pipeline; default: as
             trained, with and without aggregating.
-        subsets: score every subset of observed modalities instead, see `Scene.subsets`.
+        subsets: score every subset of observed modalities instead, see `Evaluator.subsets`.
+        bound: the bound on the log-likelihood instead, see `mmdiff.evaluation.elbo`.
     """
     pipeline.set_progress_bar_config(disable=True)
-    scene = Scene(pipeline, config, train, validation, trust_custom_modalities, conditioning)
+    if bound:
+        facts = {"settings": settings_hash(config, "elbo", dict(pipeline.scheduler.config))}
+        rows = elbo_rows(pipeline, config, validation)
+        return Evaluation(manifest(pipeline, config, train, validation) | facts, rows)
+    evaluator = Evaluator(pipeline, config, train, validation, trust_custom_modalities, conditioning)
     reads = state_probabilities(config, config.anchor).observed > 0 and not subsets
-    rows = [*(scene.reads() if reads else ()), *(() if subsets else scene.floors())]
-    draws = scene.subsets if subsets else scene.samples
+    rows = [*(evaluator.reads() if reads else ()), *(() if subsets else evaluator.floors())]
+    draws = evaluator.subsets if subsets else evaluator.samples
     for count in steps or (config.sample.steps,):
         for seed in config.evaluate.seeds:
             for row in draws(count, seed, feedback or config.sample.feedback):
                 row.setting |= {"steps": count, "seed": seed}
                 rows.append(row)
-    known = config, steps, feedback, scene.conditioning, subsets, dict(pipeline.scheduler.config)
+    known = config, steps, feedback, evaluator.conditioning, subsets, dict(pipeline.scheduler.config)
     feedback = feedback_for(feedback or config.sample.feedback, pipeline.scheduler.is_stochastic)
-    facts = scene.facts | {"feedback": feedback, "settings": settings_hash(*known)}
-    return Evaluation(manifest(pipeline, config, train, validation) | facts, rows, scene.pictures)
+    facts = evaluator.facts | {"feedback": feedback, "settings": settings_hash(*known)}
+    return Evaluation(manifest(pipeline, config, train, validation) | facts, rows, evaluator.pictures)
 
 
-class Scene:
+class Evaluator:
     """A model, its real rows, and all that is fitted to them once.
 
     Args:
@@ -93,7 +99,7 @@ class Scene:
         (images,) = complete(real, self.anchor)
         self.extractor = extractor(config.evaluate.features, images)
         self.features = self.extractor(images)
-        self.memory = MemorisationTest(images.numpy(), complete(self.held_out, self.anchor)[0].numpy())
+        self.memorisation = MemorisationTest(images.numpy(), complete(self.held_out, self.anchor)[0].numpy())
         modalities = self.model.modalities
         self.read_out = [n for n in self.model.auxiliary if scorer(modalities[n]) and not modalities[n].predicts_anchor]
         found = {name: find_judge(config, self.model, name, real, trust) for name in self.read_out}
@@ -145,7 +151,7 @@ class Scene:
             yield Row(
                 f"{self.anchor} → {name}", name, {}, {"n": len(images)} | scorer(modality)(modality, found, truth)
             )
-            chosen = _spread(len(images))
+            chosen = pictured(len(images))
             shown = [modality.postprocess(values[chosen]) for values in (truth, found)]
             if isinstance(shown[0][0], PILImage.Image):  # image, truth, what was read
                 pictures = self.model.modalities[self.anchor].postprocess(images[chosen])
@@ -243,9 +249,9 @@ class Scene:
         ways = self.holes.ways(name, lambda count, **more: self._draw(count, seed, **arguments | more), by)
         for about, value, known, restored in ways:
             yield Row(f"{name} → {self.anchor}", self.anchor, about | setting, self.holes.scores(restored, known))
-            chosen = _spread(len(value))
+            chosen = pictured(len(value))
             shown["truth"] = image.postprocess(self.holes.truth[chosen])
-            shown["masked"] = [_on_grey(picture) for picture in masked.postprocess(value[chosen])]
+            shown["masked"] = [on_grey(picture) for picture in masked.postprocess(value[chosen])]
             shown[setting.get("conditioning", about["by"])] = image.postprocess(restored[chosen])
         if shown:
             self.pictures[name] = [list(row) for row in zip(*shown.values(), strict=True)]
@@ -276,7 +282,7 @@ class Scene:
 
     def _image_scores(self, images: Tensor) -> dict[str, Any]:
         return distances(self.extractor(images), self.features) | {
-            "memorised": self.memory.share(images.numpy()),
+            "memorised": self.memorisation.share(images.numpy()),
             "memorised, expected": MEMORISED_EXPECTED,
             "std over samples": spread(images),
         }
@@ -293,37 +299,6 @@ class Scene:
 def _asked(setting: dict[str, Any]) -> dict[str, Any]:
     """The pipeline's arguments of a row's setting."""
     return {k: sorted(methods_of_text(v)) if k == "conditioning" else v for k, v in setting.items()}
-
-
-def draw(pipeline: MTDiffusionPipeline, count: int, batch_size: int, seed: int, **arguments: Any) -> dict[str, Tensor]:
-    """``count`` samples in batches, as tensors on the CPU; last draws under "<name>/last"."""
-    generator = torch.Generator().manual_seed(seed)
-    observed = arguments.pop("observed", {})
-    parts: list[dict[str, Tensor]] = []
-    for start in range(0, count, batch_size):
-        size = min(batch_size, count - start)
-        output = pipeline(
-            batch_size=size,
-            observed={name: value[start : start + size] for name, value in observed.items()},
-            generator=generator,
-            output_type="pt",
-            return_last_draws=True,
-            **arguments,
-        )
-        last = {f"{name}/last": value for name, value in output.last_draws.items()}
-        parts.append({name: value.cpu() for name, value in (output.samples | last).items()})
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def _spread(count: int) -> Tensor:
-    """Rows for a picture, evenly spread: neighbouring rows of a data set are often alike."""
-    return torch.linspace(0, count - 1, min(count, PICTURED)).round().long()
-
-
-def _on_grey(picture: PILImage.Image) -> PILImage.Image:
-    """A picture with an alpha channel, its holes grey."""
-    ground = PILImage.new("RGBA", picture.size, (128, 128, 128, 255))
-    return PILImage.alpha_composite(ground, picture.convert("RGBA")).convert(picture.mode.removesuffix("A"))
 
 
 def _numbers(scores: dict[str, Any]) -> dict[str, float]:

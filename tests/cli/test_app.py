@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -297,3 +298,13 @@ def test_a_real_process_ends_with_code_2_and_our_line(tiny_file: Path) -> None:
     assert run.returncode == 2
     assert run.stderr.splitlines() == ["mmdiff: train.step = 3: unknown key; did you mean steps?"]
     assert run.stdout == ""
+
+
+def test_the_bound_adds_up_in_nats_and_in_bits_per_dimension(cli: Cli, run_copy: Path) -> None:
+    assert cli("evaluate", run_copy, "--elbo", "evaluate.num_samples=4").code == 0
+    rows = json.loads((run_copy / "evaluation.json").read_text())["rows"]
+    nats, bits = ({row["of"]: row["scores"][unit] for row in rows} for unit in ("nats", "bits/dim"))
+    assert set(nats) == {"l0", "l1", "l3", "l2/label", "all"}
+    assert nats["all"] == pytest.approx(sum(value for name, value in nats.items() if name != "all"))
+    for name, value in nats.items():
+        assert bits[name] == pytest.approx(value / (16 * 16 * math.log(2)))

@@ -21,7 +21,8 @@ from mmdiff.data.shapes.readers import read_label
 from mmdiff.errors import InputError
 from mmdiff.evaluation import evaluate as evaluators
 from mmdiff.evaluation import report as records
-from mmdiff.evaluation.evaluate import Scene
+from mmdiff.evaluation.draws import PICTURED, draw
+from mmdiff.evaluation.evaluate import Evaluator
 from mmdiff.evaluation.report import Evaluation, Row
 from mmdiff.metrics.neighbours import Judge
 from mmdiff.pipeline import MTDiffusionPipeline
@@ -70,10 +71,10 @@ def evaluated(tree: Tree, **arguments: Any) -> Setup:
     return Setup(pipeline, experiment, evaluate(pipeline, experiment, **arguments))
 
 
-def scene_of(tree: Tree) -> Scene:
+def scene_of(tree: Tree) -> Evaluator:
     experiment = build(parse_config(tree))
     pipeline = MTDiffusionPipeline(model=experiment.model.eval(), scheduler=experiment.scheduler)
-    return Scene(pipeline, experiment.config, experiment.train, experiment.validation, trust=False)
+    return Evaluator(pipeline, experiment.config, experiment.train, experiment.validation, trust=False)
 
 
 def evaluate(pipeline: MTDiffusionPipeline, experiment: Experiment, **arguments: Any) -> Evaluation:
@@ -198,7 +199,7 @@ def test_ways_of_conditioning_are_compared_in_one_table() -> None:
 
     given = torch.arange(16) % 5
     arguments = {"observed": {"label": given}, "conditioning": ["aggregation"], "num_inference_steps": 2}
-    images = evaluators.draw(pipeline, 16, 256, 1, **arguments)["image"]
+    images = draw(pipeline, 16, 256, 1, **arguments)["image"]
     row = row_of(found, "label → image", "image", conditioning="aggregation", seed=1)
     assert row.scores["std over samples"] == pytest.approx(float(images.std(dim=0).mean()))
     for bad, text in (
@@ -222,7 +223,7 @@ def test_the_scores_are_those_of_the_samples(digits: Setup) -> None:
     """The direction label → image by hand: the same generator, a judge of training pixels."""
     given = torch.arange(30) % 10
     arguments = {"observed": {"label": given}, "aggregate": True, "num_inference_steps": 2}
-    images = evaluators.draw(digits.pipeline, 30, 128, 0, **arguments)["image"]
+    images = draw(digits.pipeline, 30, 128, 0, **arguments)["image"]
     real = digits.experiment.train.all().values
     judged = Judge(real["image"].numpy(), real["label"].numpy())(images.numpy())
     label = row_of(digits.found, "label → image", "label", aggregate=True)
@@ -236,7 +237,7 @@ def test_the_scores_are_those_of_the_samples(digits: Setup) -> None:
 def test_values_that_are_given_are_those_of_held_out_rows(five: Setup) -> None:
     """embedding → image by hand: no gallery, so the first held-out embeddings; the last draws are of other values."""
     given = five.experiment.validation.all(16).values["embedding"]
-    drawn = evaluators.draw(five.pipeline, 16, 256, 0, observed={"embedding": given}, num_inference_steps=2)
+    drawn = draw(five.pipeline, 16, 256, 0, observed={"embedding": given}, num_inference_steps=2)
     judged = read_label(drawn["image"])
     scores = row_of(five.found, "embedding → image", "label").scores
     assert scores["agreement"] == pytest.approx(float((judged == drawn["label"]).float().mean()))
@@ -247,7 +248,7 @@ def test_values_that_are_given_are_those_of_held_out_rows(five: Setup) -> None:
 def test_reading_takes_one_evaluation_per_batch(digits: Setup) -> None:
     calls: list[int] = []
     hook = digits.pipeline.model.register_forward_hook(lambda *_: calls.append(1))
-    scene = Scene(
+    scene = Evaluator(
         digits.pipeline, digits.experiment.config, digits.experiment.train, digits.experiment.validation, False
     )
     assert not calls  # the judge is no model
@@ -264,8 +265,8 @@ def test_rows_with_a_missing_value_take_no_part(digits: Setup) -> None:
     """What stands in for a missing value is no truth: neither for the judge nor for the read-out."""
     pipeline, config = digits.pipeline, digits.experiment.config
 
-    def scene(*tables: Any) -> Scene:
-        return Scene(pipeline, config, *tables, False)
+    def scene(*tables: Any) -> Evaluator:
+        return Evaluator(pipeline, config, *tables, False)
 
     rows = open_rows(config)
     some = [build_table(config, pipeline.model, part, missing={"label": 0.5}) for part in rows]
@@ -295,7 +296,7 @@ def test_a_run_can_be_the_judge(tmp_path: Path) -> None:
     folder = train(parse_config(shapes("label", states={"anchor_observed": 1}) | {"output": str(tmp_path / "reader")}))
     judges = {"label": str(folder)}
     pipeline, _, found = evaluated(shapes("label", evaluate={"judges": judges}, states={"anchor_observed": 0}))
-    images = evaluators.draw(pipeline, 16, 256, 0, observed={"label": torch.arange(16) % 5}, num_inference_steps=2)
+    images = draw(pipeline, 16, 256, 0, observed={"label": torch.arange(16) % 5}, num_inference_steps=2)
     reader = MTDiffusionPipeline.from_pretrained(folder / "pipeline")
     read = reader(observed={"image": images["image"]}, output_type="pt").samples["label"]
     assert found.manifest["label judge"] == "the run reader"
@@ -482,7 +483,7 @@ def test_the_command_writes_scores_and_pictures(cli: Cli, own_run: Path) -> None
         path = own_run / "samples" / f"evaluation-{name}.png"
         assert f"wrote {path}" in answer.out
         with Image.open(path) as picture:
-            assert (picture.mode, picture.size) == ("RGB", (columns * cell + 2, evaluators.PICTURED * cell + 2))
+            assert (picture.mode, picture.size) == ("RGB", (columns * cell + 2, PICTURED * cell + 2))
             first = np.asarray(picture)[2:98, 2:98][::6, ::6]
         truth = (rows_of_shapes["image"][0].permute(1, 2, 0) + 1) * 127.5
         assert np.array_equal(first, truth.round().byte().numpy())
@@ -540,7 +541,7 @@ def test_observed_values_of_a_subset_come_from_the_same_row(five: Setup) -> None
     (row,) = [
         r for r in found.rows if r.direction == "image → embedding + label + mask + masked_image" and r.of == "label"
     ]
-    drawn = evaluators.draw(five.pipeline, 16, 256, 0, observed={"image": held_out.values["image"][:16]})["label"]
+    drawn = draw(five.pipeline, 16, 256, 0, observed={"image": held_out.values["image"][:16]})["label"]
     assert row.scores["accuracy"] == pytest.approx((drawn == held_out.values["label"][:16]).double().mean().item())
 
 
@@ -555,4 +556,4 @@ def test_guidance_may_differ_by_modality() -> None:
     seen = scene._draw(4, 0, observed=given, num_inference_steps=2)["image"]
     for scales, same in (({"label": 3.0, "embedding": 1.5}, True), ({"label": 1.5, "embedding": 1.5}, False)):
         arguments = {"observed": dict(given), "guidance_scale": scales, "num_inference_steps": 2}
-        assert torch.equal(seen, evaluators.draw(scene.pipeline, 4, 256, 0, **arguments)["image"]) is same
+        assert torch.equal(seen, draw(scene.pipeline, 4, 256, 0, **arguments)["image"]) is same

@@ -15,7 +15,7 @@ from torch import Tensor
 from mmdiff.build import Experiment, build
 from mmdiff.config import parse_config
 from mmdiff.errors import InputError
-from mmdiff.evaluation.evaluate import draw
+from mmdiff.evaluation.draws import draw
 from mmdiff.evaluation.holes import HoleScores
 from mmdiff.pipeline import MTDiffusionPipeline
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmdiff.build import Experiment, build
 from mmdiff.config import parse_config
-from mmdiff.evaluation.evaluate import Scene
+from mmdiff.evaluation.evaluate import Evaluator
 from mmdiff.evaluation.report import Evaluation, Row, table
 from mmdiff.evaluation.scorers import scorer
 from mmdiff.modalities import Dense, Embedding, Image, Label, Mask, MaskedImage, Modality, Shape
@@ -108,9 +108,9 @@ def experiment() -> Experiment:
 
 
 @pytest.fixture(scope="module")
-def scene(experiment: Experiment) -> Scene:
+def scene(experiment: Experiment) -> Evaluator:
     pipeline = MTDiffusionPipeline(model=experiment.model.eval(), scheduler=experiment.scheduler)
-    return Scene(pipeline, experiment.config, experiment.train, experiment.validation, trust=False)
+    return Evaluator(pipeline, experiment.config, experiment.train, experiment.validation, trust=False)
 
 
 @pytest.fixture(scope="module")
@@ -118,12 +118,14 @@ def held_out(experiment: Experiment) -> dict[str, Tensor]:
     return experiment.validation.all().values
 
 
-def scored(scene: Scene, drawn: dict[str, Tensor], given: dict[str, Tensor] | None = None) -> dict[str, dict[str, Any]]:
+def scored(
+    scene: Evaluator, drawn: dict[str, Tensor], given: dict[str, Tensor] | None = None
+) -> dict[str, dict[str, Any]]:
     return {row.of: row.scores for row in scene._scored("joint", {}, drawn, given or {})}
 
 
 @pytest.mark.parametrize("way", ["drawn", "given"])
-def test_real_images_agree_with_their_own_values(scene: Scene, held_out: dict[str, Tensor], way: str) -> None:
+def test_real_images_agree_with_their_own_values(scene: Evaluator, held_out: dict[str, Tensor], way: str) -> None:
     if way == "drawn":
         found = scored(scene, held_out)
     else:  # what was given counts, not the model's own reading
@@ -139,7 +141,7 @@ def test_real_images_agree_with_their_own_values(scene: Scene, held_out: dict[st
     assert image["memorised"] == pytest.approx(image["memorised, expected"], abs=0.02)  # these rows made the median
 
 
-def test_values_of_other_rows_agree_by_chance(scene: Scene, held_out: dict[str, Tensor]) -> None:
+def test_values_of_other_rows_agree_by_chance(scene: Evaluator, held_out: dict[str, Tensor]) -> None:
     shuffled = {name: value if name == "image" else value.roll(7, 0) for name, value in held_out.items()}
     last = {f"{name}/last": held_out[name] for name in scene.judges}
     found = scored(scene, shuffled | last)
@@ -151,7 +153,7 @@ def test_values_of_other_rows_agree_by_chance(scene: Scene, held_out: dict[str, 
     assert found["mask"]["of last draw"] >= 0.95 and found["embedding"]["of last draw"] >= 0.9
 
 
-def test_copies_are_memorised_and_noise_is_far(scene: Scene, experiment: Experiment) -> None:
+def test_copies_are_memorised_and_noise_is_far(scene: Evaluator, experiment: Experiment) -> None:
     copies = experiment.train.all(100).values["image"]
     assert scene._image_scores(copies)["memorised"] == 1.0
     noise = torch.rand(100, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
