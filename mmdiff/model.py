@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mmdiff.backbones import BACKBONES, Backbone, Observation
 from mmdiff.errors import InputError
-from mmdiff.modalities import Modality, Shape, find_modality
+from mmdiff.modalities import Anchor, Condition, FillsAnchor, Modality, Shape, find_modality
 from mmdiff.schedulers.arguments import check_value
 from mmdiff.slots import Axes, Slot, of, slots
 from mmdiff.trust import check_links, damage, refuse_custom, refuse_huge
@@ -62,10 +62,10 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
         backbone, backbone_settings = _backbone(backbone_config)
         kinds = {name: _modality(name, modality_config[name]) for name in sorted(modality_config)}
         anchor_class, anchor_settings = kinds[anchor]
+        if not issubclass(anchor_class, Anchor):
+            raise InputError("anchor", anchor, "cannot be diffused itself; choose an image modality")
         with _prefixed(f"modalities.{anchor}"):
             space = anchor_class.diffusion_space(**anchor_settings)
-        if space is None:
-            raise InputError("anchor", anchor, "cannot be diffused itself; choose an image modality")
         shape = Shape(space, *backbone.widths(**backbone_settings))
         self.anchor = anchor
         self.names = tuple(kinds)  # sorted: nothing depends on the order of a dict in a file
@@ -75,10 +75,11 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
         for name, (modality, settings) in kinds.items():
             with _prefixed(f"modalities.{name}"):
                 self.modalities[name] = modality(shape, **{**settings, "head": False} if name == anchor else settings)
-        for name in self.auxiliary:
+        self.generated = tuple(name for name in self.auxiliary if isinstance(self.modalities[name], Modality))
+        self.filling = tuple(name for name in self.auxiliary if isinstance(self.modalities[name], FillsAnchor))
+        for name in self.filling:
             with _prefixed(f"modalities.{name}"):
                 self.modalities[name].check_anchor(self.modalities[anchor])
-        self.generated = tuple(name for name in self.auxiliary if self.modalities[name].generated)
         observed = sum(modality.observation_channels for modality in self.modalities.values())
         width = sum(2 + modality.context_width for modality in self.modalities.values())
         self.backbone = backbone(space, observed, width, **backbone_settings)
@@ -195,7 +196,7 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
         nowhere = torch.zeros(len(like), dtype=torch.bool, device=like.device)
         channels, context = [], []
         for name in self.names:
-            modality: Modality = self.modalities[name]
+            modality: Condition = self.modalities[name]
             seen = observed.get(name, nowhere)
             context += [torch.stack([aggregated.get(name, nowhere), seen], dim=1).to(like.dtype)]  # (B, 2)
             if name in values and name in observed:
@@ -292,7 +293,7 @@ def _backbone(config: Mapping[str, Any]) -> tuple[type[Backbone], dict[str, Any]
     return BACKBONES[config["kind"]], _settings(config)
 
 
-def _modality(name: str, config: Mapping[str, Any]) -> tuple[type[Modality], dict[str, Any]]:
+def _modality(name: str, config: Mapping[str, Any]) -> tuple[type[Condition], dict[str, Any]]:
     check_name(name)
     return find_modality(config.get("kind"), f"modalities.{name}.kind"), _settings(config)
 

@@ -119,8 +119,10 @@ class MTObjective(nn.Module):
         terms = {"l0": terminal / z_0[0].numel(), "l1": error * ~first, "l3": error * first}
         for name in model.generated:
             modality = model.modalities[name]
-            nll = modality.nll(output.params[name].float(), modality.target(batch.values[name], anchor))
-            source = model.anchor if modality.predicts_anchor else name
+            source, asked = name, batch.values[name]
+            if name in model.filling:
+                source, asked = model.anchor, modality.target(asked, anchor)
+            nll = modality.nll(output.params[name].float(), asked)
             terms[f"l2/{name}"] = nll * (batch.present[name] & batch.present[source] & ~observed[source])
         return self.total(terms)
 

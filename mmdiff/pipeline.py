@@ -201,8 +201,9 @@ class MTDiffusionPipeline(DiffusionPipeline):
             else:
                 z_0, draws = self._denoise(request, progress)
                 samples[model.anchor] = model.modalities[model.anchor].unencode(z_0)
-            for name, value in values.items() if request.paste_back else ():
-                samples[model.anchor] = model.modalities[name].restore(samples[model.anchor], value)
+            for name in model.filling if request.paste_back else ():
+                if name in values:
+                    samples[model.anchor] = model.modalities[name].paste(samples[model.anchor], values[name])
         if set(model.generated) - set(samples):
             read = request.final_read or model.anchor in values
             samples |= read_anchor(model, self.scheduler, request, samples) if read else draws

@@ -17,13 +17,13 @@ from mmdiff.data import Rows
 from mmdiff.data.masking import known_masks
 from mmdiff.data.table import ROW, origin
 from mmdiff.errors import InputError, at
-from mmdiff.modalities import Modality, find_modality
+from mmdiff.modalities import Anchor, Condition, find_modality
 from mmdiff.model import check_name
 from mmdiff.schedulers import SCHEDULERS, MTScheduler
 
 LARGEST = 1e9  # of any number among the settings of a class
 _GIVEN = {  # not for a config to set
-    Modality: {"self", "shape", "head"},
+    Condition: {"self", "shape", "head"},
     Backbone: {"self", "space", "observation_channels", "num_flags"},
     MTScheduler: {"self", "weights"},
 }
@@ -91,9 +91,9 @@ def resolve_scheduler(config: Config) -> Config:
     return Config.model_validate(resolved)
 
 
-def _all_settings(config: Config, rows: Rows | None) -> dict[str, tuple[type[Modality], dict[str, Any]]]:
+def _all_settings(config: Config, rows: Rows | None) -> dict[str, tuple[type[Condition], dict[str, Any]]]:
     """{modality: (class, settings)}; the anchor's are found first, as others may take them over."""
-    found: dict[str, tuple[type[Modality], dict[str, Any]]] = {}
+    found: dict[str, tuple[type[Condition], dict[str, Any]]] = {}
     for name in (config.anchor, *config.auxiliary()):
         kind = find_modality(config.modalities[name].kind, f"modalities.{name}.kind")
         anchor = {} if name == config.anchor else found[config.anchor][1]
@@ -102,7 +102,7 @@ def _all_settings(config: Config, rows: Rows | None) -> dict[str, tuple[type[Mod
 
 
 def _resolved_settings(
-    config: Config, name: str, kind: type[Modality], rows: Rows | None, anchor: dict[str, Any]
+    config: Config, name: str, kind: type[Condition], rows: Rows | None, anchor: dict[str, Any]
 ) -> dict[str, Any]:
     """What the config sets, over what files, the anchor and the data determine."""
     check_types(f"modalities.{name}", kind, config.modalities[name].settings())
@@ -121,7 +121,7 @@ def _resolved_settings(
         return {**kind.settings_from_data(rows.features[column], values, **settings), **settings}
 
 
-def _readable(rows: Rows, column: str, kind: type[Modality], data: DataConfig) -> Iterator[Any]:
+def _readable(rows: Rows, column: str, kind: type[Condition], data: DataConfig) -> Iterator[Any]:
     """The values of a column, of which only it is read; those that cannot be read are named or left out."""
     chosen = rows.select_columns(sorted({column, ROW} & set(rows.column_names)))
     for index in range(len(chosen)):
@@ -142,7 +142,7 @@ def _check_holes(key: str, masking: MaskingConfig) -> None:
         known_masks(masking.pattern, masking.ratio, 32, 32, 0, torch.zeros(1, dtype=torch.int64))
 
 
-def _weight(name: str, entry: ModalityConfig, kind: type[Modality]) -> WeightConfig:
+def _weight(name: str, entry: ModalityConfig, kind: type[Condition]) -> WeightConfig:
     """The weight schedule; one that is never aggregated has none."""
     if kind.aggregable:
         return entry.weight or WeightConfig()
@@ -157,7 +157,8 @@ def _weight(name: str, entry: ModalityConfig, kind: type[Modality]) -> WeightCon
 
 def _clip_sample(config: Config, modalities: dict[str, ModalityConfig]) -> bool:
     anchor = modalities[config.anchor]
-    bounded = find_modality(anchor.kind, "").bounded(**anchor.settings())
+    kind = find_modality(anchor.kind, "")
+    bounded = issubclass(kind, Anchor) and kind.bounded(**anchor.settings())
     if config.scheduler.clip_sample and not bounded:
         raise InputError("scheduler.clip_sample", True, "the anchor's encodings have no bounds; leave it out")
     return bounded if config.scheduler.clip_sample is None else config.scheduler.clip_sample

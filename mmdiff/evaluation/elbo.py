@@ -45,8 +45,7 @@ class Elbo:
 
 def recovered(model: MTDiffusionModel) -> list[str]:
     """Modalities with an L2 term: those with a head for their own value. A masked image adds nothing to x_0."""
-    modalities = model.modalities
-    return [n for n in model.auxiliary if modalities[n].generated and not modalities[n].predicts_anchor]
+    return [name for name in model.generated if name not in model.filling]
 
 
 def elbo_rows(pipeline: MTDiffusionPipeline, config: Config, held_out: Table) -> list[Row]:

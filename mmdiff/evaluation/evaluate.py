@@ -101,11 +101,11 @@ class Evaluator:
         self.features = self.extractor(images)
         self.memorisation = MemorisationTest(images.numpy(), complete(self.held_out, self.anchor)[0].numpy())
         modalities = self.model.modalities
-        self.read_out = [n for n in self.model.auxiliary if scorer(modalities[n]) and not modalities[n].predicts_anchor]
+        self.read_out = [n for n in self.model.auxiliary if scorer(modalities[n]) and n not in self.model.filling]
         found = {name: find_judge(config, self.model, name, real, trust) for name in self.read_out}
         self.judges = {name: judge for name, judge in found.items() if judge is not None}
-        self.restoring = [n for n in self.model.auxiliary if modalities[n].predicts_anchor]
-        self.conditions = [n for n in self.model.auxiliary if not modalities[n].generated]
+        self.restoring = self.model.filling
+        self.conditions = [n for n in self.model.auxiliary if n not in self.model.generated]
         used = {"training": len(images), "held out": int(self.held_out.present[self.anchor].sum())}
         self.facts: dict[str, Any] = {"real rows used": used, "FID and KID features": self.extractor.name}
         self.pictures: dict[str, list[list[PILImage.Image]]] = {}

@@ -111,7 +111,7 @@ def per_image(restored: Tensor, truth: Tensor, known: Tensor, perceptual: Percep
     if perceptual is not None:
         found["LPIPS, hole"] = perceptual.hole(restored, truth, hole)
         found["LPIPS, whole"] = perceptual.whole(restored, truth)
-    for title, where in (("hole", hole), ("whole", None)):
-        found[f"PSNR, {title}"] = psnr(restored, truth, where)
-        found[f"SSIM, {title}"] = ssim(restored, truth, where)
+    for title, mask in (("hole", hole), ("whole", None)):
+        found[f"PSNR, {title}"] = psnr(restored, truth, mask)
+        found[f"SSIM, {title}"] = ssim(restored, truth, mask)
     return found

@@ -37,7 +37,7 @@ def check_evaluation(
     asked, default = config.evaluate, EvaluateConfig()
     if not asked.at_end and all(getattr(asked, key) == getattr(default, key) for key in _NAMED):
         return
-    read_out = [n for n in model.auxiliary if scorer(m := model.modalities[n]) and not m.predicts_anchor]
+    read_out = [n for n in model.auxiliary if scorer(model.modalities[n]) and n not in model.filling]
     for name in asked.judges:
         if name not in read_out:
             raise InputError(f"evaluate.judges.{name}", asked.judges[name], f"can be judged: {', '.join(read_out)}")
@@ -70,7 +70,7 @@ def _check_rows(
     real, held_out = (table.all(min(ROWS, config.evaluate.max_rows)) for table in (train, validation))
     whole = [min(len(t), config.evaluate.max_rows) <= ROWS for t in (train, validation)]
     anchor = model.anchor
-    conditions = [name for name in model.auxiliary if not model.modalities[name].generated]
+    conditions = [name for name in model.auxiliary if name not in model.generated]
     groups = [(anchor,), *((anchor, name) for name in read_out), *((name, *read_out) for name in conditions)]
     if whole[1]:
         for names in groups:

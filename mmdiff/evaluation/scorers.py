@@ -11,9 +11,9 @@ from mmdiff.metrics.bootstrap import scored
 from mmdiff.metrics.classification import classification, retrieval
 from mmdiff.metrics.image import psnr, ssim
 from mmdiff.metrics.segmentation import segmentation
-from mmdiff.modalities import Dense, Embedding, Image, Label, Mask, Modality
+from mmdiff.modalities import Condition, Dense, Embedding, Image, Label, Mask
 
-Scorer = Callable[[Modality, Tensor, Tensor], dict[str, Any]]
+Scorer = Callable[[Condition, Tensor, Tensor], dict[str, Any]]
 
 
 def label(modality: Label, found: Tensor, truth: Tensor) -> dict[str, Any]:
@@ -43,9 +43,9 @@ def image(modality: Image, found: Tensor, truth: Tensor) -> dict[str, Any]:
     return scored("PSNR", psnr(found, truth)) | scored("SSIM", ssim(found, truth))
 
 
-SCORERS: dict[type[Modality], Scorer] = {Label: label, Mask: mask, Embedding: embedding, Dense: dense, Image: image}
+SCORERS: dict[type[Condition], Scorer] = {Label: label, Mask: mask, Embedding: embedding, Dense: dense, Image: image}
 
 
-def scorer(modality: Modality) -> Scorer | None:
+def scorer(modality: Condition) -> Scorer | None:
     """That of the modality's class or of the nearest class above it; None where values of it are not compared."""
     return next((SCORERS[cls] for cls in type(modality).__mro__ if cls in SCORERS), None)

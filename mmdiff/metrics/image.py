@@ -12,27 +12,27 @@ PSNR_OF_EQUAL = 100.0  # dB, instead of infinity: a mean over images stays finit
 _BATCH = 64
 
 
-def psnr(images: Tensor, truth: Tensor, where: Tensor | None = None) -> Tensor:
+def psnr(images: Tensor, truth: Tensor, mask: Tensor | None = None) -> Tensor:
     """Peak signal-to-noise ratio of images (n, C, H, W) in [−1, 1] -> (n,) in dB, at most `PSNR_OF_EQUAL`.
 
     Args:
-        where: (n, 1, H, W), 1 = pixels that count; default all.
+        mask: (n, 1, H, W), 1 = pixels that count; default all.
 
     Raises:
         InputError: in some image no pixel counts.
     """
-    error = _mean_over((images.double() - truth.double()) ** 2, where)
+    error = _mean_over((images.double() - truth.double()) ** 2, mask)
     return (10 * torch.log10(2.0**2 / error)).clamp(max=PSNR_OF_EQUAL)
 
 
-def ssim(images: Tensor, truth: Tensor, where: Tensor | None = None) -> Tensor:
+def ssim(images: Tensor, truth: Tensor, mask: Tensor | None = None) -> Tensor:
     """Structural similarity of images (n, C, H, W) in [−1, 1] -> (n,); the map's mean over the pixels that count.
 
     The index is that of intensities in [0, 1]. Its Gaussian window has 11 pixels (σ = 1.5); for images of fewer pixels
     it is the largest odd window that fits, with σ in proportion. Computed in float32: nearly flat images to about 2e-4.
 
     Args:
-        where: (n, 1, H, W), 1 = pixels that count; default all.
+        mask: (n, 1, H, W), 1 = pixels that count; default all.
 
     Raises:
         InputError: images of fewer than 3 pixels, or an image in which no pixel counts.
@@ -53,7 +53,7 @@ def ssim(images: Tensor, truth: Tensor, where: Tensor | None = None) -> Tensor:
             return_full_image=True,
         )
         maps.append(full)
-    return _mean_over(torch.cat(maps), where)
+    return _mean_over(torch.cat(maps), mask)
 
 
 def spread(images: Tensor) -> float:
@@ -61,12 +61,12 @@ def spread(images: Tensor) -> float:
     return float(images.std(dim=0).mean())
 
 
-def _mean_over(values: Tensor, where: Tensor | None) -> Tensor:
+def _mean_over(values: Tensor, mask: Tensor | None) -> Tensor:
     """(n, C, H, W) -> (n,): means over channels and the pixels that count (n, 1, H, W)."""
-    if where is None:
+    if mask is None:
         return values.mean(dim=(1, 2, 3))
-    pixels = where.to(values)
+    pixels = mask.to(values)
     counted = pixels.sum(dim=(1, 2, 3))
     if not counted.all():
-        raise InputError("where", 0, "an image without pixels that count has no score; leave it out")
+        raise InputError("mask", 0, "an image without pixels that count has no score; leave it out")
     return (values.mean(dim=1, keepdim=True) * pixels).sum(dim=(1, 2, 3)) / counted

@@ -81,23 +81,23 @@ class Perceptual:
         pairs = zip(images.split(_BATCH), truth.split(_BATCH), strict=True)
         return torch.cat([self._score(a, b, spatial=False).flatten() for a, b in pairs]).cpu()
 
-    def hole(self, images: Tensor, truth: Tensor, where: Tensor) -> Tensor:
+    def hole(self, images: Tensor, truth: Tensor, mask: Tensor) -> Tensor:
         """The mean of the spatial map over the pixels that count, (n,) on the CPU.
 
         The map has the size of the (enlarged) image; a mask is enlarged with it (nearest).
 
         Args:
             images, truth: (n, C, H, W).
-            where: (n, 1, H, W), 1 = counts.
+            mask: (n, 1, H, W), 1 = counts.
 
         Raises:
             InputError: in some image no pixel counts.
         """
-        if not where.flatten(1).any(1).all():
+        if not mask.flatten(1).any(1).all():
             raise InputError("evaluate.lpips", 0, "an image without pixels that count has no score; leave it out")
         parts = []
-        for a, b, mask in zip(images.split(_BATCH), truth.split(_BATCH), where.split(_BATCH), strict=True):
-            weights = at_least(mask.float(), SMALLEST, mode="nearest-exact")
+        for a, b, pixels in zip(images.split(_BATCH), truth.split(_BATCH), mask.split(_BATCH), strict=True):
+            weights = at_least(pixels.float(), SMALLEST, mode="nearest-exact")
             distance = self._score(a, b, spatial=True) * weights  # (b, 1, h, w)
             parts.append(distance.sum(dim=(1, 2, 3)) / weights.sum(dim=(1, 2, 3)))
         return torch.cat(parts).cpu()

@@ -5,7 +5,8 @@ name it in the config by import path, `kind: my_pkg.depth:Depth`.
 """
 
 from mmdiff.errors import InputError
-from mmdiff.modalities.base import Condition, KnownPart, Modality, Shape
+from mmdiff.modalities.anchor import Anchor, FillsAnchor, KnownPart
+from mmdiff.modalities.base import Condition, Modality, Shape, Value
 from mmdiff.modalities.dense import Dense
 from mmdiff.modalities.embedding import Embedding
 from mmdiff.modalities.image import Image
@@ -17,7 +18,7 @@ from mmdiff.modalities.masked_image import MaskedImage
 from mmdiff.modalities.vector import Vector
 from mmdiff.trust import is_custom
 
-MODALITIES: dict[str, type[Modality]] = {
+MODALITIES: dict[str, type[Condition]] = {
     "dense": Dense,
     "embedding": Embedding,
     "image": Image,
@@ -30,9 +31,11 @@ MODALITIES: dict[str, type[Modality]] = {
 
 __all__ = [
     "MODALITIES",
+    "Anchor",
     "Condition",
     "Dense",
     "Embedding",
+    "FillsAnchor",
     "Image",
     "ImageSet",
     "KnownPart",
@@ -41,12 +44,13 @@ __all__ = [
     "MaskedImage",
     "Modality",
     "Shape",
+    "Value",
     "Vector",
     "find_modality",
 ]
 
 
-def find_modality(kind: str, key: str) -> type[Modality]:
+def find_modality(kind: str, key: str) -> type[Condition]:
     """The class that a config names: one of `MODALITIES`, or an import path "package.module:Class".
 
     Args:
@@ -54,7 +58,7 @@ def find_modality(kind: str, key: str) -> type[Modality]:
         key: where it stands, for the message.
 
     Raises:
-        InputError: when there is no such class, or it is no `Modality`; nothing of it is called.
+        InputError: when there is no such class, or it is no `Condition`; nothing of it is called.
     """
     if kind in MODALITIES:
         return MODALITIES[kind]
@@ -62,6 +66,6 @@ def find_modality(kind: str, key: str) -> type[Modality]:
         known = ", ".join(sorted(MODALITIES))
         raise InputError(key, kind, f"choose one of {known}, or write an import path: my_pkg.depth:Depth")
     found = imported(key, kind)
-    if not (isinstance(found, type) and issubclass(found, Modality)):
-        raise InputError(key, kind, "is no subclass of mmdiff.modalities.Modality; nothing of it was called")
+    if not (isinstance(found, type) and issubclass(found, Condition)):
+        raise InputError(key, kind, "is no subclass of mmdiff.modalities.Modality or Condition; nothing of it was called")
     return found

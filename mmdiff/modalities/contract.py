@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 
-from mmdiff.modalities.base import Modality, Shape
+from mmdiff.modalities.base import Condition, Modality, Shape
 
-Build = Callable[[Shape], Modality]
+Build = Callable[[Shape], Condition]
 _ROWS = 64
 
 
@@ -50,20 +50,20 @@ def _findings(build: Build, shape: Shape) -> Iterator[Finding]:
     for name, law in LAWS.items():
         torch.manual_seed(0)
         try:
-            if name not in _OF_HEADS or build(shape).generated:
+            if name not in _OF_HEADS or isinstance(build(shape), Modality):
                 torch.manual_seed(0)
                 law(build, shape)
         except Fault as fault:
             yield Finding(name, str(fault))
         except Exception as error:  # whatever a person's own code raises is a finding
             place = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{place.filename.rsplit('/', 1)[-1]}:{place.lineno}, in {place.name}"
-            yield Finding(name, f"raises {type(error).__name__}: {error} ({where})")
+            line = f"{place.filename.rsplit('/', 1)[-1]}:{place.lineno}, in {place.name}"
+            yield Finding(name, f"raises {type(error).__name__}: {error} ({line})")
         else:
             yield Finding(name, None)
 
 
-def _values(modality: Modality, count: int = _ROWS, seed: int = 1) -> Tensor:
+def _values(modality: Condition, count: int = _ROWS, seed: int = 1) -> Tensor:
     return modality.examples(count, Generator().manual_seed(seed))
 
 
@@ -178,7 +178,7 @@ def expected_encoding(build: Build, shape: Shape, draws: int = 2000) -> None:
 
 
 def average(build: Build, shape: Shape) -> None:
-    """The average of one law with itself is that law."""
+    """The average of one distribution with itself is that distribution."""
     modality = build(shape)
     params, examples = _params(modality, shape), _values(modality)
     averaged = modality.average([params, params])
@@ -193,7 +193,7 @@ def gradients(build: Build, shape: Shape) -> None:
     examples = _values(modality)
     shown = modality.encode(examples), modality.observe(examples), modality.context(examples)
     loss = sum((x * torch.randn(x.shape, generator=Generator().manual_seed(4))).sum() for x in shown)
-    if modality.generated:
+    if isinstance(modality, Modality):
         loss = loss + modality.nll(_params(modality, shape), examples).sum()
     loss.backward()
     for name, parameter in modality.named_parameters():
@@ -246,12 +246,12 @@ def save_and_load(build: Build, shape: Shape) -> None:
     other = build(shape)
     other.load_state_dict(one.state_dict(), strict=True)
     examples = _values(one)
-    maps: dict[str, Callable[[Modality], Tensor]] = {
+    maps: dict[str, Callable[[Condition], Tensor]] = {
         "encode": lambda modality: modality.encode(examples),
         "observe": lambda modality: modality.observe(examples),
         "context": lambda modality: modality.context(examples),
     }
-    if one.generated:
+    if isinstance(one, Modality):
         maps["decode"] = lambda modality: _params(modality, shape)
     for name, map_ in maps.items():
         same = torch.equal(map_(one), map_(other))
@@ -270,7 +270,7 @@ def half_precision(build: Build, shape: Shape) -> None:
     error = float((rounded - encoded).detach().square().mean().sqrt())
     _expect(error < 0.05, f"with weights in bfloat16 encode is off by {error:.3g} (RMS)")
     modality.observe(examples), modality.context(examples)
-    if not modality.generated:
+    if not isinstance(modality, Modality):
         return
     _, height, width = shape.space
     features = torch.randn(_ROWS, shape.features, height // shape.stride, width // shape.stride)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,24 +15,9 @@ from torch.nn.functional import adaptive_avg_pool1d
 
 from mmdiff.errors import InputError
 from mmdiff.modalities.base import Modality, Shape
-from mmdiff.modalities.heads import (
-    GaussianHead,
-    Size,
-    as_array,
-    cells,
-    check_numbers,
-    gaussian_nll,
-    gaussian_sample,
-    grid_channels,
-    grown,
-    height_width,
-    of_file,
-    open_array,
-    open_image,
-    save_array,
-    to_grid,
-    to_space,
-)
+from mmdiff.modalities.files import as_array, check_numbers, of_file, open_array, open_image
+from mmdiff.modalities.grids import Size, cells, grid_channels, grown, height_width, to_grid, to_space
+from mmdiff.modalities.heads import GaussianHead, gaussian_nll, gaussian_sample
 from mmdiff.modalities.pictures import SIXTEEN_BITS, one_size, resized
 
 _ROWS = 2000  # that statistics are read from
@@ -134,9 +118,6 @@ class Dense(Modality):
         raw = open_array("dense", text) if text.endswith(".npy") else open_image("dense", text)
         array = _finite(Dense.read(raw))
         return raw if array.shape[1:] == (self.height, self.width) else self._fitted(array)
-
-    def save(self, shown: np.ndarray, stem: Path) -> Path:
-        return save_array(shown, stem)
 
     def postprocess(self, value: Tensor) -> list[np.ndarray]:
         """In raw units."""

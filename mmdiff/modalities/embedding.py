@@ -1,11 +1,10 @@
-"""Vectors (CLIP or any other): E maps the direction linearly, the head is von Mises–Fisher beside a law of the norm."""
+"""Vectors (CLIP or any other): E maps the direction linearly, the head is von Mises–Fisher, with the norm beside it."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,9 @@ from torch.nn.functional import normalize, softplus
 from mmdiff.errors import InputError
 from mmdiff.likelihoods import Gaussian, vmf_log_prob, vmf_mean_length, vmf_sample
 from mmdiff.modalities.base import Modality, Shape
-from mmdiff.modalities.heads import as_vector, check_numbers, open_numbers, repeated, save_array, widened
+from mmdiff.modalities.files import as_vector, check_numbers, open_numbers
+from mmdiff.modalities.grids import repeatable, repeated
+from mmdiff.modalities.heads import widened
 
 _ROWS = 10_000  # that the norm's statistics are read from
 
@@ -53,10 +54,7 @@ class Embedding(Modality):
             raise InputError("dim", dim, "a direction needs at least two dimensions")
         if concentration is not None and not concentration > 0:
             raise InputError("concentration", concentration, "must be positive; leave it out to predict it")
-        channels, height, width = shape.space
-        rows, columns = map_size or height, map_size or width
-        if map_size is not None and (map_size < 1 or height % map_size or width % map_size):
-            raise InputError("map_size", map_size, f"must divide the diffusion space's {height}x{width}")
+        channels, (rows, columns) = shape.space[0], repeatable("map_size", map_size, shape.space)
         self.dim, self.grid, self.concentration = dim, (channels, rows, columns), concentration
         self.log_norm_mean, self.log_norm_std = log_norm_mean, max(log_norm_std, 1e-3)
         self.constant_norm = log_norm_std < 1e-3
@@ -92,9 +90,6 @@ class Embedding(Modality):
     def parse(self, text: str) -> Any:
         """A .npy or .json file, or numbers with commas."""
         return open_numbers("embedding", text)
-
-    def save(self, shown: np.ndarray, stem: Path) -> Path:
-        return save_array(shown, stem)
 
     def check(self, value: Tensor) -> None:
         super().check(value)
@@ -139,9 +134,6 @@ class Embedding(Modality):
     def observation_channels(self) -> int:
         return 0  # a vector has no place in space
 
-    def observe(self, value: Tensor) -> Tensor:
-        return value.new_zeros(len(value), 0, *self.shape.space[1:])
-
     @property
     def context_width(self) -> int:
         return self.dim + 1
@@ -156,8 +148,8 @@ class Embedding(Modality):
         """(B, D + 3): mean direction (any length), κ through softplus, mean and log σ of the standardised log norm."""
         return self.head(pooled)
 
-    def _law(self, params: Tensor) -> tuple[Tensor, Tensor, Gaussian]:
-        """(mean direction (B, D), concentration (B,), law of the standardised log norm (B, 1))."""
+    def _distributions(self, params: Tensor) -> tuple[Tensor, Tensor, Gaussian]:
+        """(mean direction (B, D), concentration (B,), distribution of the standardised log norm (B, 1))."""
         direction = normalize(params[:, : self.dim], dim=1)
         concentration = self.dim * softplus(params[:, self.dim]).clamp(1e-3, 1e3)
         if self.concentration is not None:
@@ -167,7 +159,7 @@ class Embedding(Modality):
 
     def nll(self, params: Tensor, value: Tensor) -> Tensor:
         """−log density of (direction, log ‖x‖), the sphere's surface and d log ‖x‖ being the measure, divided by D."""
-        direction, concentration, norm = self._law(params)
+        direction, concentration, norm = self._distributions(params)
         nll = -vmf_log_prob(direction, concentration, normalize(value, dim=1))  # (B,)
         if not self.constant_norm:
             nll = nll - norm.log_prob(self._standardised_log_norm(value)) + math.log(self.log_norm_std)
@@ -178,12 +170,12 @@ class Embedding(Modality):
         return (self.dim + 2,)
 
     def sample(self, params: Tensor, noise: Tensor) -> Tensor:
-        direction, concentration, norm = self._law(params)
+        direction, concentration, norm = self._distributions(params)
         drawn = vmf_sample(direction, concentration, noise[:, : self.dim + 1])
         return drawn * self._norm(norm.sample(noise[:, -1:]))
 
     def mode(self, params: Tensor) -> Tensor:
-        direction, _, norm = self._law(params)
+        direction, _, norm = self._distributions(params)
         return direction * self._norm(norm.mean)
 
     def average(self, params: list[Tensor]) -> Tensor:
@@ -194,7 +186,7 @@ class Embedding(Modality):
 
     def expected_encoding(self, params: Tensor) -> Tensor:
         """W E[x] over √(E‖W x‖² / n): exact where W is an isometry, and nearly so where ‖W x‖ hardly varies."""
-        direction, concentration, _ = self._law(params)
+        direction, concentration, _ = self._distributions(params)
         mean = vmf_mean_length(self.dim, concentration)[:, None]  # A_d(κ), (B, 1)
         along = 1 - (self.dim - 1) * mean / concentration[:, None]  # E[w²] of w = μᵀx
         across = (1 - along) / (self.dim - 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -12,26 +11,17 @@ from PIL import Image as PILImage
 from torch import Generator, Tensor
 
 from mmdiff.errors import InputError
-from mmdiff.modalities.base import Modality, Shape
-from mmdiff.modalities.heads import (
-    GaussianHead,
-    Size,
-    cells,
-    check_range,
-    gaussian_nll,
-    gaussian_sample,
-    grown,
-    height_width,
-    open_image,
-    save_image,
-    to_space,
-)
+from mmdiff.modalities.anchor import Anchor
+from mmdiff.modalities.base import Shape
+from mmdiff.modalities.files import check_range, open_image
+from mmdiff.modalities.grids import Size, cells, grown, height_width, to_space
+from mmdiff.modalities.heads import GaussianHead, gaussian_nll, gaussian_sample
 from mmdiff.modalities.pictures import MODES, flat, header, headers, loaded, one_size, pixels_of, resized
 
 Background = int | tuple[int, int, int] | list[int]
 
 
-class Image(Modality):
+class Image(Anchor):
     """An image; its value is (channels, height, width) float32 in [−1, 1].
 
     A raw value is whatever Pillow opens, of any mode: it is turned upright by its EXIF data and converted; 16 bits are
@@ -173,9 +163,6 @@ class Image(Modality):
     def _picture(self, raw: Any) -> PILImage.Image:
         return flat(loaded("image", raw), self.channels, self.background)
 
-    def save(self, shown: PILImage.Image, stem: Path) -> Path:
-        return save_image(shown, stem)
-
     def postprocess(self, value: Tensor) -> list[PILImage.Image]:
         pixels = ((value.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
         arrays = pixels.permute(0, 2, 3, 1).numpy()  # (B, H, W, C)
@@ -184,9 +171,6 @@ class Image(Modality):
     @property
     def value_shape(self) -> tuple[int, ...]:
         return self.channels, self.height, self.width
-
-    def placeholder(self) -> Tensor:
-        return torch.zeros(self.value_shape)
 
     def examples(self, count: int, generator: Generator) -> Tensor:
         rows, columns, factor = cells((self.height, self.width), self.shape.space)
@@ -231,9 +215,6 @@ class Image(Modality):
 
     def mode(self, params: Tensor) -> Tensor:
         return params[:, :-1]
-
-    def expected_encoding(self, params: Tensor) -> Tensor:
-        return self.encode(params[:, :-1])
 
 
 def _rgb(background: Background) -> tuple[int, int, int]:

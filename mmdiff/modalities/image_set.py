@@ -17,8 +17,10 @@ from mmdiff.errors import InputError
 from mmdiff.image_files import is_image
 from mmdiff.modalities.base import Condition, Shape
 from mmdiff.modalities.encoders import build_encoder
+from mmdiff.modalities.files import open_image
 from mmdiff.modalities.fusion import Fused, build_fusion
-from mmdiff.modalities.heads import Size, height_width, open_image, widened
+from mmdiff.modalities.grids import Size, height_width, repeatable
+from mmdiff.modalities.heads import widened
 from mmdiff.modalities.image import Background, Image
 
 
@@ -69,15 +71,12 @@ class ImageSet(Condition):
             raise InputError("dim", dim, "a direction needs at least two dimensions")
         if observe_as not in ("channels", "context"):
             raise InputError("observe_as", observe_as, "choose channels or context")
-        space, height, width = shape.space
-        if map_size is not None and (map_size < 1 or height % map_size or width % map_size):
-            raise InputError("map_size", map_size, f"must divide the diffusion space's {height}x{width}")
         self.image = Image(shape, channels, size, resize, head=False, background=background)
         self.max_images, self.dim, self.by_context = max_images, dim, observe_as == "context"
         self.encoder = build_encoder(encoder or {"kind": "resnet"}, channels, height_width(size))
         self.project = nn.Linear(self.encoder.width, dim)
         self.fusion = build_fusion(fusion, dim, hidden)
-        self.grid = (space, map_size or height, map_size or width)
+        self.grid = (shape.space[0], *repeatable("map_size", map_size, shape.space))
         # fixed: what stands before it is learned
         self.register_buffer("map", nn.init.orthogonal_(torch.empty(math.prod(self.grid), dim)))
 
@@ -179,11 +178,6 @@ class ImageSet(Condition):
     @property
     def observation_channels(self) -> int:
         return 0 if self.by_context else super().observation_channels
-
-    def observe(self, value: Tensor) -> Tensor:
-        if self.by_context:
-            return value.new_zeros(len(value), 0, *self.shape.space[1:])
-        return super().observe(value)
 
     @property
     def context_width(self) -> int:

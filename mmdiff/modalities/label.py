@@ -15,7 +15,9 @@ from mmdiff.errors import InputError
 from mmdiff.likelihoods import categorical_log_prob, categorical_sample, mean_logits
 from mmdiff.modalities.base import Modality, Shape
 from mmdiff.modalities.classes import check_names, classes_of, counted, listed, whole_number
-from mmdiff.modalities.heads import file_at, repeated, widened
+from mmdiff.modalities.files import file_at
+from mmdiff.modalities.grids import repeatable, repeated
+from mmdiff.modalities.heads import widened
 from mmdiff.slots import Axis, ModalitySlots, slots
 
 Raw = int | float | str
@@ -55,8 +57,7 @@ class Label(Modality):
         if num_classes < 2:
             raise InputError("num_classes", num_classes, "a label needs at least two classes")
         channels, height, width = shape.space
-        if table_size is not None and (table_size < 1 or height % table_size or width % table_size):
-            raise InputError("table_size", table_size, f"must divide the diffusion space's {height}x{width}")
+        rows, columns = repeatable("table_size", table_size, shape.space)
         _check_choices(observe_as, classes, show, names)
         check_names(names, num_classes)
         if ids is not None and len({*map(whole_number, ids)} - {None}) != num_classes:
@@ -65,7 +66,6 @@ class Label(Modality):
         self.unknown = unknown if isinstance(unknown, list | tuple) else [unknown]
         self.ids = list(ids or range(num_classes))
         self.num_classes, self.names, self.height, self.width = num_classes, names, height, width
-        rows, columns = (table_size or height, table_size or width)
         self.table = nn.Parameter(torch.randn(num_classes, channels, rows, columns))
         self.head = nn.Sequential(
             nn.LayerNorm(shape.pooled),
@@ -190,11 +190,6 @@ class Label(Modality):
     @property
     def observation_channels(self) -> int:
         return 0 if self.by_context else super().observation_channels
-
-    def observe(self, value: Tensor) -> Tensor:
-        if self.by_context:
-            return self.table.new_zeros(len(value), 0, self.height, self.width)
-        return self.encode(value)
 
     @property
     def context_width(self) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,19 +14,9 @@ from torch import Generator, Tensor, nn
 from mmdiff.errors import InputError
 from mmdiff.likelihoods import categorical_log_prob, categorical_sample, mean_logits
 from mmdiff.modalities.base import Modality, Shape
-from mmdiff.modalities.heads import (
-    Size,
-    SpatialHead,
-    cells,
-    grid_channels,
-    grown,
-    height_width,
-    open_image,
-    save_image,
-    to_grid,
-    to_space,
-    widened,
-)
+from mmdiff.modalities.files import open_image
+from mmdiff.modalities.grids import Size, cells, grid_channels, grown, height_width, to_grid, to_space
+from mmdiff.modalities.heads import SpatialHead, widened
 from mmdiff.modalities.pictures import one_size, resized
 from mmdiff.modalities.raw_masks import (
     check_known,
@@ -172,9 +161,6 @@ class Mask(Modality):
         if raw.size == (self.width, self.height):
             return raw
         return resized(raw, self.width, self.height, PILImage.Resampling.NEAREST)
-
-    def save(self, shown: PILImage.Image, stem: Path) -> Path:
-        return save_image(shown, stem)
 
     def check(self, value: Tensor) -> None:
         super().check(value)

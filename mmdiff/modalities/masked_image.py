@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,26 +14,17 @@ from torch import Generator, Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
 from mmdiff.errors import InputError
-from mmdiff.modalities.base import KnownPart, Modality, Shape
-from mmdiff.modalities.heads import (
-    GaussianHead,
-    Size,
-    check_range,
-    gaussian_nll,
-    gaussian_sample,
-    grid_channels,
-    height_width,
-    open_image,
-    save_image,
-    to_grid,
-    to_space,
-)
+from mmdiff.modalities.anchor import Anchor, FillsAnchor, KnownPart
+from mmdiff.modalities.base import Shape
+from mmdiff.modalities.files import check_range, open_image
+from mmdiff.modalities.grids import Size, grid_channels, height_width, to_grid, to_space
+from mmdiff.modalities.heads import GaussianHead, gaussian_nll, gaussian_sample
 from mmdiff.modalities.pictures import flat, pixels_of, resized, with_alpha
 
 _MODES = {1: "LA", 3: "RGBA"}
 
 
-class MaskedImage(Modality):
+class MaskedImage(FillsAnchor):
     """An image with a hole; its value is (channels + 1, height, width) float32.
 
     The last channel is 1 where a pixel is known and 0 in the hole. The others are in [−1, 1], and 0 in the hole. As a
@@ -49,9 +40,6 @@ class MaskedImage(Modality):
             around it (see `smooth_fill`), which helps short trainings.
     """
 
-    aggregable: ClassVar[bool] = False
-    predicts_anchor: ClassVar[bool] = True
-    fixes_anchor: ClassVar[bool] = True
     reads_images: ClassVar[bool] = True
 
     def __init__(self, shape: Shape, channels: int, size: Size, resize: bool = False, fill: str = "zero") -> None:
@@ -69,11 +57,7 @@ class MaskedImage(Modality):
         found = {"channels": channels, "size": size}
         return {name: value for name, value in found.items() if value is not None}
 
-    @classmethod
-    def settings_from_data(cls, feature: Any, values: Iterable[Any], **_: Any) -> dict[str, Any]:
-        return {}
-
-    def check_anchor(self, anchor: Modality) -> None:
+    def check_anchor(self, anchor: Anchor) -> None:
         own = (self.channels, self.height, self.width)
         if anchor.value_shape != own:
             raise InputError("size", own, f"must be the anchor's (channels, height, width) = {anchor.value_shape}")
@@ -127,9 +111,6 @@ class MaskedImage(Modality):
         fitted.putalpha(resized(alpha, self.width, self.height, PILImage.Resampling.NEAREST))
         return fitted
 
-    def save(self, shown: PILImage.Image, stem: Path) -> Path:
-        return save_image(shown, stem)
-
     def check(self, value: Tensor) -> None:
         super().check(value)
         known = value[:, -1]
@@ -149,9 +130,6 @@ class MaskedImage(Modality):
     @property
     def value_shape(self) -> tuple[int, ...]:
         return self.channels + 1, self.height, self.width
-
-    def placeholder(self) -> Tensor:
-        return torch.zeros(self.value_shape)
 
     def examples(self, count: int, generator: Generator) -> Tensor:
         pixels = torch.randint(2, (count, self.channels, self.height, self.width), generator=generator) * 2.0 - 1.0
@@ -201,10 +179,7 @@ class MaskedImage(Modality):
     def anchor_mode(self, params: Tensor) -> Tensor:
         return params[:, :-1]
 
-    def expected_encoding(self, params: Tensor) -> Tensor:
-        return self.encode(self.mode(params))
-
-    def known_part(self, value: Tensor, anchor: Modality) -> KnownPart:
+    def known_part(self, value: Tensor, anchor: Anchor) -> KnownPart:
         """Known pixels; in a latent space the cells all of whose pixels are known."""
         pixels, known = value[:, :-1], value[:, -1:]
         # an autoencoder looks beyond a cell: there the hole is as bright as what is known
@@ -212,7 +187,7 @@ class MaskedImage(Modality):
         encoding = anchor.encode(torch.where(known > 0, pixels, mean))  # (B, C, H, W)
         return KnownPart(encoding, adaptive_max_pool2d(1 - known, encoding.shape[2:]) == 0)
 
-    def restore(self, anchor: Tensor, value: Tensor) -> Tensor:
+    def paste(self, anchor: Tensor, value: Tensor) -> Tensor:
         return torch.where(value[:, -1:] > 0, value[:, :-1].to(anchor.dtype), anchor)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image as PILImage
 
 from mmdiff.errors import InputError
-from mmdiff.modalities.heads import as_array, of_file
+from mmdiff.modalities.files import as_array, of_file
 from mmdiff.modalities.pictures import SIXTEEN_BITS
 
 _ID_MODES = ("1", "L", "P", "I", "F", *SIXTEEN_BITS)

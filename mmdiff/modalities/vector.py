@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,9 @@ from torch import Generator, Tensor, nn
 from mmdiff.errors import InputError
 from mmdiff.likelihoods import Gaussian
 from mmdiff.modalities.base import Modality, Shape
-from mmdiff.modalities.heads import as_vector, check_numbers, open_numbers, repeated, save_array, widened
+from mmdiff.modalities.files import as_vector, check_numbers, open_numbers
+from mmdiff.modalities.grids import repeatable, repeated
+from mmdiff.modalities.heads import widened
 
 TRANSFORMS = ("standardise", "ranks")
 _KNOTS = 65  # quantiles that ranks are read from
@@ -55,10 +56,7 @@ class Vector(Modality):
             raise InputError("dim", dim, "needs at least one number")
         if transform not in TRANSFORMS:
             raise InputError("transform", transform, f"choose one of {', '.join(TRANSFORMS)}")
-        channels, height, width = shape.space
-        rows, columns = map_size or height, map_size or width
-        if map_size is not None and (map_size < 1 or height % map_size or width % map_size):
-            raise InputError("map_size", map_size, f"must divide the diffusion space's {height}x{width}")
+        channels, (rows, columns) = shape.space[0], repeatable("map_size", map_size, shape.space)
         self.dim, self.grid, self.ranks = dim, (channels, rows, columns), transform == "ranks"
         if self.ranks and quantiles is None:
             raise InputError("quantiles", None, "ranks need the data's quantiles; leave them to the data")
@@ -118,9 +116,6 @@ class Vector(Modality):
         """A .npy or .json file, or numbers with commas."""
         return open_numbers("vector", text)
 
-    def save(self, shown: np.ndarray, stem: Path) -> Path:
-        return save_array(shown, stem)
-
     def postprocess(self, value: Tensor) -> list[np.ndarray]:
         return list(value.detach().float().cpu().numpy())
 
@@ -173,9 +168,6 @@ class Vector(Modality):
     def observation_channels(self) -> int:
         return 0  # a vector has no place in space
 
-    def observe(self, value: Tensor) -> Tensor:
-        return value.new_zeros(len(value), 0, *self.shape.space[1:])
-
     @property
     def context_width(self) -> int:
         return self.dim
@@ -187,23 +179,23 @@ class Vector(Modality):
         """(B, 2 D): means and log σ of the transformed numbers."""
         return self.head(pooled)
 
-    def _law(self, params: Tensor) -> Gaussian:
+    def _distribution(self, params: Tensor) -> Gaussian:
         mean, log_std = params.chunk(2, dim=1)
         return Gaussian(mean, (2 * log_std.clamp(-7.0, 3.0)).exp())
 
     def nll(self, params: Tensor, value: Tensor) -> Tensor:
         """Of x in its own units where it is standardised, of the normal quantiles of its ranks otherwise."""
-        nll = -self._law(params).log_prob(self.transform(value)) / self.dim
+        nll = -self._distribution(params).log_prob(self.transform(value)) / self.dim
         return nll if self.ranks else nll + float(self.std.double().log().mean())
 
     def sample(self, params: Tensor, noise: Tensor) -> Tensor:
-        return self.inverse(self._law(params).sample(noise))
+        return self.inverse(self._distribution(params).sample(noise))
 
     def mode(self, params: Tensor) -> Tensor:
-        return self.inverse(self._law(params).mean)
+        return self.inverse(self._distribution(params).mean)
 
     def expected_encoding(self, params: Tensor) -> Tensor:
-        return self._encode(self._law(params).mean)
+        return self._encode(self._distribution(params).mean)
 
 
 def _interpolated(before: Tensor, after: Tensor, value: Tensor) -> Tensor:

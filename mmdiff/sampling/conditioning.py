@@ -109,12 +109,11 @@ def conditioning_of(
 
 def _usable(model: MTDiffusionModel, name: str, aggregated: set[str], denoising: bool) -> frozenset[str]:
     """The methods that a condition can use."""
-    modality: Modality = model.modalities[name]
     usable = {
         CONCATENATION: name in model.observable,
         AGGREGATION: denoising and name in aggregated,
-        HEAD_GUIDANCE: denoising and modality.generated and not modality.predicts_anchor,
-        REPLACEMENT: denoising and modality.fixes_anchor,
+        HEAD_GUIDANCE: denoising and name in model.generated and name not in model.filling,
+        REPLACEMENT: denoising and name in model.filling,
     }
     return frozenset(method for method in METHODS if usable[method])
 

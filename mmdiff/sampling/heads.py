@@ -80,7 +80,7 @@ def read_hidden_anchor(model: MTDiffusionModel, scheduler: MTScheduler, request:
         InputError: if no condition does.
     """
     modalities, concatenated = model.modalities, request.conditioning.concatenated
-    able = [name for name in sorted(concatenated) if modalities[name].predicts_anchor]
+    able = [name for name in model.filling if name in concatenated]
     if not able:
         raise InputError("num_inference_steps", 0, "needs an observed modality whose head predicts the anchor")
     params = heads(model, scheduler, request.values, concatenated)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmdiff.errors import InputError
-from mmdiff.modalities import Modality
+from mmdiff.modalities import Condition
 from mmdiff.model import MTDiffusionModel
 from mmdiff.values import dense, plain
 
@@ -42,7 +42,7 @@ def observed_values(model: MTDiffusionModel, observed: Mapping[str, Any], batch_
 
 
 def _values(model: MTDiffusionModel, name: str, raw: Any) -> Tensor:
-    modality: Modality = model.modalities[name]
+    modality: Condition = model.modalities[name]
     try:
         raw = _stacked(raw)
         if isinstance(raw, Tensor):
@@ -67,7 +67,7 @@ def _stacked(raw: Any) -> Any:
     return torch.stack(list(raw)) if many and len({item.shape for item in raw}) == 1 else raw
 
 
-def _as_batch(name: str, raw: Tensor, modality: Modality) -> Tensor:
+def _as_batch(name: str, raw: Tensor, modality: Condition) -> Tensor:
     """(B, …), whole numbers of any width as int64.
 
     Raises:

@@ -51,7 +51,7 @@ def replaced(
     signal, sigma = scheduler.signal_and_noise(now)
     shift = scheduler.aggregate(encodings, now, sample) + sigma * noise
     for part in known:
-        sample = torch.where(part.where, signal * part.encoding + shift, sample)
+        sample = torch.where(part.mask, signal * part.encoding + shift, sample)
     return sample
 
 

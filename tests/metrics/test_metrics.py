@@ -266,7 +266,7 @@ def test_a_hole_scores_its_own_pixels(score: type) -> None:
     damaged[..., 14:] = 1.0  # farther from the hole than a window's radius
     assert torch.allclose(score(damaged, truth, left), score(images, truth, left), atol=1e-6)
     assert (score(damaged, truth) < score(images, truth)).all()
-    with pytest.raises(InputError, match="where"):
+    with pytest.raises(InputError, match="mask"):
         score(images, truth, left * torch.tensor([1, 1, 0, 1, 1]).reshape(5, 1, 1, 1))
 
 

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from torch.distributions import Normal
 
 from mmdiff.errors import InputError
-from mmdiff.modalities import MaskedImage, Shape
+from mmdiff.modalities import FillsAnchor, MaskedImage, Shape
 from mmdiff.model import MTDiffusionModel
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.schedulers import MTDiffusionScheduler
@@ -229,7 +229,7 @@ def test_the_likelihood_counts_the_hole_only_and_asks_for_the_anchor() -> None:
 
 def test_it_is_never_aggregated_and_reads_the_anchor() -> None:
     modality, params = masked_image(), torch.randn(2, 4, 8, 8)
-    assert not modality.aggregable and modality.predicts_anchor
+    assert not modality.aggregable and isinstance(modality, FillsAnchor)
     assert torch.equal(modality.anchor_mode(params), params[:, :3])
     assert torch.equal(modality.mode(params)[:, :3], params[:, :3]) and modality.mode(params)[:, 3].all()
 
@@ -237,7 +237,7 @@ def test_it_is_never_aggregated_and_reads_the_anchor() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_restoring_pastes_known_pixels_bit_for_bit(dtype: torch.dtype) -> None:
     value, anchor = values(), torch.randn(2, 3, 8, 8, generator=Generator().manual_seed(1)).to(dtype)
-    restored = masked_image().restore(anchor, value)
+    restored = masked_image().paste(anchor, value)
     known = (value[:, 3:] > 0).expand(-1, 3, -1, -1)
     assert restored.dtype == dtype
     assert torch.equal(restored[known], value[:, :3][known].to(dtype))

@@ -189,11 +189,11 @@ def test_a_latent_cell_is_known_where_all_its_pixels_are() -> None:
     for latent, cell in ((True, 4), (False, 1)):
         model, value = masked_pipeline(latent).model, masked(16 if latent else 8)
         part = model.modalities["masked"].known_part(value, model.modalities["image"])
-        assert part.encoding.shape == (2, *model.space) and part.where.shape == (2, 1, *model.space[1:])
+        assert part.encoding.shape == (2, *model.space) and part.mask.shape == (2, 1, *model.space[1:])
         blocks = value[:, -1].unfold(1, cell, cell).unfold(2, cell, cell)  # (B, H, W, cell, cell)
-        assert torch.equal(part.where[:, 0], (blocks == 1).all(-1).all(-1)) and part.where.any()
+        assert torch.equal(part.mask[:, 0], (blocks == 1).all(-1).all(-1)) and part.mask.any()
         if not latent:
-            where = part.where.expand_as(part.encoding)
+            where = part.mask.expand_as(part.encoding)
             assert torch.equal(part.encoding[where], value[:, :-1][where] * 0.9)
 
 
@@ -203,7 +203,7 @@ def test_the_known_part_of_the_last_state_is_the_encoding_itself() -> None:
     part = model.modalities["masked"].known_part(masked(16), model.modalities["image"])
     z = torch.zeros(2, *model.space)
     found = replaced(scheduler, z, -1, [part], {}, torch.ones_like(z))
-    assert torch.equal(found, torch.where(part.where, part.encoding, z))
+    assert torch.equal(found, torch.where(part.mask, part.encoding, z))
 
 
 @pytest.mark.parametrize(("jumps", "expected"), [((1, 1), 4), ((1, 3), 4 + 3 * 2), ((2, 2), 4 + 2), ((9, 9), 4)])

@@ -156,9 +156,9 @@ def diversity(result: Result) -> float | None:
     return float(np.mean([_mean_on((one - other) ** 2, hole) for one, other in pairs]))
 
 
-def _mean_on(values: Tensor, where: Tensor) -> float:
+def _mean_on(values: Tensor, mask: Tensor) -> float:
     """(n, C, H, W): means over channels and the pixels that count, then over images."""
-    per_image = (values.mean(dim=1, keepdim=True) * where).sum(dim=(1, 2, 3)) / where.sum(dim=(1, 2, 3))
+    per_image = (values.mean(dim=1, keepdim=True) * mask).sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3))
     return float(per_image.mean())
 
 
