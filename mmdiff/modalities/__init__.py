@@ -67,5 +67,5 @@ def find_modality(kind: str, key: str) -> type[Condition]:
         raise InputError(key, kind, f"choose one of {known}, or write an import path: my_pkg.depth:Depth")
     found = imported(key, kind)
     if not (isinstance(found, type) and issubclass(found, Condition)):
-        raise InputError(key, kind, "is no subclass of mmdiff.modalities.Modality or Condition; nothing of it was called")
+        raise InputError(key, kind, "is no subclass of mmdiff.modalities.Modality or Condition; it was not called")
     return found

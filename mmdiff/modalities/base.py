@@ -63,8 +63,8 @@ class Value(ABC):
         """
         return {}
 
-    @classmethod
-    def check_readable(cls, raw: Any) -> None:  # noqa: B027 (all is readable by default)
+    @classmethod  # noqa: B027 (by default all is readable)
+    def check_readable(cls, raw: Any) -> None:
         """Refuse a raw value that `settings_from_data` could not read; for an image its header is enough.
 
         Raises:

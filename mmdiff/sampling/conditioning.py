@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mmdiff.errors import InputError
-from mmdiff.modalities import Modality
 from mmdiff.model import MTDiffusionModel
 from mmdiff.schedulers import MTScheduler
 from mmdiff.values import names, plain

@@ -214,7 +214,7 @@ def test_what_is_no_modality_is_refused_and_never_called(user: User, name: str) 
     kind = f"depth_of_a_user.log_depth:{name}"
     with pytest.raises(InputError) as caught:
         build(load_config(user.config, [f"modalities.depth.kind={kind}"]))
-    remedy = "is no subclass of mmdiff.modalities.Modality or Condition; nothing of it was called"
+    remedy = "is no subclass of mmdiff.modalities.Modality or Condition; it was not called"
     assert str(caught.value) == f"modalities.depth.kind = '{kind}': {remedy}"
     assert user.loaded.CALLS == []
 
