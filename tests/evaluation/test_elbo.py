@@ -83,7 +83,7 @@ def law(process: MTDiffusionScheduler, t: int, z: np.ndarray) -> Law:
 class ExactNetwork:
     """What `elbo` uses of a model, with the exact posterior in the network's place; float64."""
 
-    anchor, names, generated, dtype = "image", ("image", "label"), ("label",), torch.float64
+    anchor, generated, filling, dtype = "image", ("label",), (), torch.float64
 
     def __init__(self, process: MTDiffusionScheduler) -> None:
         label = Label(SHAPE, num_classes=2)
