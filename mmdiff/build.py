@@ -1,4 +1,4 @@
-"""The composition root: a config becomes data, model, scheduler and objective. Nothing else knows how they fit."""
+"""The composition root: a config becomes data, model, scheduler and objective."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mmdiff.states import DISTRIBUTIONS, StateProbabilities
 
 @dataclass
 class Experiment:
-    """Everything a run needs; ``config`` is resolved: what the data determine is filled in."""
+    """The parts of a run; ``config`` is resolved, see `mmdiff.resolve`."""
 
     config: Config
     train: Table | StandIn
@@ -37,11 +37,11 @@ class Experiment:
 
 
 def build(config: Config, hub: bool = True) -> Experiment:
-    """Open the data, read off what they determine, and build all parts.
+    """Open the data, resolve the config and build all parts.
 
     Args:
         config: of the experiment.
-        hub: see `open_rows`.
+        hub: as of `open_rows`.
 
     Raises:
         InputError: naming the config key.
@@ -57,10 +57,10 @@ def build(config: Config, hub: bool = True) -> Experiment:
 
 
 def build_stand_in(config: Config) -> Experiment:
-    """The same on random values in place of data, which are not opened: for a dry run.
+    """The same with random values in place of data, for a dry run.
 
     Raises:
-        InputError: naming a setting that only the data would determine.
+        InputError: naming a setting that only the data determine.
     """
     config = resolve(config, None)
     model = build_model(config)
@@ -70,11 +70,11 @@ def build_stand_in(config: Config) -> Experiment:
 
 
 def open_rows(config: Config, hub: bool = True) -> tuple[Rows, Rows]:
-    """(training rows, held-out rows), with the embeddings that are to be computed.
+    """(training rows, held-out rows), with computed embeddings.
 
     Args:
-        config: whose data are opened.
-        hub: whether the source may be a name of the hub.
+        config: of the data.
+        hub: whether the source may be a hub name.
     """
     check_modalities(config)
     data = config.data
@@ -92,7 +92,7 @@ def open_rows(config: Config, hub: bool = True) -> tuple[Rows, Rows]:
 
 
 def _with_images(config: Config, rows: Rows) -> Rows:
-    """Columns of paths as images, where a modality reads images."""
+    """Columns of paths as images, for modalities that read images."""
     folder = folder_of(config.data.source)
     for name in sorted(set(config.modalities) - set(config.data.masking)):
         if find_modality(config.modalities[name].kind, f"modalities.{name}.kind").reads_images:
@@ -102,18 +102,18 @@ def _with_images(config: Config, rows: Rows) -> Rows:
 
 @contextlib.contextmanager
 def _small_enough() -> Iterator[None]:
-    """A network that memory cannot hold is refused in one line."""
+    """One line for a network that does not fit into memory."""
     try:
         yield
     except (RuntimeError, MemoryError, OverflowError) as error:
         if not any(word in str(error).lower() for word in ("memory", "overflow", "storage size")):
             raise
-        said = str(error).splitlines()[0][:200]
-        raise InputError("modalities and backbone", "sizes", f"are too large for memory ({said})") from error
+        reason = str(error).splitlines()[0][:200]
+        raise InputError("modalities and backbone", "sizes", f"are too large for memory ({reason})") from error
 
 
 def model_settings(config: Config) -> dict[str, Any]:
-    """What a resolved config says of the networks, as arguments of `MTDiffusionModel`."""
+    """Arguments of `MTDiffusionModel` from a resolved config."""
     return {
         "modality_config": {n: {"kind": m.kind, **m.settings()} for n, m in config.modalities.items()},
         "backbone_config": {"kind": config.backbone.kind, **config.backbone.settings()},
@@ -126,7 +126,7 @@ def build_model(config: Config, initial_weights: bool = True) -> MTDiffusionMode
 
     Args:
         config: resolved.
-        initial_weights: whether to read, or download, the pretrained weights that its settings name.
+        initial_weights: whether to read or download the pretrained weights that its settings name.
     """
     with torch.random.fork_rng(devices=[]), _small_enough():
         torch.manual_seed(fold(config.train.seed, 0, "weights"))
@@ -147,17 +147,13 @@ def build_scheduler(config: Config) -> MTScheduler:
     try:
         return scheduler_class(config)(**config.scheduler.model_dump(exclude={"kind"}), weights=weights)
     except InputError as error:
-        key = error.key.split(".")
-        where = (
-            f"modalities.{key[1]}.weight" + "".join(f".{k}" for k in key[2:])
-            if key[0] == "weights"
-            else f"scheduler.{error.key}"
-        )
-        raise InputError(where, error.value, error.remedy) from None
+        section, *names = error.key.split(".")
+        key = ".".join(["modalities", names[0], "weight", *names[1:]]) if section == "weights" and names else None
+        raise InputError(key or f"scheduler.{error.key}", error.value, error.remedy) from None
 
 
 def build_objective(config: Config, model: MTDiffusionModel, scheduler: MTScheduler) -> MTObjective:
-    """The objective, with the distribution of states that `states` and each modality's own `states` set."""
+    """The objective, with the state distribution of `states` and of each modality's `states`."""
     learned = [n for n in config.auxiliary() if config.modalities[n].weight.schedule == "learned"]
     return MTObjective(
         model,
@@ -176,17 +172,17 @@ def build_objective(config: Config, model: MTDiffusionModel, scheduler: MTSchedu
 
 def state_probabilities(config: Config, name: str) -> StateProbabilities:
     """A modality's probabilities under `states.distribution`."""
-    states, own = config.states, config.modalities[name].states
+    states, entry = config.states, config.modalities[name]
     if name == config.anchor:
-        given = StateProbabilities(0.0, states.anchor_observed)
+        probabilities = StateProbabilities(0.0, states.anchor_observed)
     else:
-        given = StateProbabilities(
-            states.aggregated if own.aggregated is None else own.aggregated,
-            states.observed if own.observed is None else own.observed,
+        probabilities = StateProbabilities(
+            states.aggregated if entry.states.aggregated is None else entry.states.aggregated,
+            states.observed if entry.states.observed is None else entry.states.observed,
         )
-    probabilities = DISTRIBUTIONS[states.distribution].given(given)
-    able = name != config.anchor and _has_weight(config, name)
-    return probabilities._replace(aggregated=probabilities.aggregated * able)
+    probabilities = DISTRIBUTIONS[states.distribution].probabilities(probabilities)
+    weighted = name != config.anchor and entry.weight.schedule != "none" and entry.weight.scale > 0
+    return probabilities._replace(aggregated=probabilities.aggregated * weighted)
 
 
 def build_table(
@@ -196,7 +192,7 @@ def build_table(
 
     Args:
         config: resolved.
-        model: whose modalities read the values.
+        model: its modalities read the values.
         rows: of the source.
         missing: {modality: share of rows whose value is hidden}.
     """
@@ -217,8 +213,3 @@ def build_table(
         on_error=config.data.on_error,
         max_errors=config.data.max_errors,
     )
-
-
-def _has_weight(config: Config, name: str) -> bool:
-    weight = config.modalities[name].weight
-    return weight.schedule != "none" and weight.scale > 0

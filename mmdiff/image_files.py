@@ -1,4 +1,4 @@
-"""Which files are images or maps: one list, that of `datasets`, for folders of classes, pairs and sets of photos."""
+"""Which files are images or arrays, by the list of suffixes of `datasets`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 
 def is_image(file: Path) -> bool:
-    """Whether a file's ending is that of an image; hidden files are none, as macOS puts them beside photos."""
+    """Whether a file has the suffix of an image. Hidden files, which macOS puts beside photos, are none."""
     return not file.name.startswith(".") and file.suffix.lower() in _suffixes()
 
 
 def is_array(file: Path) -> bool:
-    """Whether a file's ending is that of a numpy array, as which maps of numbers and ids are stored, too."""
+    """Whether a file has the suffix of a numpy array, in which maps of numbers and ids are stored."""
     return not file.name.startswith(".") and file.suffix.lower() == ".npy"
 
 

@@ -1,4 +1,4 @@
-"""Log-likelihoods and divergences of the distributions that the equations use; torch only."""
+"""Log-likelihoods, divergences and draws of the distributions in the equations; torch only."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def categorical_sample(logits: Tensor, noise: Tensor) -> Tensor:
 
 
 def mean_logits(logits: list[Tensor]) -> Tensor:
-    """Logits (B, K, ...) of the mean of several categorical laws."""
-    return torch.stack([one.log_softmax(dim=1) for one in logits]).logsumexp(dim=0) - math.log(len(logits))
+    """Logits (B, K, ...) of the mean of several categorical distributions."""
+    return torch.stack([part.log_softmax(dim=1) for part in logits]).logsumexp(dim=0) - math.log(len(logits))
 
 
 def discretised_gaussian_log_prob(mean: Tensor, variance: Tensor, value: Tensor, levels: int = 256) -> Tensor:
@@ -74,7 +74,7 @@ def discretised_gaussian_log_prob(mean: Tensor, variance: Tensor, value: Tensor,
 
 
 # --------------------------------------------------------------------------------------- von Mises–Fisher on the sphere
-# All of it is worked out in float64 whatever the input, as κ − log I_ν(κ) cancels, and returned in the input's dtype.
+# Computed in float64, as κ − log I_ν(κ) cancels, and returned in the input's dtype.
 
 
 def _debye_coefficients(terms: int) -> list[list[float]]:
@@ -91,7 +91,7 @@ def _debye_coefficients(terms: int) -> list[list[float]]:
 
 
 _DEBYE = _debye_coefficients(8)
-_DEBYE_ORDER = 30  # from this order on eight terms leave an error below 1e-13
+_DEBYE_ORDER = 30  # for larger orders the error of eight terms is below 1e-13
 
 
 def _log_bessel_debye(order: float, x: Tensor) -> Tensor:
@@ -168,8 +168,8 @@ def vmf_sample(mean_direction: Tensor, concentration: Tensor, noise: Tensor) -> 
 def _vmf_angle(dimension: int, kappa: Tensor, uniform: Tensor, points: int = 1024) -> Tensor:
     """Quantiles (B, 1) of the angle to the mean, whose density is ∝ sin^{D−2}θ · e^{κ cos θ}; all arguments (B, 1).
 
-    The angle is used and not its cosine, whose density has a pole at ±1 for D = 2. The grid spans ten standard
-    deviations of the normal law at the mode to either side, as far as [0, π] reaches.
+    The density of the cosine would have a pole at ±1 for D = 2. The grid spans ten standard deviations of the normal
+    approximation at the mode to either side, within [0, π].
     """
     free = dimension - 2
     cosine = 2 * kappa / (free + (free**2 + 4 * kappa**2).sqrt())

@@ -1,7 +1,7 @@
-"""The four terms of the bound, L0 … L3, per sample and unreduced: (B,), Eq. (7)–(10).
+"""The four terms of the bound, L0 … L3, per sample: (B,), Eq. (7)–(10).
 
-Each has the exact form, in nats, that `mmdiff.evaluation.elbo` sums; L1 and L3 are trained in the reweighted form
-`denoising_error` (`uncertain_error`), L2 in each modality's own `nll`.
+`mmdiff.evaluation.elbo` sums their exact forms in nats. Training uses the reweighted `denoising_error` or
+`uncertain_error` for L1 and L3, and each modality's `nll` for L2.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def recovery_nll(nll: Tensor, dimensions: int) -> Tensor:
 
 
 def anchor_nll(predicted: Gaussian, original_samples: Tensor, levels: int | None = 256) -> Tensor:
-    """L3 = −log p_θ(x_0 | z_1, X), Eq. (10), nats: of values on a grid of ``levels`` in [−1, 1], or a density."""
+    """L3 = −log p_θ(x_0 | z_1, X), Eq. (10), nats: for values on a grid of ``levels`` in [−1, 1], else a density."""
     if levels is None:
         return -predicted.log_prob(original_samples)
     variance = predicted.variance.expand_as(predicted.mean)
@@ -47,16 +47,16 @@ def denoising_error(prediction: Tensor, target: Tensor, weight: Tensor | None = 
 def uncertain_error(error: Tensor, log_std: Tensor) -> Tensor:
     """−log N(target; prediction, σ² I) per dimension, nats, from ‖target − prediction‖² per dimension: (B,).
 
-    ``log_std`` (B,) is what the network expects of the error, a function of all that it sees and of nothing else, so
-    that the best prediction stays the conditional mean. At the best σ every row counts alike, ½ log of its error
-    (Kendall et al., 2018; by noise level alone Karras et al., 2024).
+    ``log_std`` (B,) is predicted from the network's inputs alone, so that the best prediction stays the conditional
+    mean. At the best σ the loss of a row is ½ log of its error, up to a constant (Kendall et al., 2018; with σ of the
+    noise level alone Karras et al., 2024).
     """
     log_std = log_std.float().clamp(-5.0, 2.0)
     return 0.5 * error * torch.exp(-2 * log_std) + log_std + 0.5 * math.log(2 * math.pi)
 
 
 def min_snr_weight(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
-    """min(SNR, γ) over the SNR-weighting that the prediction type already has (Hang et al., 2023): (B,)."""
+    """min(SNR, γ) divided by the SNR weight that the prediction type implies (Hang et al., 2023): (B,)."""
     capped = snr.clamp(max=gamma)
     return {
         "sample": capped,

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from mmdiff.model import MTDiffusionModel, complete, dtypes, in_dtype
+from mmdiff.model import MTDiffusionModel, complete
 from mmdiff.sampling.arguments import check_finite, memory_errors
 from mmdiff.sampling.components import HUB_ARGUMENTS, check_components, check_together, read_index
 from mmdiff.sampling.conditioning import Methods, peak_weights
@@ -24,7 +24,7 @@ from mmdiff.sampling.request import Generators, Request, request_of
 from mmdiff.sampling.reverse_step import ReverseStep
 from mmdiff.schedulers import SCHEDULERS, MTScheduler, as_ours
 from mmdiff.trust import check_links, damage
-from mmdiff.values import check_names, switch
+from mmdiff.values import check_names, dtypes, in_dtype, switch
 
 
 @dataclass

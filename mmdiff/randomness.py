@@ -1,8 +1,8 @@
 """Counter-based random numbers: each draw is a pure function of (seed, step, stream, position in the global batch).
 
-Nothing here has state. Training therefore meets the same noise, times and states whether a global batch is computed at
-once, in accumulated parts or on several processes, and a resumed run continues with the very numbers it would have
-drawn. The generator is SplitMix64 (Steele et al., 2014) used as a hash of the counter.
+Nothing here has state. Training draws the same noise, times and states if a global batch is computed at once, in
+accumulated parts or on several processes, and a resumed run continues with the same numbers. The generator is
+SplitMix64 (Steele et al., 2014), used as a hash of the counter.
 """
 
 from __future__ import annotations

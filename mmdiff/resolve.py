@@ -1,4 +1,4 @@
-"""What files, the anchor and the data determine of a config, and whether its settings fit the classes they name."""
+"""Settings that files, the anchor and the data determine, and checks of settings against their classes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from mmdiff.modalities import Anchor, Condition, find_modality
 from mmdiff.model import check_name
 from mmdiff.schedulers import SCHEDULERS, MTScheduler
 
-LARGEST = 1e9  # of any number among the settings of a class
-_GIVEN = {  # not for a config to set
+LARGEST = 1e9  # any number among the settings of a class
+_RESERVED = {  # arguments that a config cannot set
     Condition: {"self", "shape", "head"},
     Backbone: {"self", "space", "observation_channels", "num_flags"},
     MTScheduler: {"self", "weights"},
@@ -30,7 +30,7 @@ _GIVEN = {  # not for a config to set
 
 
 def needs_data(config: Config) -> bool:
-    """Whether a setting is left to the data."""
+    """Whether the data determine a setting."""
     return any(missing_settings(kind, settings) for kind, settings in _all_settings(config, None).values())
 
 
@@ -38,8 +38,8 @@ def resolve(config: Config, rows: Rows | None) -> Config:
     """The config with every setting that files and data determine: sizes, channels, numbers of classes.
 
     Args:
-        config: as it was read.
-        rows: training rows; None where the config is to stand without data.
+        config: as read.
+        rows: training rows; None: resolve without data.
 
     Raises:
         InputError: naming a setting that is unknown, or missing and not determined.
@@ -65,7 +65,7 @@ def resolve(config: Config, rows: Rows | None) -> Config:
 
 
 def check_modalities(config: Config) -> None:
-    """Refuse names and kinds of modalities that cannot be used, whatever the data are.
+    """Refuse names and kinds of modalities that cannot be used with any data.
 
     Raises:
         InputError: naming the modality.
@@ -76,7 +76,7 @@ def check_modalities(config: Config) -> None:
 
 
 def resolve_scheduler(config: Config) -> Config:
-    """The config with every argument of the scheduler's class, also those that came after the config was written.
+    """The config with every argument of the scheduler's class, also arguments newer than the config.
 
     Raises:
         InputError: naming a setting that is unknown or of a wrong type.
@@ -92,19 +92,19 @@ def resolve_scheduler(config: Config) -> Config:
 
 
 def _all_settings(config: Config, rows: Rows | None) -> dict[str, tuple[type[Condition], dict[str, Any]]]:
-    """{modality: (class, settings)}; the anchor's are found first, as others may take them over."""
-    found: dict[str, tuple[type[Condition], dict[str, Any]]] = {}
+    """{modality: (class, settings)}. The anchor comes first, as other settings depend on it."""
+    settings: dict[str, tuple[type[Condition], dict[str, Any]]] = {}
     for name in (config.anchor, *config.auxiliary()):
         kind = find_modality(config.modalities[name].kind, f"modalities.{name}.kind")
-        anchor = {} if name == config.anchor else found[config.anchor][1]
-        found[name] = kind, _resolved_settings(config, name, kind, rows, anchor)
-    return found
+        anchor = {} if name == config.anchor else settings[config.anchor][1]
+        settings[name] = kind, _resolved_settings(config, name, kind, rows, anchor)
+    return settings
 
 
 def _resolved_settings(
     config: Config, name: str, kind: type[Condition], rows: Rows | None, anchor: dict[str, Any]
 ) -> dict[str, Any]:
-    """What the config sets, over what files, the anchor and the data determine."""
+    """Settings of the config, completed from files, the anchor and the data."""
     check_types(f"modalities.{name}", kind, config.modalities[name].settings())
     settings = {**kind.settings_from_anchor(**anchor), **config.modalities[name].settings()}
     with at(f"modalities.{name}"):
@@ -113,8 +113,8 @@ def _resolved_settings(
         return settings
     column = config.column(name)
     if column not in rows.column_names:
-        there = ", ".join(one for one in rows.column_names if one != ROW)
-        remedy = f"the source has no such column, but {there}; set data.columns.{name}=…"
+        columns = ", ".join(one for one in rows.column_names if one != ROW)
+        remedy = f"the source has no such column, but {columns}; set data.columns.{name}=…"
         raise InputError(f"data.columns.{name}", column, remedy)
     values = _readable(rows, column, kind, config.data)
     with at(f"data.columns.{name}={column}", ": "):
@@ -122,7 +122,7 @@ def _resolved_settings(
 
 
 def _readable(rows: Rows, column: str, kind: type[Condition], data: DataConfig) -> Iterator[Any]:
-    """The values of a column, of which only it is read; those that cannot be read are named or left out."""
+    """The readable values of a column; others are refused or skipped, by `data.on_error`."""
     chosen = rows.select_columns(sorted({column, ROW} & set(rows.column_names)))
     for index in range(len(chosen)):
         row = chosen[index]
@@ -143,7 +143,7 @@ def _check_holes(key: str, masking: MaskingConfig) -> None:
 
 
 def _weight(name: str, entry: ModalityConfig, kind: type[Condition]) -> WeightConfig:
-    """The weight schedule; one that is never aggregated has none."""
+    """The weight schedule; "none" for a modality that is never aggregated."""
     if kind.aggregable:
         return entry.weight or WeightConfig()
     if entry.weight is not None and entry.weight.schedule != "none":
@@ -165,7 +165,7 @@ def _clip_sample(config: Config, modalities: dict[str, ModalityConfig]) -> bool:
 
 
 def check_settings(key: str, cls: type, settings: dict[str, Any]) -> None:
-    """Settings must be constructor arguments of the class, and complete."""
+    """Refuse settings that are no constructor arguments of the class, and missing ones."""
     parameters = _parameters(cls)
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         for name in settings:
@@ -177,36 +177,36 @@ def check_settings(key: str, cls: type, settings: dict[str, Any]) -> None:
 
 
 def check_types(key: str, cls: type, settings: dict[str, Any]) -> None:
-    """Settings must be of the types that the constructor declares; what it does not declare is not checked here.
+    """Refuse settings that are not of the types that the constructor declares.
 
     Raises:
         InputError: naming the setting.
     """
     try:
         hints = typing.get_type_hints(cls.__init__)
-    except (NameError, TypeError):  # a class of one's own, whose annotations need not resolve
+    except (NameError, TypeError):  # annotations of custom classes need not resolve
         return
     for name in settings.keys() & hints.keys() & _parameters(cls).keys():
         try:
             kind = TypeAdapter(hints[name], config=ConfigDict(allow_inf_nan=False))
-            kind.validate_json(json.dumps(settings[name]), strict=True)  # as it stands in a file: "3" is no number
+            kind.validate_json(json.dumps(settings[name]), strict=True)  # strict JSON: "3" is no number
             _check_size(f"{key}.{name}", settings[name])
         except ValidationError as error:
-            said = error.errors()[0]["msg"].removeprefix("Input ")
-            raise InputError(f"{key}.{name}", settings[name], f"{said[0].lower()}{said[1:]}") from None
-        except (PydanticUserError, PydanticSchemaGenerationError, TypeError):  # types that no file can hold
+            problem = error.errors()[0]["msg"].removeprefix("Input ")
+            raise InputError(f"{key}.{name}", settings[name], f"{problem[0].lower()}{problem[1:]}") from None
+        except (PydanticUserError, PydanticSchemaGenerationError, TypeError):  # types without a JSON form
             continue
 
 
 def _check_size(key: str, value: Any) -> None:
-    """No number is larger than any count or scale that a network can have."""
+    """Refuse numbers beyond any count or scale of a network."""
     for number in value if isinstance(value, list | tuple) else (value,):
         if isinstance(number, int | float) and abs(number) > LARGEST:
             raise InputError(key, value, f"is too large; numbers go up to {LARGEST:g}")
 
 
 def missing_settings(cls: type, settings: dict[str, Any]) -> list[str]:
-    """Constructor arguments without a default that are not set."""
+    """Constructor arguments without a default that the settings lack."""
     variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     return [
         name
@@ -216,18 +216,20 @@ def missing_settings(cls: type, settings: dict[str, Any]) -> list[str]:
 
 
 def _parameters(cls: type) -> dict[str, inspect.Parameter]:
-    """The constructor arguments that are for a config to set."""
-    given = next(names for base, names in _GIVEN.items() if issubclass(cls, base))
-    return {n: p for n, p in inspect.signature(cls.__init__).parameters.items() if n not in given}
+    """The constructor arguments that a config can set."""
+    reserved = next(names for base, names in _RESERVED.items() if issubclass(cls, base))
+    return {n: p for n, p in inspect.signature(cls.__init__).parameters.items() if n not in reserved}
 
 
 def backbone_class(config: Config) -> type:
+    """The class of `backbone.kind`."""
     if config.backbone.kind not in BACKBONES:
         raise InputError("backbone.kind", config.backbone.kind, f"choose one of {', '.join(sorted(BACKBONES))}")
     return BACKBONES[config.backbone.kind]
 
 
 def scheduler_class(config: Config) -> type[MTScheduler]:
+    """The class of `scheduler.kind`."""
     if config.scheduler.kind not in SCHEDULERS:
         raise InputError("scheduler.kind", config.scheduler.kind, f"choose one of {', '.join(sorted(SCHEDULERS))}")
     return SCHEDULERS[config.scheduler.kind]

@@ -28,18 +28,18 @@ def load(run: Path, solver: str | None = None, trust: bool = False) -> MTDiffusi
 
     Args:
         run: the folder.
-        solver: another one than the run's.
+        solver: in place of the run's.
         trust: import the modalities and encoders that it names by import path.
 
     Raises:
-        InputError: it holds no finished pipeline, or a damaged one.
+        InputError: if it holds no finished pipeline, or a damaged one.
     """
     folder = run / "pipeline" if (run / "pipeline").is_dir() else run
     if not (folder / "model_index.json").is_file():
         raise InputError("run", str(run), "holds no finished pipeline; train it to the end, or name another folder")
     check_links("run", run)
     set_threads(0)
-    logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said below, in one line
+    logging.set_verbosity(logging.CRITICAL)  # errors are one line, see below
     with damage("run", run):
         pipeline = MTDiffusionPipeline.from_pretrained(folder, trust_custom_modalities=trust)
     if solver is not None:
@@ -58,30 +58,30 @@ def sample(
     guidance: str | Callable[[Iterable[str]], dict[str, float]],
     settings: dict[str, Any],
 ) -> list[str]:
-    """Draw, and write one grid per modality that can be seen; every sample has a generator of its own.
+    """Draw samples, each with its own generator, and write one grid per modality of images.
 
     Args:
         pipeline: the model and its solver.
         observe: `modality=value` texts, see each modality's `parse`.
         num: how many samples.
-        seed: sample k depends on (seed, k) alone: not on ``num`` and not on the batch.
-        out: the anchor's grid; those of other modalities are named after it.
+        seed: sample k depends on (seed, k) alone, not on ``num`` or the batch.
+        out: file of the anchor's grid; those of other modalities are named after it.
         each: a folder for one file per modality and sample, or None.
-        guidance: a number, or `modality=number,…`, or what gives {modality: scale} of those that are observed.
+        guidance: a number, `modality=number,…`, or a function of the conditions that gives {modality: scale}.
         settings: further arguments of the pipeline.
 
     Returns:
-        Lines that say what was written, and what can be printed.
+        Lines with the written files and with values that can be printed.
 
     Raises:
-        InputError: before anything is drawn, when an input does not fit or a file would be overwritten.
+        InputError: before anything is drawn, for an input that does not fit and for a file that exists.
     """
     grids = _grid_paths(pipeline.model, out)
     if each is not None and each.exists() and (not each.is_dir() or any(each.iterdir())):
         raise InputError("--save-each", str(each), "exists; choose another folder")
     observed = {name: [raw] for name, raw in read_observed(pipeline.model, observe).items()}  # one value for all
-    shown = set(observed) & set(pipeline.model.observable) - {pipeline.model.anchor}
-    scales = read_guidance(guidance) if isinstance(guidance, str) else guidance(shown)
+    conditions = set(observed) & set(pipeline.model.observable) - {pipeline.model.anchor}
+    scales = read_guidance(guidance) if isinstance(guidance, str) else guidance(conditions)
     output = pipeline(num, observed, guidance_scale=scales, generator=generators(seed, num), **settings)
     lines = []
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -102,9 +102,9 @@ def prepare(pipeline: MTDiffusionPipeline, dtype: str, compiled: bool) -> None:
     """Choose the precision of the networks, and compile the backbone in place.
 
     Args:
-        pipeline: that is changed.
+        pipeline: changed in place.
         dtype: one of `PRECISIONS`; z_t, the solver and the heads' likelihoods stay in float32.
-        compiled: whether to compile; needs a C++ compiler, on a GPU Triton.
+        compiled: whether to compile, which needs a C++ compiler and on a GPU Triton.
     """
     if dtype not in PRECISIONS:
         raise InputError("--dtype", dtype, f"choose one of {', '.join(PRECISIONS)}")
@@ -171,9 +171,9 @@ def _grid_paths(model: MTDiffusionModel, out: Path) -> dict[str, Path]:
 
 
 def _save_each(model: MTDiffusionModel, samples: dict[str, list[Any]], folder: Path) -> list[str]:
-    """One file per modality and sample, `folder/modality/0000.*`, that `--observe` reads back."""
+    """Write one file per modality and sample, `folder/modality/0000.*`, which `--observe` can read."""
     for name, values in samples.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
-        for index, shown in enumerate(values):
-            model.modalities[name].save(shown, folder / name / f"{index:04d}")
+        for index, value in enumerate(values):
+            model.modalities[name].save(value, folder / name / f"{index:04d}")
     return [f"wrote {len(next(iter(samples.values())))} samples to {folder}"]

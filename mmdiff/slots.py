@@ -1,4 +1,4 @@
-"""What the entries of a tensor belong to, so that another model's entries are taken where they mean the same."""
+"""Labels of a tensor's entries, so that fine-tuning copies the entries with the same label from another model."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class Slot(NamedTuple):
-    """What one entry along a dimension of a tensor belongs to.
+    """The label of one entry along a dimension of a tensor.
 
-    ``key``: a class, a channel of a modality, a state flag; equal keys mean the same in two models. ``unit``: the size
-    of the input that the entry multiplies, where it depends on the model.
+    ``key``: a class, a channel of a modality or a state flag; equal keys mean the same in two models. ``unit``: the
+    scale of the input that the entry multiplies, if it depends on the model.
     """
 
     key: Hashable
@@ -21,18 +21,18 @@ class Slot(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """The slots along one dimension, and whether an entry that the other model lacks starts at 0, not as drawn."""
+    """The slots along one dimension; ``zero``: entries that the other model lacks start at 0, not at random."""
 
     slots: Sequence[Slot]
     zero: bool = False
 
 
-Axes = Mapping[int, Axis]  # {dimension: axis}; other dimensions are taken whole
+Axes = Mapping[int, Axis]  # {dimension: axis}; other dimensions are copied whole
 
 
 class ModalitySlots(NamedTuple):
-    """What entries of a modality belong to: ``state`` {name in the state dict: axes}, where a tensor is not named it
-    is taken whole; ``channels`` of `observe`; ``context``, the numbers of `context`."""
+    """Slots of a modality: ``state`` {name in the state dict: axes}, other tensors are copied whole; ``channels`` of
+    `observe`; ``context``, the numbers of `context`."""
 
     state: dict[str, Axes]
     channels: list[Slot]
@@ -44,70 +44,70 @@ def slots(keys: Iterable[Hashable], unit: float = 1.0) -> list[Slot]:
     return [Slot(key, unit) for key in keys]
 
 
-def parts(found: Iterable[Slot], count: int) -> list[Slot]:
-    """Every slot ``count`` times in a row, as a pixel unshuffle by √count splits channels."""
-    return [Slot((slot.key, count, index), slot.unit) for slot in found for index in range(count)]
+def parts(owned: Iterable[Slot], count: int) -> list[Slot]:
+    """Every slot ``count`` times, in the order of a pixel unshuffle by √count."""
+    return [Slot((slot.key, count, index), slot.unit) for slot in owned for index in range(count)]
 
 
-def of(owner: Hashable, found: Iterable[Slot]) -> list[Slot]:
-    """Slots of one owner among those of several."""
-    return [Slot((owner, slot.key), slot.unit) for slot in found]
+def of(owner: Hashable, owned: Iterable[Slot]) -> list[Slot]:
+    """The slots with their owner in the key."""
+    return [Slot((owner, slot.key), slot.unit) for slot in owned]
 
 
 class Match(NamedTuple):
-    """Along one dimension: entry ``own[k]`` is taken from ``found[k]`` times ``gain[k]``; ``new`` and ``left`` are the
-    entries that only one of the two has."""
+    """Along one dimension: entry ``target[k]`` is ``source[k]`` times ``gain[k]``; ``new`` are entries of the target
+    alone, ``left`` is the number of entries of the source alone."""
 
-    own: list[int]
-    found: list[int]
+    target: list[int]
+    source: list[int]
     gain: list[float]
     new: list[int]
     left: int
 
 
-def matched(own: Sequence[Slot], found: Sequence[Slot]) -> Match:
-    """Entries of the same key."""
-    places = {slot.key: place for place, slot in enumerate(found)}
-    both = [place for place, slot in enumerate(own) if slot.key in places]
-    sources = [places[own[place].key] for place in both]
-    gain = [found[source].unit / own[place].unit for place, source in zip(both, sources, strict=True)]
-    new = [place for place, slot in enumerate(own) if slot.key not in places]
-    return Match(both, sources, gain, new, len(found) - len(both))
+def matched(target: Sequence[Slot], source: Sequence[Slot]) -> Match:
+    """Match the entries with the same key."""
+    places = {slot.key: place for place, slot in enumerate(source)}
+    both = [place for place, slot in enumerate(target) if slot.key in places]
+    sources = [places[target[place].key] for place in both]
+    gain = [source[other].unit / target[place].unit for place, other in zip(both, sources, strict=True)]
+    new = [place for place, slot in enumerate(target) if slot.key not in places]
+    return Match(both, sources, gain, new, len(source) - len(both))
 
 
 class Taken(NamedTuple):
-    """A tensor that was put together, and in words what of it was taken: "" where all of both is used."""
+    """A composed tensor and a description of its parts; "" if all entries of both tensors match."""
 
     tensor: Tensor
     words: str
 
 
-def take(own: Tensor, found: Tensor, axes: Axes, found_axes: Axes) -> Taken | None:
-    """What fits of another model's tensor, put into one's own; None where nothing fits.
+def take(target: Tensor, source: Tensor, axes: Axes, source_axes: Axes) -> Taken | None:
+    """A copy of ``target`` with the matching entries of another model's tensor; None if nothing fits.
 
     Args:
-        own: as it was drawn; stays as it is.
-        found: of the other model.
-        axes, found_axes: of both.
+        target: with its random start.
+        source: of the other model.
+        axes, source_axes: of the two tensors.
     """
-    if own.ndim != found.ndim or axes.keys() != found_axes.keys():
+    if target.ndim != source.ndim or axes.keys() != source_axes.keys():
         return None
-    if any(own.shape[d] != found.shape[d] for d in range(own.ndim) if d not in axes):
+    if any(target.shape[d] != source.shape[d] for d in range(target.ndim) if d not in axes):
         return None
-    matches = {d: matched(axis.slots, found_axes[d].slots) for d, axis in axes.items()}
-    if not all(match.own for match in matches.values()):
+    matches = {d: matched(axis.slots, source_axes[d].slots) for d, axis in axes.items()}
+    if not all(match.target for match in matches.values()):
         return None
-    result = own.detach().cpu().clone()
+    result = target.detach().cpu().clone()
     for dim, match in matches.items():
         if axes[dim].zero and match.new:
             result.index_fill_(dim, torch.tensor(match.new), 0.0)
-        gain = torch.tensor(match.gain).reshape(-1, *(1,) * (own.ndim - dim - 1))
-        found = found.index_select(dim, torch.tensor(match.found)) * gain
-    places = [torch.tensor(matches[d].own) if d in matches else torch.arange(own.shape[d]) for d in range(own.ndim)]
-    result[torch.meshgrid(*places, indexing="ij") if places else ...] = found.to(result)
+        gain = torch.tensor(match.gain).reshape(-1, *(1,) * (target.ndim - dim - 1))
+        source = source.index_select(dim, torch.tensor(match.source)) * gain
+    places = [torch.tensor(matches[d].target) if d in matches else torch.arange(n) for d, n in enumerate(target.shape)]
+    result[torch.meshgrid(*places, indexing="ij") if places else ...] = source.to(result)
     return Taken(result, "; ".join(_words(dim, match) for dim, match in matches.items() if match.new or match.left))
 
 
 def _words(dim: int, match: Match) -> str:
-    counts = {"taken": len(match.own), "new": len(match.new), "left out": match.left}
+    counts = {"taken": len(match.target), "new": len(match.new), "left out": match.left}
     return f"{('rows', 'inputs')[dim > 0]}: " + ", ".join(f"{n} {word}" for word, n in counts.items() if n)

@@ -1,6 +1,6 @@
-"""How training draws the state of every modality: absent, aggregated or observed (docs/theory.md, section 4).
+"""Distributions of the state of every modality in training: absent, aggregated or observed (docs/theory.md, section 4).
 
-A distribution is a pure function of counter-based uniforms, so that accumulation, several processes and a resumed run
+A draw is a pure function of counter-based uniform numbers, so that accumulation, several processes and a resumed run
 draw the same states.
 """
 
@@ -17,26 +17,26 @@ Uniforms = Callable[[str, int], Tensor]
 
 
 class StateProbabilities(NamedTuple):
-    """A modality's probabilities of its two flags; what they mean together is the distribution's."""
+    """Probabilities of a modality's two flags; their joint meaning depends on the distribution."""
 
     aggregated: float
     observed: float
 
 
 class Flags(NamedTuple):
-    """{modality: (B,) bool} each, the anchor included; neither flag is *absent*."""
+    """{modality: (B,) bool} each, the anchor included. A modality without a flag is *absent*."""
 
     aggregated: dict[str, Tensor]
     observed: dict[str, Tensor]
 
 
 def independent(uniforms: Uniforms, probabilities: Mapping[str, StateProbabilities], anchor: str) -> Flags:
-    """Every flag by itself: P(flags) is the product over all modalities and both flags.
+    """All flags are independent: P(flags) is the product over all modalities and both flags.
 
     Args:
         uniforms: see `Uniforms`.
-        probabilities: {modality: StateProbabilities}, the anchor included.
-        anchor: its name.
+        probabilities: of every modality, the anchor included.
+        anchor: name of the anchor.
     """
     drawn = {name: uniforms(f"states/{name}", 2) for name in sorted(probabilities)}  # (B, 2)
     return Flags(
@@ -46,11 +46,11 @@ def independent(uniforms: Uniforms, probabilities: Mapping[str, StateProbabiliti
 
 
 def each_alone(uniforms: Uniforms, probabilities: Mapping[str, StateProbabilities], anchor: str) -> Flags:
-    """At most one modality is observed, and then alone; the aggregated flags are as in `independent`.
+    """At most one modality is observed; the aggregated flags are as in `independent`.
 
-    With a the anchor's `observed` and p_i that of the auxiliary modality i of N: the anchor is observed with
-    probability a; otherwise one auxiliary modality is picked uniformly and observed with its own probability. So
-    P({anchor}) = a, P({i}) = (1 − a) p_i / N and P(∅) = (1 − a)(1 − Σ_i p_i / N).
+    Let a be `observed` of the anchor and p_i that of auxiliary modality i of N. The anchor is observed with probability
+    a. Otherwise one auxiliary modality is picked uniformly and observed with probability p_i. So P({anchor}) = a,
+    P({i}) = (1 − a) p_i / N and P(∅) = (1 − a)(1 − Σ_i p_i / N).
     """
     auxiliary = sorted(set(probabilities) - {anchor})
     u = uniforms("alone", 3)  # (B, 3): whether the anchor, which other, whether that
@@ -64,22 +64,22 @@ def each_alone(uniforms: Uniforms, probabilities: Mapping[str, StateProbabilitie
 
 
 def half_alone(uniforms: Uniforms, probabilities: Mapping[str, StateProbabilities], anchor: str) -> Flags:
-    """`each_alone` for half of the samples, `independent` for the others.
+    """`each_alone` for half of the samples, `independent` for the other half.
 
-    Of several modalities `independent` shows nothing, or one, ever more rarely: with this one every subset keeps a
-    positive probability, and those two keep most of it.
+    With many modalities `independent` rarely observes none or one of them. Here these cases have at least half of the
+    probability, and every subset has some.
     """
     half = uniforms("half", 1)[:, 0] < 0.5  # (B,)
     alone, free = each_alone(uniforms, probabilities, anchor), independent(uniforms, probabilities, anchor)
     return Flags(
-        free.aggregated, {name: torch.where(half, seen, free.observed[name]) for name, seen in alone.observed.items()}
+        free.aggregated, {name: torch.where(half, flag, free.observed[name]) for name, flag in alone.observed.items()}
     )
 
 
 class StateDistribution(NamedTuple):
-    """``given`` makes a modality's probabilities of what a config sets, ``draw`` draws all flags at once."""
+    """``probabilities`` maps those of a config to those in use, ``draw`` draws the flags of all modalities."""
 
-    given: Callable[[StateProbabilities], StateProbabilities]
+    probabilities: Callable[[StateProbabilities], StateProbabilities]
     draw: Callable[[Uniforms, Mapping[str, StateProbabilities], str], Flags]
 
 

@@ -1,4 +1,4 @@
-"""Folders and configs of strangers: what may be read of them, and from whom leave must be given to run their code."""
+"""Untrusted folders and configs: their code is never run without consent, and they stay within their folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from mmdiff.errors import InputError
 
 TRUST = "to import it pass trust_custom_modalities=True, on the command line --trust-custom-modalities"
-LARGEST = 2**16  # of a network's settings
+LARGEST = 2**16  # any number of a network's settings
 _DAMAGE = (OSError, ValueError, RuntimeError, SafetensorError, LookupError, TypeError, AttributeError, MemoryError)
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
@@ -25,7 +25,7 @@ def is_custom(kind: Any) -> bool:
 
 
 def custom_kinds(config: Any, key: str) -> Iterator[tuple[str, str]]:
-    """(key, import path) of all code of others that a tree names, at any depth."""
+    """(key, import path) of all custom code that a tree names, at any depth."""
     if isinstance(config, Mapping):
         for name, value in config.items():
             if name == "kind" and is_custom(value):
@@ -37,7 +37,7 @@ def custom_kinds(config: Any, key: str) -> Iterator[tuple[str, str]]:
 
 
 def refuse_custom(config: Any, key: str = "modalities") -> None:
-    """Refuse what names code by import path; nothing is imported.
+    """Refuse configs that name code by import path, without an import.
 
     Raises:
         InputError: naming the first key, and how to trust it.
@@ -47,10 +47,10 @@ def refuse_custom(config: Any, key: str = "modalities") -> None:
 
 
 def refuse_huge(config: Any, key: str) -> None:
-    """Refuse numbers in a network's settings that would only fill the memory.
+    """Refuse numbers in a network's settings that would fill the memory.
 
     Raises:
-        InputError: naming the first one above `LARGEST`.
+        InputError: naming the first number above `LARGEST`.
     """
     inner = config.items() if isinstance(config, Mapping) else enumerate(config) if isinstance(config, list) else ()
     for name, value in inner:
@@ -61,7 +61,7 @@ def refuse_huge(config: Any, key: str) -> None:
 
 @contextlib.contextmanager
 def damage(key: str, path: Any) -> Iterator[None]:
-    """Whatever goes wrong while a folder is read, in one line.
+    """One line for any error while a folder is read.
 
     Raises:
         InputError: naming the folder.
@@ -75,7 +75,7 @@ def damage(key: str, path: Any) -> Iterator[None]:
 
 
 def stay_offline() -> None:
-    """Contact nobody from here on; libraries that are imported already are told too."""
+    """Switch off network access, also of libraries that are imported already."""
     os.environ.update(dict.fromkeys(_OFFLINE, "1"))
     for module in ("huggingface_hub.constants", "datasets.config"):
         if module in sys.modules:
@@ -83,16 +83,16 @@ def stay_offline() -> None:
 
 
 def offline() -> bool:
-    """Whether nobody may be contacted."""
+    """Whether network access is switched off."""
     return os.environ.get(_OFFLINE[0], "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def check_links(key: str, folder: str | os.PathLike) -> None:
-    """Every symbolic link in a folder must lead into the folder: none is read or written through else.
+    """Refuse symbolic links that lead out of a folder.
 
     Args:
         key: for the error.
-        folder: of a run or a pipeline; it may be a link itself. Anything else is left alone, such as a hub's name.
+        folder: of a run or a pipeline, which may be a link itself; hub names are ignored.
 
     Raises:
         InputError: naming the link.
@@ -100,9 +100,9 @@ def check_links(key: str, folder: str | os.PathLike) -> None:
     if not (isinstance(folder, str | os.PathLike) and Path(folder).is_dir()):
         return
     home = Path(folder).resolve()
-    homes = [home]
+    allowed = [home]
     if home.parent.name == "snapshots":  # of the hub's cache, whose files are links to its blobs
-        homes.append(home.parent.parent / "blobs")
+        allowed.append(home.parent.parent / "blobs")
     for path in Path(folder).rglob("*"):
-        if path.is_symlink() and not any(path.resolve().is_relative_to(one) for one in homes):
+        if path.is_symlink() and not any(path.resolve().is_relative_to(root) for root in allowed):
             raise InputError(key, str(path), "is a link that leads out of its folder; put the file itself there")

@@ -81,7 +81,7 @@ def share(flags: dict[str, Tensor], chosen: frozenset[str]) -> float:
 
 def given(distribution: str) -> dict[str, StateProbabilities]:
     """As `mmdiff.build.state_probabilities` gives them: the anchor is never aggregated."""
-    probabilities = {name: DISTRIBUTIONS[distribution].given(probabilities) for name, probabilities in LAWS_OF.items()}
+    probabilities = {name: DISTRIBUTIONS[distribution].probabilities(law) for name, law in LAWS_OF.items()}
     return {**probabilities, ANCHOR: probabilities[ANCHOR]._replace(aggregated=0.0)}
 
 
@@ -106,7 +106,7 @@ def test_by_default_every_subset_occurs(names: list[str], distribution: str) -> 
     probabilities[ANCHOR] = StateProbabilities(0.0, states.anchor_observed)
     flags = draw(
         states.distribution,
-        {name: DISTRIBUTIONS[states.distribution].given(distribution) for name, distribution in probabilities.items()},
+        {name: DISTRIBUTIONS[states.distribution].probabilities(pair) for name, pair in probabilities.items()},
         torch.arange(200_000),
     )
     bits = [

@@ -16,8 +16,8 @@ PAD, START, END, UNKNOWN, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
 
 
 class Sizes(NamedTuple):
-    """Sizes of a model: ``image`` and ``patch`` in pixels, ``width`` of all parts, ``layers`` and ``heads`` of the encoder
-    and of the language model, ``queries`` of a Q-Former."""
+    """``image`` and ``patch`` in pixels, ``width`` of all parts, ``layers`` and ``heads`` of the encoder and of the
+    language model, ``queries`` of a Q-Former."""
 
     image: int = 32
     patch: int = 8
