@@ -106,3 +106,24 @@ def test_the_command_line_starts_without_torch_and_lists_its_commands() -> None:
     shown = subprocess.run([sys.executable, "-m", "mmdiff", "--help"], capture_output=True, text=True, check=True)
     listed = re.findall(r"^  (\w+) ", shown.stdout, flags=re.MULTILINE)
     assert {"train", "sample", "evaluate", "benchmark", "show"} <= set(listed)
+
+
+def test_importing_the_pipeline_imports_no_more_packages_than_diffusers_pipelines_do() -> None:
+    """`datasets` alone would cost half a second; `transformers` comes with diffusers' pipelines."""
+    code = (
+        "import sys; from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DModel; before = set(sys.modules);"
+        "from mmdiff import MTDiffusionPipeline; print(*{name.split('.')[0] for name in set(sys.modules) - before})"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {
+        "datasets",
+        "transformers",
+        "pandas",
+        "pyarrow",
+        "scipy",
+        "sklearn",
+        "matplotlib",
+        "open_clip",
+        "torchvision",
+    }
+    assert heavy & set(run.stdout.split()) == set()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import ClassLabel
 from torch import Generator, Tensor, nn
 
 from mmdiff.errors import InputError
@@ -97,7 +97,7 @@ class Label(Modality):
     ) -> dict[str, Any]:
         """A number of classes that the config sets is trusted: the column is not searched for classes without rows."""
         declared, found = None, {}
-        if isinstance(feature, ClassLabel):
+        if _is_class_label(feature):
             declared, found = feature.names, {} if unknown is not None else {"unknown": -1}
             unknown = -1 if unknown is None else unknown
         if num_classes is not None and classes != "compact" and _is_of_ids(feature):
@@ -254,4 +254,10 @@ def _same_number(raw: Any, one: Any) -> bool:
 
 def _is_of_ids(feature: Any) -> bool:
     """Whether a column is known to hold numbers."""
-    return isinstance(feature, ClassLabel) or str(getattr(feature, "dtype", "string")).startswith(("int", "uint"))
+    return _is_class_label(feature) or str(getattr(feature, "dtype", "string")).startswith(("int", "uint"))
+
+
+def _is_class_label(feature: Any) -> bool:
+    """Of `datasets`, which takes half a second to import and is imported already where a column is one of its."""
+    datasets = sys.modules.get("datasets")
+    return datasets is not None and isinstance(feature, datasets.ClassLabel)
