@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import UnionType
@@ -10,20 +11,13 @@ from typing import Any, get_args, get_origin
 import pytest
 from omegaconf import OmegaConf
 from pydantic import BaseModel
+from refusals import refused
 
 from mmdiff.config import Config, ModalityConfig, first_difference, load_config, parse_config, save_config
 from mmdiff.errors import InputError
 
 Tree = dict[str, Any]
 Configure = Callable[..., Config]
-
-
-def complaint(call: Callable[[], object]) -> str:
-    """The line of the InputError that a call must raise."""
-    with pytest.raises(InputError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def leaves(model: type[BaseModel], *path: str) -> Iterator[tuple[str, Any]]:
@@ -64,13 +58,13 @@ def test_writing_and_reading_gives_the_same_config(tiny: Tree, tmp_path: Path) -
     assert first_difference(again, config, ignore=set()) is None
 
 
-@pytest.mark.parametrize("key", sorted(LEAVES))
-def test_a_wrong_type_is_refused_by_name(tiny: Tree, key: str) -> None:
-    kind = LEAVES[key]
-    is_dict = get_origin(kind) is dict or "dict[" in str(kind)
-    wrong: Any = "nonsense" if is_dict else {"nonsense": 1}
-    message = complaint(lambda: parse_config(changed(tiny, key, wrong)))
-    assert message.startswith(f"{key} = {wrong!r}: ")
+def test_a_wrong_type_is_refused_by_name(tiny: Tree) -> None:
+    for key in sorted(LEAVES):
+        kind = LEAVES[key]
+        is_dict = get_origin(kind) is dict or "dict[" in str(kind)
+        wrong: Any = "nonsense" if is_dict else {"nonsense": 1}
+        with refused(key, wrong):
+            parse_config(changed(tiny, key, wrong))
 
 
 OUT_OF_RANGE = {
@@ -93,45 +87,48 @@ OUT_OF_RANGE = {
 }
 
 
-@pytest.mark.parametrize("key", OUT_OF_RANGE)
-def test_a_value_out_of_range_is_refused_by_name(tiny: Tree, key: str) -> None:
-    value = OUT_OF_RANGE[key]
-    assert complaint(lambda: parse_config(changed(tiny, key, value))).startswith(f"{key} = {value!r}: ")
+def test_a_value_out_of_range_is_refused_by_name(tiny: Tree) -> None:
+    for key in OUT_OF_RANGE:
+        value = OUT_OF_RANGE[key]
+        with refused(key, value):
+            parse_config(changed(tiny, key, value))
 
 
 def test_l1_has_one_weighting(tiny: Tree) -> None:
     both = changed(changed(tiny, "loss.min_snr_gamma", 5.0), "loss.uncertainty", True)
-    assert complaint(lambda: parse_config(both)).startswith(
-        "loss.uncertainty = True: one weighting of L1 is enough; leave "
-    )
+    with refused("loss.uncertainty", True, "min_snr_gamma"):
+        parse_config(both)
 
 
-@pytest.mark.parametrize("key", ["train.steps", "train.seed", "evaluate.num_samples"])
-def test_a_truth_value_is_no_number(tiny: Tree, key: str) -> None:
-    assert complaint(lambda: parse_config(changed(tiny, key, True))).startswith(f"{key} = True: ")
+def test_a_truth_value_is_no_number(tiny: Tree) -> None:
+    for key in ["train.steps", "train.seed", "evaluate.num_samples"]:
+        with refused(key, True):
+            parse_config(changed(tiny, key, True))
 
 
-@pytest.mark.parametrize(
-    ("override", "start"),
-    [
-        ("train.step=5", "train.step = 5: unknown key; did you mean steps?"),
-        ("trian={}", "trian = {}: unknown key; did you mean train?"),
-        ("modalities.label.weight.scael=1", "modalities.label.weight.scael = 1: unknown key; did you mean scale?"),
-        ("modalities.label.states.agregated=1", "modalities.label.states.agregated = 1: unknown key; did you mean agg"),
-        ("zzz=1", "zzz = 1: unknown key; known: anchor, "),
-        ("train.steps=many", "train.steps = 'many': "),
-        ("train=5", "train = 5: "),
-        ("train.steps", "override = 'train.steps': write key=value"),
-        ("anchor=foo", "anchor = 'foo': choose one of modalities: image, label"),
-        ("data.columns.depth=z", "data.columns.depth = 'z': names no modality"),
-    ],
-)
-def test_a_bad_override_is_one_line(configure: Configure, override: str, start: str) -> None:
-    assert complaint(lambda: configure(override)).startswith(start)
+BAD_OVERRIDES = [
+    ("train.step=5", "train.step", 5, "steps?"),
+    ("trian={}", "trian", {}, "train?"),
+    ("modalities.label.weight.scael=1", "modalities.label.weight.scael", 1, "scale?"),
+    ("modalities.label.states.agregated=1", "modalities.label.states.agregated", 1, "aggregated?"),
+    ("zzz=1", "zzz", 1, "anchor, "),
+    ("train.steps=many", "train.steps", "many"),
+    ("train=5", "train", 5),
+    ("train.steps", "override", "train.steps"),
+    ("anchor=foo", "anchor", "foo", "image, label"),
+    ("data.columns.depth=z", "data.columns.depth", "z"),
+]
+
+
+def test_a_bad_override_is_one_line(configure: Configure) -> None:
+    for override, key, value, *facts in BAD_OVERRIDES:
+        with refused(key, value, *facts):
+            configure(override)
 
 
 def test_an_override_that_is_no_yaml_is_named(configure: Configure) -> None:
-    assert "train.steps=[1" in complaint(lambda: configure("train.steps=[1"))
+    with refused("override", "train.steps=[1"):
+        configure("train.steps=[1")
 
 
 def test_overrides_win_over_the_file_and_later_ones_over_earlier(configure: Configure) -> None:
@@ -142,35 +139,40 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier(configure: Conf
     assert config.train.batch_size == 12  # untouched
 
 
-@pytest.mark.parametrize("key", ["train.mixed_precision", "track", "train.lr_scheduler_type"])
-def test_every_choice_can_be_written_as_documented(configure: Configure, key: str) -> None:
+def test_every_choice_can_be_written_as_documented(configure: Configure) -> None:
     """Plain YAML reads a bare `no` as false."""
-    section, name = key.split(".") if "." in key else ("", key)
-    for choice in LEAVES[key].__args__:
-        config: Any = configure(f"{key}={choice}")
-        assert getattr(getattr(config, section) if section else config, name) == choice
+    for key in ["train.mixed_precision", "track", "train.lr_scheduler_type"]:
+        section, name = key.split(".") if "." in key else ("", key)
+        for choice in LEAVES[key].__args__:
+            config: Any = configure(f"{key}={choice}")
+            assert getattr(getattr(config, section) if section else config, name) == choice
 
 
-@pytest.mark.parametrize("key", ["name", "data", "data.source", "modalities", "modalities.label.kind"])
-def test_a_missing_key_is_named(tiny: Tree, key: str) -> None:
-    *path, last = key.split(".")
-    section = tiny
-    for part in path:
-        section = section[part]
-    del section[last]
-    assert complaint(lambda: parse_config(tiny)).startswith(f"{key} = None: is missing")
+def test_a_missing_key_is_named(tiny: Tree) -> None:
+    for key in ["name", "data", "data.source", "modalities", "modalities.label.kind"]:
+        *path, last = key.split(".")
+        tree = copy.deepcopy(tiny)
+        section = tree
+        for part in path:
+            section = section[part]
+        del section[last]
+        with refused(key, None):
+            parse_config(tree)
 
 
-@pytest.mark.parametrize("text", ["a: [1", "a: b: c", "- a\n- b", "5", "\x00", "", "train: ${nothing}\nname: x"])
-def test_garbage_is_one_line(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "garbage.yaml"
-    path.write_text(text)
-    complaint(lambda: load_config(path))
+def test_garbage_is_one_line(tmp_path: Path) -> None:
+    for text in ["a: [1", "a: b: c", "- a\n- b", "5", "\x00", "", "train: ${nothing}\nname: x"]:
+        path = tmp_path / "garbage.yaml"
+        path.write_text(text)
+        with pytest.raises(InputError) as caught:
+            load_config(path)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     path = str(tmp_path / "nowhere.yaml")
-    assert complaint(lambda: load_config(path)) == f"config = {path!r}: no such file"
+    with refused("config", path):
+        load_config(path)
 
 
 def test_the_first_difference_is_found_and_what_may_change_is_ignored(configure: Configure) -> None:

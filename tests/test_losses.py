@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -51,21 +52,20 @@ def test_transition_kl_is_that_of_torch() -> None:
     assert losses.transition_kl(p, p).tolist() == [0.0] * SHAPE[0]
 
 
-@pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2"])
-@pytest.mark.parametrize("aggregated", [False, True])
-def test_kl_of_two_posteriors_is_the_difference_of_snrs(beta_schedule: str, aggregated: bool) -> None:
+def test_kl_of_two_posteriors_is_the_difference_of_snrs() -> None:
     """KL( q(z_s | z_t, z_0) ‖ q(z_s | z_t, x̂_0) ) = ½ (SNR(s) − SNR(t)) ‖z_0 − x̂_0‖² (Kingma et al., 2021, Eq. 13)."""
-    process, z_0, guess, z_t = scheduler(beta_schedule), randn(0), randn(1), randn(2)
-    encodings = {"label": randn(3)} if aggregated else None
-    snr = process.alphas_cumprod / (1 - process.alphas_cumprod)
-    for t in (1, 2, 50, 98, 99):
-        steps = torch.full((SHAPE[0],), t)
-        kl = losses.transition_kl(
-            process.posterior(z_0, z_t, steps, encodings), process.posterior(guess, z_t, steps, encodings)
-        )
-        expected = 0.5 * (snr[t - 1] - snr[t]) * (z_0 - guess).square().sum(dim=(1, 2, 3))
-        # 1 − ā is a difference of numbers near 1: at least 1e-4 here, so 1e-12 of it is lost; SNRs then differ by 10 %
-        torch.testing.assert_close(kl, expected, rtol=1e-9, atol=0)
+    for beta_schedule, aggregated in itertools.product(["linear", "squaredcos_cap_v2"], [False, True]):
+        process, z_0, guess, z_t = scheduler(beta_schedule), randn(0), randn(1), randn(2)
+        encodings = {"label": randn(3)} if aggregated else None
+        snr = process.alphas_cumprod / (1 - process.alphas_cumprod)
+        for t in (1, 2, 50, 98, 99):
+            steps = torch.full((SHAPE[0],), t)
+            kl = losses.transition_kl(
+                process.posterior(z_0, z_t, steps, encodings), process.posterior(guess, z_t, steps, encodings)
+            )
+            expected = 0.5 * (snr[t - 1] - snr[t]) * (z_0 - guess).square().sum(dim=(1, 2, 3))
+            # 1 − ā, at least 1e-4 here, is a difference of numbers near 1: 1e-12 of it is lost; SNRs differ by 10 %
+            torch.testing.assert_close(kl, expected, rtol=1e-9, atol=0)
 
 
 def test_density_of_the_anchor_is_that_of_torch() -> None:
@@ -73,13 +73,12 @@ def test_density_of_the_anchor_is_that_of_torch() -> None:
     torch.testing.assert_close(losses.anchor_nll(law, value, levels=None), -reference(law).log_prob(value))
 
 
-@pytest.mark.parametrize("levels", [2, 17, 256])
-@pytest.mark.parametrize("std", [0.02, 0.5])
-def test_masses_of_a_one_pixel_anchor_sum_to_one(levels: int, std: float) -> None:
-    grid = torch.linspace(-1, 1, levels, dtype=torch.float64)[:, None, None, None]
-    law = Gaussian(torch.full_like(grid, 0.3), torch.full_like(grid, std**2))
-    masses = (-losses.anchor_nll(law, grid, levels)).exp()
-    assert float(masses.sum()) == pytest.approx(1.0, abs=1e-12)
+def test_masses_of_a_one_pixel_anchor_sum_to_one() -> None:
+    for levels, std in itertools.product([2, 17, 256], [0.02, 0.5]):
+        grid = torch.linspace(-1, 1, levels, dtype=torch.float64)[:, None, None, None]
+        law = Gaussian(torch.full_like(grid, 0.3), torch.full_like(grid, std**2))
+        masses = (-losses.anchor_nll(law, grid, levels)).exp()
+        assert float(masses.sum()) == pytest.approx(1.0, abs=1e-12)
 
 
 def test_masses_of_many_pixels_multiply() -> None:
@@ -111,16 +110,18 @@ def test_denoising_error_is_a_mean_per_sample() -> None:
     torch.testing.assert_close(losses.denoising_error(prediction, target, weight), expected * weight)
 
 
-@pytest.mark.parametrize("size", [4, 32])
-def test_the_uncertain_error_is_the_likelihood_of_a_gaussian(size: int) -> None:
-    prediction, target = randn(0, (3, 1, size, size)), randn(1, (3, 1, size, size))
-    log_std = torch.tensor([-4.9, -1.0, 1.9], dtype=torch.float64)
-    law = torch.distributions.Normal(prediction, log_std.exp()[:, None, None, None])
-    expected = -law.log_prob(target).mean(dim=(1, 2, 3)).float()
-    error = losses.denoising_error(prediction, target)
-    torch.testing.assert_close(losses.uncertain_error(error, log_std), expected, rtol=1e-5, atol=0)
-    beyond = losses.uncertain_error(error, torch.tensor([-60.0, -5.0, 90.0]))
-    assert torch.equal(beyond, losses.uncertain_error(error, torch.tensor([-5.0, -5.0, 2.0])))  # never without bounds
+def test_the_uncertain_error_is_the_likelihood_of_a_gaussian() -> None:
+    for size in [4, 32]:
+        prediction, target = randn(0, (3, 1, size, size)), randn(1, (3, 1, size, size))
+        log_std = torch.tensor([-4.9, -1.0, 1.9], dtype=torch.float64)
+        law = torch.distributions.Normal(prediction, log_std.exp()[:, None, None, None])
+        expected = -law.log_prob(target).mean(dim=(1, 2, 3)).float()
+        error = losses.denoising_error(prediction, target)
+        torch.testing.assert_close(losses.uncertain_error(error, log_std), expected, rtol=1e-5, atol=0)
+        beyond = losses.uncertain_error(error, torch.tensor([-60.0, -5.0, 90.0]))
+        assert torch.equal(
+            beyond, losses.uncertain_error(error, torch.tensor([-5.0, -5.0, 2.0]))
+        )  # never without bounds
 
 
 def test_the_best_uncertainty_is_the_error_itself_and_rows_then_count_alike() -> None:
@@ -138,37 +139,35 @@ def test_recovery_counts_dimensions() -> None:
     assert losses.recovery_nll(torch.tensor([1.0, 2.0]), 64).tolist() == [64.0, 128.0]
 
 
-@pytest.mark.parametrize("gamma", [0.01, 5.0, 1e9])
-@pytest.mark.parametrize("prediction_type", ["velocity", "sample"])
-def test_min_snr_of_the_flow_weighs_the_error_of_z_0(gamma: float, prediction_type: str) -> None:
-    process = MTFlowMatchScheduler(num_train_timesteps=100, prediction_type=prediction_type)
-    steps = torch.tensor([0.5, 1.0, 31.4, 80.0, 99.9], dtype=torch.float64)
-    z_0, noise, error = randn(0), randn(1), randn(2)
-    target, z_t = process.training_target(z_0, noise, steps), process.add_noise(z_0, noise, steps)
-    guess = process.predict_original_sample(target + error, steps, z_t)
-    weight = losses.min_snr_weight(process.snr(steps), gamma, prediction_type)
-    expected = (((100 - steps) / steps) ** 2).clamp(max=gamma) * (z_0 - guess).square().mean(dim=(1, 2, 3))
-    weighted = losses.denoising_error(target + error, target, weight).double()
-    torch.testing.assert_close(weighted, expected, rtol=1e-4, atol=0)  # the error is taken in float32
+def test_min_snr_of_the_flow_weighs_the_error_of_z_0() -> None:
+    for gamma, prediction_type in itertools.product([0.01, 5.0, 1e9], ["velocity", "sample"]):
+        process = MTFlowMatchScheduler(num_train_timesteps=100, prediction_type=prediction_type)
+        steps = torch.tensor([0.5, 1.0, 31.4, 80.0, 99.9], dtype=torch.float64)
+        z_0, noise, error = randn(0), randn(1), randn(2)
+        target, z_t = process.training_target(z_0, noise, steps), process.add_noise(z_0, noise, steps)
+        guess = process.predict_original_sample(target + error, steps, z_t)
+        weight = losses.min_snr_weight(process.snr(steps), gamma, prediction_type)
+        expected = (((100 - steps) / steps) ** 2).clamp(max=gamma) * (z_0 - guess).square().mean(dim=(1, 2, 3))
+        weighted = losses.denoising_error(target + error, target, weight).double()
+        torch.testing.assert_close(weighted, expected, rtol=1e-4, atol=0)  # the error is taken in float32
 
 
-@pytest.mark.parametrize("gamma", [0.01, 5.0, 1e9])
-@pytest.mark.parametrize("prediction_type", ["sample", "epsilon", "v_prediction"])
-def test_min_snr_weighs_the_error_of_z_0_alike_for_every_prediction(gamma: float, prediction_type: str) -> None:
+def test_min_snr_weighs_the_error_of_z_0_alike_for_every_prediction() -> None:
     """Whatever is predicted, the weighted error is min(SNR, γ) ‖z_0 − x̂_0‖² (Hang et al., 2023, Eq. 6)."""
-    process = scheduler(prediction_type=prediction_type)
-    steps = torch.tensor([0, 10, 50, 80, 99])
-    z_0, noise, error = randn(0), randn(1), randn(2)
-    target = process.training_target(z_0, noise, steps)
-    z_t = process.add_noise(z_0, noise, steps)
-    guess = process.predict_original_sample(target + error, steps, z_t)
-    alphas_cumprod = process.alphas_cumprod[steps]
-    weight = losses.min_snr_weight(alphas_cumprod / (1 - alphas_cumprod), gamma, prediction_type)
-    capped = (alphas_cumprod / (1 - alphas_cumprod)).clamp(max=gamma)
-    expected = capped * (z_0 - guess).square().mean(dim=(1, 2, 3))
-    # diffusers' own float32 ā_t enters z_t; it is 6e-8 off, and so is 1 − ā_1 = 1e-4 by 6e-4
-    weighted = losses.denoising_error(target + error, target, weight).double()
-    torch.testing.assert_close(weighted, expected, rtol=2e-3, atol=0)
+    for gamma, prediction_type in itertools.product([0.01, 5.0, 1e9], ["sample", "epsilon", "v_prediction"]):
+        process = scheduler(prediction_type=prediction_type)
+        steps = torch.tensor([0, 10, 50, 80, 99])
+        z_0, noise, error = randn(0), randn(1), randn(2)
+        target = process.training_target(z_0, noise, steps)
+        z_t = process.add_noise(z_0, noise, steps)
+        guess = process.predict_original_sample(target + error, steps, z_t)
+        alphas_cumprod = process.alphas_cumprod[steps]
+        weight = losses.min_snr_weight(alphas_cumprod / (1 - alphas_cumprod), gamma, prediction_type)
+        capped = (alphas_cumprod / (1 - alphas_cumprod)).clamp(max=gamma)
+        expected = capped * (z_0 - guess).square().mean(dim=(1, 2, 3))
+        # diffusers' own float32 ā_t enters z_t; it is 6e-8 off, and so is 1 − ā_1 = 1e-4 by 6e-4
+        weighted = losses.denoising_error(target + error, target, weight).double()
+        torch.testing.assert_close(weighted, expected, rtol=2e-3, atol=0)
 
 
 def test_min_snr_identities() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from networks import LAYERS, random_model
+from refusals import refused
 from torch import Tensor
 
 from mmdiff.errors import InputError
@@ -54,14 +55,14 @@ def test_output_has_a_head_for_every_auxiliary_modality() -> None:
     assert {name: params.shape for name, params in output.params.items()} == {"colour": (2, 2), "label": (2, 3)}
 
 
-@pytest.mark.parametrize("settings", [{}, {"low_cpu_mem_usage": False}])
-def test_saved_and_loaded_it_computes_the_same(settings: dict[str, Any], tmp_path: Path) -> None:
-    model = build()
-    model.save_pretrained(tmp_path)
-    loaded = MTDiffusionModel.from_pretrained(tmp_path, **settings)
-    assert isinstance(loaded, MTDiffusionModel)
-    assert_same(model, loaded)
-    assert loaded.config.anchor == "image"
+def test_saved_and_loaded_it_computes_the_same(tmp_path: Path) -> None:
+    for settings in [{}, {"low_cpu_mem_usage": False}]:
+        model = build()
+        model.save_pretrained(tmp_path)
+        loaded = MTDiffusionModel.from_pretrained(tmp_path, **settings)
+        assert isinstance(loaded, MTDiffusionModel)
+        assert_same(model, loaded)
+        assert loaded.config.anchor == "image"
 
 
 def test_the_folder_holds_only_safetensors_and_json(tmp_path: Path) -> None:
@@ -122,66 +123,65 @@ def test_observation_of_nothing_needs_no_values() -> None:
         assert not observation.flags.any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_observation_follows_the_dtype_of_the_sample(dtype: torch.dtype) -> None:
-    observation = build().observation(VALUES, {}, {"image": EVERYWHERE}, torch.zeros(2, 1, 8, 8, dtype=dtype))
-    assert observation.channels.dtype == observation.flags.dtype == dtype
+def test_observation_follows_the_dtype_of_the_sample() -> None:
+    for dtype in [torch.float64, torch.bfloat16]:
+        observation = build().observation(VALUES, {}, {"image": EVERYWHERE}, torch.zeros(2, 1, 8, 8, dtype=dtype))
+        assert observation.channels.dtype == observation.flags.dtype == dtype
 
 
-@pytest.mark.parametrize("name", ["type", "to", "a.b", "a b", "", "3d", "forward", "training"])
-def test_names_that_a_module_cannot_hold_are_refused(name: str) -> None:
-    with pytest.raises(InputError, match="modalities = .*identifier"):
-        build({**MODALITIES, name: MODALITIES["label"]})
+def test_names_that_a_module_cannot_hold_are_refused() -> None:
+    for name in ["type", "to", "a.b", "a b", "", "3d", "forward", "training"]:
+        with refused("modalities"):
+            build({**MODALITIES, name: MODALITIES["label"]})
 
 
-@pytest.mark.parametrize(
-    ("modalities", "anchor", "text"),
-    [
-        (MODALITIES, "picture", "anchor = 'picture': is no modality; choose one of colour, image, label"),
-        (MODALITIES, "label", "anchor = 'label': "),
-        ({**MODALITIES, "label": {"kind": "lable"}}, "image", "modalities.label.kind = 'lable': choose one of dense, "),
-        ({**MODALITIES, "label": {}}, "image", "modalities.label.kind = None: choose one of dense, "),
-    ],
-)
-def test_impossible_configs_are_refused(modalities: dict[str, dict[str, Any]], anchor: str, text: str) -> None:
-    with pytest.raises(InputError) as caught:
-        build(modalities, anchor)
-    assert text in str(caught.value)
+IMPOSSIBLE = [
+    (MODALITIES, "picture", "anchor", "picture"),
+    (MODALITIES, "label", "anchor", "label"),
+    ({**MODALITIES, "label": {"kind": "lable"}}, "image", "modalities.label.kind", "lable"),
+    ({**MODALITIES, "label": {}}, "image", "modalities.label.kind", None),
+]
+
+
+def test_impossible_configs_are_refused() -> None:
+    for modalities, anchor, key, value in IMPOSSIBLE:
+        with refused(key, value):
+            build(modalities, anchor)
 
 
 NO_CONFIG = [None, 3, "x", [], {}, {1: 2}, {"image": 3}]
 
 
-@pytest.mark.parametrize(
-    ("key", "values"),
-    [
-        ("modality_config", NO_CONFIG[:4]),
-        ("backbone_config", NO_CONFIG[:4]),
-        ("anchor", [None, 3, ["image"], {}]),
-        ("observable", [3, "image", {}, [1], ["picture"]]),
-        ("config", NO_CONFIG),
-    ],
-)
-def test_arguments_of_another_type_are_refused_by_name(key: str, values: list[Any]) -> None:
-    for value in values:
-        with pytest.raises(InputError) as refusal:
-            if key == "config":
-                MTDiffusionModel.from_config(value)
-            else:
-                MTDiffusionModel(**{**build().config, key: value})
-        assert refusal.value.key.startswith(key), value
+WRONG = [
+    ("modality_config", NO_CONFIG[:4]),
+    ("backbone_config", NO_CONFIG[:4]),
+    ("anchor", [None, 3, ["image"], {}]),
+    ("observable", [3, "image", {}, [1], ["picture"]]),
+    ("config", NO_CONFIG),
+]
+
+
+def test_arguments_of_another_type_are_refused_by_name() -> None:
+    for key, values in WRONG:
+        for value in values:
+            with pytest.raises(InputError) as refusal:
+                if key == "config":
+                    MTDiffusionModel.from_config(value)
+                else:
+                    MTDiffusionModel(**{**build().config, key: value})
+            assert refusal.value.key.startswith(key), value
 
 
 def test_an_argument_that_nothing_reads_is_refused(tmp_path: Path) -> None:
     model = build()
     model.save_pretrained(tmp_path)
     for load in (MTDiffusionModel.from_pretrained, MTDiffusionModel.from_config):
-        with pytest.raises(InputError, match="^anchr = .*did you mean anchor"):
+        with refused("anchr", "image"):
             load(tmp_path if load == MTDiffusionModel.from_pretrained else model.config, anchr="image")
 
 
 def test_an_unknown_backbone_is_refused() -> None:
-    with pytest.raises(InputError, match="backbone.kind = 'resnet': choose one of unet"):
+    with refused("backbone.kind", "resnet"):
         MTDiffusionModel(modality_config=MODALITIES, backbone_config={"kind": "resnet"})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -84,23 +85,22 @@ def gradients(
 # ------------------------------------------------------------------------------------------------ reduces to DDPM
 
 
-@pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon", "sample"])
-@pytest.mark.parametrize("step", [0, 7])
-def test_with_everything_absent_it_is_the_loss_of_ddpm(prediction_type: str, step: int) -> None:
-    objective = build(weight={"schedule": "none"}, prediction_type=prediction_type)
-    rows_, at = batch(40), where(40, step)  # two for every timestep, 0 included
-    timesteps = objective.draw_timesteps(at, torch.ones(40, dtype=torch.bool))
-    noise = normal(0, step, "noise", at.positions, (1, 8, 8))
-    ddpm = DDPMScheduler(T, beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type)
-    z_0 = rows_.values["image"]
-    z_t = ddpm.add_noise(z_0, noise, timesteps)
-    targets = {"v_prediction": ddpm.get_velocity(z_0, noise, timesteps), "epsilon": noise, "sample": z_0}
-    unobserved = torch.zeros(40, 2, 8, 8)  # the observation channels of image and label
-    prediction = objective.model.backbone.unet(torch.cat([z_t, unobserved], dim=1), timesteps).sample
-    terms = objective(rows_, at).terms
-    expected = torch.nn.functional.mse_loss(prediction, targets[prediction_type])
-    torch.testing.assert_close(terms["l1"] + terms["l3"], expected)
-    assert float(terms["l3"]) > 0  # t = 1 is among the timesteps
+def test_with_everything_absent_it_is_the_loss_of_ddpm() -> None:
+    for prediction_type, step in itertools.product(["v_prediction", "epsilon", "sample"], [0, 7]):
+        objective = build(weight={"schedule": "none"}, prediction_type=prediction_type)
+        rows_, at = batch(40), where(40, step)  # two for every timestep, 0 included
+        timesteps = objective.draw_timesteps(at, torch.ones(40, dtype=torch.bool))
+        noise = normal(0, step, "noise", at.positions, (1, 8, 8))
+        ddpm = DDPMScheduler(T, beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type)
+        z_0 = rows_.values["image"]
+        z_t = ddpm.add_noise(z_0, noise, timesteps)
+        targets = {"v_prediction": ddpm.get_velocity(z_0, noise, timesteps), "epsilon": noise, "sample": z_0}
+        unobserved = torch.zeros(40, 2, 8, 8)  # the observation channels of image and label
+        prediction = objective.model.backbone.unet(torch.cat([z_t, unobserved], dim=1), timesteps).sample
+        terms = objective(rows_, at).terms
+        expected = torch.nn.functional.mse_loss(prediction, targets[prediction_type])
+        torch.testing.assert_close(terms["l1"] + terms["l3"], expected)
+        assert float(terms["l3"]) > 0  # t = 1 is among the timesteps
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms() -> None:
@@ -125,20 +125,20 @@ def test_l0_is_the_closed_form() -> None:
 # ------------------------------------------------------------------------------- any split of the batch is the same
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-@pytest.mark.parametrize("weight", [BUMP, {"schedule": "learned", "scale": 1.0}])
-@pytest.mark.parametrize("distribution", ["independent", "each_alone"])
-def test_parts_of_a_batch_average_to_the_whole(parts: int, weight: dict[str, Any], distribution: str) -> None:
-    objective = build(MIXED, StateProbabilities(0.0, 0.25), weight, min_snr_gamma=5.0, distribution=distribution)
-    whole, at = batch(missing={"label": [1, 6]}), where()
-    outputs, expected = gradients(objective, (whole, at))
-    pieces = [rows(whole, at, chosen) for chosen in torch.arange(8).chunk(parts)]
-    split, actual = gradients(objective, *pieces)
-    for name, term in outputs[0].terms.items():
-        torch.testing.assert_close(sum(output.terms[name] for output in split) / parts, term, rtol=1e-5, atol=1e-7)
-    assert actual.keys() == expected.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(actual[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+def test_parts_of_a_batch_average_to_the_whole() -> None:
+    for parts, weight, distribution in itertools.product(
+        [2, 4], [BUMP, {"schedule": "learned", "scale": 1.0}], ["independent", "each_alone"]
+    ):
+        objective = build(MIXED, StateProbabilities(0.0, 0.25), weight, min_snr_gamma=5.0, distribution=distribution)
+        whole, at = batch(missing={"label": [1, 6]}), where()
+        outputs, expected = gradients(objective, (whole, at))
+        pieces = [rows(whole, at, chosen) for chosen in torch.arange(8).chunk(parts)]
+        split, actual = gradients(objective, *pieces)
+        for name, term in outputs[0].terms.items():
+            torch.testing.assert_close(sum(output.terms[name] for output in split) / parts, term, rtol=1e-5, atol=1e-7)
+        assert actual.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(actual[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_the_order_of_rows_does_not_matter() -> None:
@@ -169,28 +169,30 @@ def test_states_follow_their_law_and_all_occur() -> None:
     assert denoised.all()
 
 
-@pytest.mark.parametrize(
-    ("distribution", "expected"),
-    [(ABSENT, (0, 0)), (AGGREGATED, (1, 0)), (OBSERVED, (0, 1)), (StateProbabilities(1, 1), (1, 1))],
-)
-def test_certain_states_are_certain(distribution: StateProbabilities, expected: tuple[int, int]) -> None:
-    aggregated, observed, denoised = build(distribution).draw_states(batch(100), where(100))
-    assert (aggregated["label"] == bool(expected[0])).all()
-    assert (observed["label"] == bool(expected[1])).all()
-    assert denoised.all()
+def test_certain_states_are_certain() -> None:
+    for distribution, expected in [
+        (ABSENT, (0, 0)),
+        (AGGREGATED, (1, 0)),
+        (OBSERVED, (0, 1)),
+        (StateProbabilities(1, 1), (1, 1)),
+    ]:
+        aggregated, observed, denoised = build(distribution).draw_states(batch(100), where(100))
+        assert (aggregated["label"] == bool(expected[0])).all()
+        assert (observed["label"] == bool(expected[1])).all()
+        assert denoised.all()
 
 
-@pytest.mark.parametrize("label", [ABSENT, StateProbabilities(1.0, 1.0), MIXED])
-@pytest.mark.parametrize("image", [ABSENT, OBSERVED])
-@pytest.mark.parametrize("name", ["label", "image"])
-def test_a_missing_value_has_no_effect(name: str, image: StateProbabilities, label: StateProbabilities) -> None:
-    objective = build(label, image)
-    whole = batch(missing={name: [2, 5]})
-    before = objective(whole, where()).terms
-    other = {"label": (whole.values["label"] + 1) % CLASSES, "image": -whole.values["image"]}[name]
-    whole.values[name][[2, 5]] = other[[2, 5]]
-    after = objective(whole, where()).terms
-    assert all(torch.equal(before[term], after[term]) for term in before)
+def test_a_missing_value_has_no_effect() -> None:
+    for label, image, name in itertools.product(
+        [ABSENT, StateProbabilities(1.0, 1.0), MIXED], [ABSENT, OBSERVED], ["label", "image"]
+    ):
+        objective = build(label, image)
+        whole = batch(missing={name: [2, 5]})
+        before = objective(whole, where()).terms
+        other = {"label": (whole.values["label"] + 1) % CLASSES, "image": -whole.values["image"]}[name]
+        whole.values[name][[2, 5]] = other[[2, 5]]
+        after = objective(whole, where()).terms
+        assert all(torch.equal(before[term], after[term]) for term in before)
 
 
 def test_a_missing_label_drops_its_term_and_its_encoding() -> None:
@@ -261,15 +263,13 @@ def test_anchors_are_hidden_at_their_rate_unless_they_are_observed() -> None:
     assert float(seen.double().mean()) == pytest.approx(0.25, abs=4 * math.sqrt(0.25 * 0.75 / count))
 
 
-@pytest.mark.parametrize("masked", [ABSENT, OBSERVED])
-def test_a_head_that_predicts_the_anchor_learns_where_it_is_observed_and_stops_where_the_anchor_is(
-    masked: StateProbabilities,
-) -> None:
-    whole = with_holes(batch())
-    assert float(build(masked=masked)(whole, where()).terms["l2/masked"]) != 0
-    assert float(build(masked=masked, image=OBSERVED)(whole, where()).terms["l2/masked"]) == 0
-    whole.present["image"][:] = False
-    assert float(build(masked=masked)(whole, where()).terms["l2/masked"]) == 0
+def test_a_head_that_predicts_the_anchor_learns_where_it_is_observed_and_stops_where_the_anchor_is() -> None:
+    for masked in [ABSENT, OBSERVED]:
+        whole = with_holes(batch())
+        assert float(build(masked=masked)(whole, where()).terms["l2/masked"]) != 0
+        assert float(build(masked=masked, image=OBSERVED)(whole, where()).terms["l2/masked"]) == 0
+        whole.present["image"][:] = False
+        assert float(build(masked=masked)(whole, where()).terms["l2/masked"]) == 0
 
 
 def test_a_modality_without_a_schedule_is_never_in_z_t() -> None:
@@ -283,13 +283,13 @@ def test_a_modality_without_a_schedule_is_never_in_z_t() -> None:
 # ------------------------------------------------------------------------------------------------------- timesteps
 
 
-@pytest.mark.parametrize("count", [1, 4, 10, 20])
-def test_times_are_spread_evenly_over_the_global_batch(count: int) -> None:
+def test_times_are_spread_evenly_over_the_global_batch() -> None:
     """Every stratum of T / B timesteps holds one row, whatever the offset."""
-    objective = build()
-    for step in range(10):
-        timesteps = objective.draw_timesteps(where(count, step), torch.ones(count, dtype=torch.bool))
-        assert (timesteps // (T // count)).sort().values.tolist() == list(range(count))
+    for count in [1, 4, 10, 20]:
+        objective = build()
+        for step in range(10):
+            timesteps = objective.draw_timesteps(where(count, step), torch.ones(count, dtype=torch.bool))
+            assert (timesteps // (T // count)).sort().values.tolist() == list(range(count))
 
 
 def test_times_of_one_row_are_uniform_over_the_run() -> None:
@@ -307,23 +307,21 @@ def test_times_of_one_row_are_uniform_over_the_run() -> None:
 # ------------------------------------------------------------------------------------------------------- gradients
 
 
-@pytest.mark.parametrize(("distribution", "reaches"), [(AGGREGATED, True), (OBSERVED, True), (ABSENT, False)])
-def test_the_anchors_error_reaches_the_labels_table_only_through_what_is_shown(
-    distribution: StateProbabilities, reaches: bool
-) -> None:
-    objective = build(distribution, label_weight=0.0, terminal_weight=0.0)
-    objective(batch(), where()).loss.backward()
-    gradient = objective.model.modalities["label"].table.grad
-    assert (gradient is not None and bool(gradient.any())) is reaches
+def test_the_anchors_error_reaches_the_labels_table_only_through_what_is_shown() -> None:
+    for distribution, reaches in [(AGGREGATED, True), (OBSERVED, True), (ABSENT, False)]:
+        objective = build(distribution, label_weight=0.0, terminal_weight=0.0)
+        objective(batch(), where()).loss.backward()
+        gradient = objective.model.modalities["label"].table.grad
+        assert (gradient is not None and bool(gradient.any())) is reaches
 
 
-@pytest.mark.parametrize("learn_scale", [(), ("label",)])
-def test_learned_weights_receive_gradients(learn_scale: tuple[str, ...]) -> None:
-    objective = build(AGGREGATED, weight={"schedule": "learned", "scale": 1.0}, learn_scale=learn_scale)
-    for _ in range(2):  # the table of live parameters is rebuilt for every step
-        _, found = gradients(objective, (batch(), where()))
-    assert found["schedule_shapes.label"].isfinite().all() and found["schedule_shapes.label"].any()
-    assert ("schedule_scales.label" in found) == bool(learn_scale)
+def test_learned_weights_receive_gradients() -> None:
+    for learn_scale in [(), ("label",)]:
+        objective = build(AGGREGATED, weight={"schedule": "learned", "scale": 1.0}, learn_scale=learn_scale)
+        for _ in range(2):  # the table of live parameters is rebuilt for every step
+            _, found = gradients(objective, (batch(), where()))
+        assert found["schedule_shapes.label"].isfinite().all() and found["schedule_shapes.label"].any()
+        assert ("schedule_scales.label" in found) == bool(learn_scale)
 
 
 def test_min_snr_weighs_every_row() -> None:

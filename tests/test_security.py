@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import re
 import shutil
@@ -15,11 +16,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import datasets
 import pytest
 import torch
 from omegaconf import OmegaConf
+from refusals import refused
 
 from mmdiff.benchmarks.fusion.settings import load_settings
 from mmdiff.clip import load_clip
@@ -127,80 +130,75 @@ def test_training_does_not_trust_a_judge(cli: Cli, run_copy: Path, tiny_file: Pa
     assert not payload.exists() and not tiny_file.with_name("run").exists()
 
 
-@pytest.mark.parametrize(
-    "path",
-    ["os:system", "subprocess:Popen", "builtins:exec", "payload_of_a_stranger:silent", "payload_of_a_stranger:number"],
-)
-def test_an_encoder_must_promise_a_module_before_it_is_called(payload: Path, path: str) -> None:
-    with pytest.raises(InputError, match="nothing of it was called"):
-        build_encoder({"kind": path}, 3, (4, 4))
-    assert not (payload.exists() and payload.read_text())
+def test_an_encoder_must_promise_a_module_before_it_is_called(payload: Path) -> None:
+    own = [f"payload_of_a_stranger:{name}" for name in ("silent", "number")]
+    for path in ("os:system", "subprocess:Popen", "builtins:exec", *own):
+        with refused("encoder.kind", path):
+            build_encoder({"kind": path}, 3, (4, 4))
+        assert not (payload.exists() and payload.read_text())
 
 
-@pytest.mark.parametrize("name", ["Network", "promised"])
-def test_an_encoder_of_ones_own_is_built(payload: Path, name: str) -> None:
-    assert build_encoder({"kind": f"payload_of_a_stranger:{name}"}, 3, (4, 4)).width == 48
+def test_an_encoder_of_ones_own_is_built(payload: Path) -> None:
+    for name in ["Network", "promised"]:
+        assert build_encoder({"kind": f"payload_of_a_stranger:{name}"}, 3, (4, 4)).width == 48
 
 
-@pytest.mark.parametrize("command", [["--help"], ["show", "config.yaml"]])
-def test_the_working_directory_does_not_stand_in_for_installed_packages(
-    tiny_file: Path, tmp_path: Path, command: list[str]
-) -> None:
+def test_the_working_directory_does_not_stand_in_for_installed_packages(tmp_path: Path) -> None:
+    """It leaves the search path before the first import; what a refusal needs stands for the rest, torch too."""
     for name in ("torch", "numpy", "datasets", "typer", "yaml", "omegaconf", "diffusers", "pydantic"):
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'it-ran')!r}, 'w')")
-    shutil.move(tiny_file, tmp_path / "config.yaml")
-    answer = subprocess.run([sys.executable, "-m", "mmdiff", *command], cwd=tmp_path, capture_output=True, text=True)
-    assert answer.returncode == 0, answer.stderr
+    command = [sys.executable, "-m", "mmdiff", "show", "nowhere.yaml"]
+    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert answer.returncode == 2 and "nowhere.yaml" in answer.stderr, answer.stderr
     assert not (tmp_path / "it-ran").exists()
 
 
 # --------------------------------------------------------------------------------------------------- open_clip, weights
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"text_cfg": {"tokenizer_kwargs": {"trust_remote_code": True}}}, "'trust_remote_code'"),
-        ({"text_cfg": {"tokenizer_kwargs": {"code_revision": "main"}}}, "'code_revision'"),
-        ({"vision_cfg": {"timm_model_name": "hf-hub:a/b"}}, "a further place"),
-        ({"text_cfg": {}, "auto_map": {"AutoTokenizer": "evil.Tokenizer"}}, "auto_map"),
-        ([], "cannot be loaded"),
-    ],
-    ids=["trust", "revision", "place", "auto_map", "list"],
-)
-def test_a_clip_folder_that_asks_for_code_is_refused(
-    tmp_path: Path, contacts: list[Any], config: Any, message: str
+ASKS_FOR_CODE = [
+    ({"text_cfg": {"tokenizer_kwargs": {"trust_remote_code": True}}}, "'trust_remote_code'"),
+    ({"text_cfg": {"tokenizer_kwargs": {"code_revision": "main"}}}, "'code_revision'"),
+    ({"vision_cfg": {"timm_model_name": "hf-hub:a/b"}}, "a further place"),
+    ({"text_cfg": {}, "auto_map": {"AutoTokenizer": "evil.Tokenizer"}}, "'auto_map'"),
+    *(({"text_cfg": {"hf_model_name": place}}, "a further place") for place in ("../evil", "/evil", "a:b", "here")),
+]
+
+
+def test_a_clip_folder_that_asks_for_code_or_another_folder_is_refused(
+    tmp_path: Path, contacts: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(config if config == [] else {"model_cfg": config}))
-    with pytest.raises(InputError, match=f"^zero_shot.model = .*{message}"):
-        load_clip("zero_shot", f"local-dir:{tmp_path}", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    folder, file = f"local-dir:{tmp_path}", tmp_path / "open_clip_config.json"
+    for config, fact in ASKS_FOR_CODE:
+        file.write_text(json.dumps({"model_cfg": config}))
+        with refused("zero_shot.model", folder, file.name, fact):
+            load_clip("zero_shot", folder, None)
+    file.write_text("[]")
+    with refused("zero_shot.model", folder):
+        load_clip("zero_shot", folder, None)
     assert contacts == []
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
-@pytest.mark.parametrize(
-    "text", ['{"auto\\u005fmap": {"AutoTokenizer": "a.B"}}', '{"a": [{"trust_remote_code": true}]}', "[" * 9000]
-)
-def test_code_beside_a_clip_model_is_refused_however_it_is_spelled(tmp_path: Path, name: str, text: str) -> None:
+def test_code_beside_a_clip_model_is_refused_however_it_is_spelled(tmp_path: Path) -> None:
     (tmp_path / "open_clip_config.json").write_text("{}")
-    (tmp_path / name).write_text(text)
-    with pytest.raises(InputError, match=f"{name} (names remote code|is no JSON)|its {name} is no JSON"):
-        load_clip("zero_shot", f"local-dir:{tmp_path}", None)
+    hidden = (
+        ('{"auto\\u005fmap": {"AutoTokenizer": "a.B"}}', "'auto_map'"),
+        ('{"a": [{"trust_remote_code": true}]}', "'trust_remote_code'"),
+        ("[" * 9000, "JSON"),
+    )
+    for name, (text, fact) in itertools.product(("config.json", "tokenizer_config.json"), hidden):
+        (tmp_path / name).write_text(text)
+        with refused("zero_shot.model", f"local-dir:{tmp_path}", name, fact):
+            load_clip("zero_shot", f"local-dir:{tmp_path}", None)
+        (tmp_path / name).unlink()
 
 
-@pytest.mark.parametrize("place", ["../evil", "/evil", "a:b", "folder_here"])
-def test_a_clip_folder_leads_to_no_other_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder_here").mkdir()
-    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"text_cfg": {"hf_model_name": place}}}))
-    with pytest.raises(InputError, match="a further place"):
-        load_clip("zero_shot", f"local-dir:{tmp_path}", None)
-
-
-@pytest.mark.parametrize("model", ["local-dir:/tmp", "hf-hub:a/b", "../x", ""])
-def test_an_encoder_of_open_clip_has_a_plain_name(contacts: list[Any], model: str) -> None:
-    with pytest.raises(InputError, match="encoder.model"):
-        ClipTower(3, model)
+def test_an_encoder_of_open_clip_has_a_plain_name(contacts: list[Any]) -> None:
+    for model in ("local-dir:/tmp", "hf-hub:a/b", "../x", ""):
+        with refused("encoder.model", model):
+            ClipTower(3, model)
     assert contacts == []
 
 
@@ -211,7 +209,7 @@ def test_a_local_pipeline_never_asks_the_hub_for_its_autoencoder(run_copy: Path,
         "space": "latent", "autoencoder": "stranger/vae", "latent_channels": 1, "latent_factor": 1
     }  # fmt: skip
     (folder / "model" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="autoencoder"):
+    with refused("model_index.json: autoencoder", None):
         MTDiffusionPipeline.from_pretrained(folder)
     assert contacts == []
 
@@ -251,31 +249,32 @@ def references(levels: int = 30) -> str:
 
 
 EVIL_YAML = {
-    "anchors": (bomb(), "aliases make more than"),
-    "anchor in itself": ("a: &a [*a]", "an alias holds itself"),
-    "merged anchors": ("a: &a {x: 1}\n" + "b: &b {<<: *a, y: *b}", "an alias holds itself"),
-    "references": (references(), "are too many"),
-    "depth": ("[" * 5000 + "]" * 5000, "nested deeper"),
-    "depth of mappings": ("{a: " * 300 + "1" + "}" * 300, "nested deeper"),
-    "size": ("# " + "x" * 2_000_000, "is larger than"),
-    "environment": ("name: ${oc.env:HOME}", "asks for a resolver"),
-    "decoded": ("name: ${oc.decode:'1'}", "asks for a resolver"),
-    "nested": ("name: ${a.${oc.env:HOME}}", "asks for a resolver"),
-    "in a key": ("${oc.env:HOME}: 1", "asks for a resolver"),
-    "python": ("a: !!python/object/apply:os.system [touch it-ran]", "no valid YAML"),
-    "not text": ("\x00\x01", "no valid YAML"),
+    "anchors": (bomb(), "aliases"),
+    "anchor in itself": ("a: &a [*a]", "alias"),
+    "merged anchors": ("a: &a {x: 1}\n" + "b: &b {<<: *a, y: *b}", "alias"),
+    "references": (references(), "many"),
+    "depth": ("[" * 5000 + "]" * 5000, "nested"),
+    "depth of mappings": ("{a: " * 300 + "1" + "}" * 300, "nested"),
+    "size": ("# " + "x" * 2_000_000, "larger"),
+    "environment": ("name: ${oc.env:HOME}", "resolver"),
+    "decoded": ("name: ${oc.decode:'1'}", "resolver"),
+    "nested": ("name: ${a.${oc.env:HOME}}", "resolver"),
+    "in a key": ("${oc.env:HOME}: 1", "resolver"),
+    "python": ("a: !!python/object/apply:os.system [touch it-ran]", "YAML"),
+    "not text": ("\x00\x01", "YAML"),
 }
 
 
-@pytest.mark.parametrize("case", EVIL_YAML)
-@pytest.mark.parametrize("load", [load_config, load_settings])
-def test_yaml_of_a_stranger_is_one_line(tmp_path: Path, case: str, load: Callable[[Path], Any]) -> None:
-    text, message = EVIL_YAML[case]
-    (tmp_path / "config.yaml").write_text(text)
-    started = time.perf_counter()
-    with pytest.raises(InputError, match=message) as caught:
-        load(tmp_path / "config.yaml")
-    assert time.perf_counter() - started < 2 and "\n" not in str(caught.value)
+def test_yaml_of_a_stranger_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    for (text, fact), (key, load) in itertools.product(
+        EVIL_YAML.values(), {"config": load_config, "EXPERIMENT": load_settings}.items()
+    ):
+        file.write_text(text)
+        started = time.perf_counter()
+        with refused(key, ANY, fact):
+            load(file)
+        assert time.perf_counter() - started < 2, text[:50]
 
 
 def test_the_environment_stays_out_of_every_line(monkeypatch: pytest.MonkeyPatch, tiny_file: Path, cli: Cli) -> None:
@@ -283,14 +282,14 @@ def test_the_environment_stays_out_of_every_line(monkeypatch: pytest.MonkeyPatch
     text = "${oc.env:SECRET_OF_MINE}"
     for arguments in (["show", tiny_file, f"data.source={text}"], ["check-modality", "label", f"num_classes={text}"]):
         answer = cli(*arguments)
-        assert "asks for a resolver" in answer.complaint and "hunter2" not in answer.err + answer.out
-    with pytest.raises(InputError, match="asks for a resolver"):
+        assert "resolver" in answer.complaint and "hunter2" not in answer.err + answer.out
+    with refused("override", text, "resolver"):
         parse_overrides([f"a={{b: ['{text}']}}"])
 
 
 def test_a_name_in_the_data_is_no_reference(tiny: Tree, tmp_path: Path) -> None:
     tiny["modalities"]["label"] |= {"names": ["a", "${oc.env:HOME}"]}
-    with pytest.raises(InputError, match="would be read as a reference"):
+    with refused("config", "${oc.env:HOME}"):
         save_config(parse_config(tiny), tmp_path / "config.yaml")
 
 
@@ -302,22 +301,22 @@ def test_plain_references_are_read(tiny_file: Path) -> None:
 NAMES = ["../up", "a/b", "a\\b", "/root", "", ".hidden", "..", "a\x00b", "a\x1b[2J", "a\nb", "a\u202eb", "x" * 300]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_names_that_leave_their_folder_are_refused(tiny: Tree, name: str) -> None:
-    with pytest.raises(InputError, match="folder name"):
-        parse_config({**tiny, "name": name})
-    with pytest.raises(InputError, match="folder name"):
-        parse_config({**tiny, "evaluate": {"masking": {name: {}}}})
+def test_names_that_leave_their_folder_are_refused(tiny: Tree) -> None:
     modality = {"kind": "image", "channels": 1, "size": 16}
-    with pytest.raises(InputError, match="identifier"):
-        MTDiffusionModel({name: modality}, {"kind": "unet", "block_out_channels": [8, 16]}, anchor=name)
+    for name in NAMES:
+        with refused("name", name):
+            parse_config({**tiny, "name": name})
+        with refused(f"evaluate.masking.{name}.[key]", name):
+            parse_config({**tiny, "evaluate": {"masking": {name: {}}}})
+        with refused("modalities", name):
+            MTDiffusionModel({name: modality}, {"kind": "unet", "block_out_channels": [8, 16]}, anchor=name)
 
 
-@pytest.mark.parametrize("text", ["\x1b[2J", "\x07", "\u202e", "\x9b31m", "\r", "\u2028", "\ud800"])
-def test_a_terminal_obeys_no_text_of_a_stranger(cli: Cli, tiny_file: Path, text: str) -> None:
-    assert text not in str(InputError(f"key{text}", text, f"the columns are {text}"))
-    assert text not in printable(text, keep="\n\t")
-    assert text not in (answer := cli("show", tiny_file, f"data.source=no{text}where")).out + answer.err
+def test_a_terminal_obeys_no_text_of_a_stranger(cli: Cli, tiny_file: Path) -> None:
+    for text in ["\x1b[2J", "\x07", "\u202e", "\x9b31m", "\r", "\u2028", "\ud800"]:
+        assert text not in str(InputError(f"key{text}", text, f"the columns are {text}"))
+        assert text not in printable(text, keep="\n\t")
+        assert text not in (answer := cli("show", tiny_file, f"data.source=no{text}where")).out + answer.err
 
 
 # -------------------------------------------------------------------------------------------------------------- folders
@@ -348,10 +347,10 @@ def test_links_out_of_a_pipeline_are_refused_in_python(run_copy: Path, tmp_path:
     if inside.exists():
         shutil.move(inside, outside)
     inside.symlink_to(outside)
-    with pytest.raises(InputError, match="leads out of its folder"):
+    with refused("pipeline", str(inside), "leads out"):
         MTDiffusionPipeline.from_pretrained(run_copy / "pipeline")
     if name == "model/config.json":
-        with pytest.raises(InputError, match="leads out of its folder"):
+        with refused("model", str(inside), "leads out"):
             MTDiffusionModel.from_pretrained(run_copy / "pipeline", subfolder="model")
 
 
@@ -368,7 +367,7 @@ def test_a_snapshot_of_the_hub_keeps_its_links(run_copy: Path, tmp_path: Path) -
     MTDiffusionPipeline.from_pretrained(snapshot)
     file.unlink()
     file.symlink_to(other)
-    with pytest.raises(InputError, match="leads out of its folder"):
+    with refused("pipeline", str(file), "leads out"):
         MTDiffusionPipeline.from_pretrained(snapshot)
 
 
@@ -381,18 +380,18 @@ def test_a_run_folder_may_be_a_link(cli: Cli, finished_run: Path, tmp_path: Path
 def test_a_judge_stays_in_its_folder(finished_run: Path, run_copy: Path, tmp_path: Path) -> None:
     (run_copy / "pipeline" / "model" / "more.json").symlink_to("/etc/hostname")
     config = load_config(finished_run / "config.yaml", [f"evaluate.judges.label={run_copy}"])
-    with pytest.raises(InputError, match="evaluate.judges.label = .*leads out of its folder"):
+    with refused("evaluate.judges.label", str(run_copy / "pipeline" / "model" / "more.json"), "leads out"):
         find_judge(config, None, "label", None, trust=False)
 
 
-@pytest.mark.parametrize("value", [10**9, 10**30, -1, "x", None, [], 1e308])
-def test_evil_numbers_in_a_model_are_one_line(cli: Cli, run_copy: Path, tmp_path: Path, value: Any) -> None:
-    file = run_copy / "pipeline" / "model" / "config.json"
-    config = json.loads(file.read_text())
-    config["backbone_config"]["block_out_channels"] = [value, value]
-    file.write_text(json.dumps(config))
-    torch.manual_seed(0)
-    assert cli("sample", run_copy, "--out", tmp_path / "grid.png").complaint
+def test_evil_numbers_in_a_model_are_one_line(cli: Cli, run_copy: Path, tmp_path: Path) -> None:
+    for value in [10**9, 10**30, -1, "x", None, [], 1e308]:
+        file = run_copy / "pipeline" / "model" / "config.json"
+        config = json.loads(file.read_text())
+        config["backbone_config"]["block_out_channels"] = [value, value]
+        file.write_text(json.dumps(config))
+        torch.manual_seed(0)
+        assert cli("sample", run_copy, "--out", tmp_path / "grid.png").complaint
 
 
 # ----------------------------------------------------------------------------------------------------------- data, hub
@@ -406,26 +405,24 @@ def tar(file: Path, name: str, kind: bytes = tarfile.REGTYPE) -> Path:
     return file
 
 
-@pytest.mark.parametrize("name", ["../a.cls", "/a.cls", "x/../../a.cls", "..\\a.cls"])
-def test_a_shard_names_members_of_its_own(tmp_path: Path, name: str) -> None:
-    with pytest.raises(InputError, match="^data.source = .*leaves its folder"):
-        open_splits(str(tar(tmp_path / "data.tar", name)), holdout=2)
+def test_a_shard_names_members_of_its_own_and_holds_files_alone(tmp_path: Path) -> None:
+    members = [(name, tarfile.REGTYPE) for name in ("../a.cls", "/a.cls", "x/../../a.cls", "..\\a.cls")]
+    kinds = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE)
+    for name, kind in [*members, *(("a.cls", kind) for kind in kinds)]:
+        shard = tar(tmp_path / "data.tar", name, kind)
+        with refused("data.source", str(shard), name):
+            open_splits(str(shard), holdout=2)
+    assert open_splits(str(tar(tmp_path / "whole.tar", "a.cls")), split="train", validation_split="train")
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
-def test_a_shard_holds_files_alone(tmp_path: Path, kind: bytes) -> None:
-    with pytest.raises(InputError, match="^data.source = .*is no file"):
-        open_splits(str(tar(tmp_path / "data.tar", "a.cls", kind)), holdout=2)
-
-
-@pytest.mark.parametrize("name", ["../out.arrow", "/out.arrow", "a/../../out.arrow", "", None, 3])
-def test_a_saved_data_set_names_files_of_its_own(tmp_path: Path, name: Any) -> None:
+def test_a_saved_data_set_names_files_of_its_own(tmp_path: Path) -> None:
     folder = tmp_path / "saved"
     datasets.Dataset.from_dict({"label": [0, 1]}).save_to_disk(str(folder))
     state = json.loads((folder / "state.json").read_text())
-    (folder / "state.json").write_text(json.dumps(state | {"_data_files": [{"filename": name}]}))
-    with pytest.raises(InputError, match="^data.source = .*no file in it"):
-        open_splits(str(folder), holdout=2)
+    for name in ("../out.arrow", "/out.arrow", "a/../../out.arrow", "", None, 3):
+        (folder / "state.json").write_text(json.dumps(state | {"_data_files": [{"filename": name}]}))
+        with refused("data.source", str(folder), f"names {name!r}"):
+            open_splits(str(folder), holdout=2)
 
 
 BENCHMARK = "fusion.yaml"
@@ -471,13 +468,12 @@ def test_a_benchmark_imports_nothing_unless_trusted(cli: Cli, tiny: Tree, payloa
 # ---------------------------------------------------------------------------------------------------------- permission
 
 
-@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC])
-def test_what_the_disk_refuses_is_one_line(
-    cli: Cli, tiny_file: Path, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise OSError(code, "said", str(tiny_file))
+def test_what_the_disk_refuses_is_one_line(cli: Cli, tiny_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for code in (errno.EACCES, errno.EROFS, errno.ENOSPC):
 
-    monkeypatch.setattr(Path, "is_file", refuse)
-    answer = cli("show", tiny_file)
-    assert answer.code == 1 and str(tiny_file) in answer.err and answer.err.count("\n") == 1
+        def refuse(*_: Any, **__: Any) -> None:
+            raise OSError(code, "said", str(tiny_file))
+
+        monkeypatch.setattr(Path, "is_file", refuse)
+        answer = cli("show", tiny_file)
+        assert answer.code == 1 and str(tiny_file) in answer.err and answer.err.count("\n") == 1

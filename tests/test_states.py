@@ -85,35 +85,28 @@ def given(distribution: str) -> dict[str, StateProbabilities]:
     return {**probabilities, ANCHOR: probabilities[ANCHOR]._replace(aggregated=0.0)}
 
 
-@pytest.mark.parametrize("flag", ["observed", "aggregated"])
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_every_subset_has_the_frequency_of_the_closed_form(distribution: str, flag: str) -> None:
-    closed_form = {"observed": OBSERVED, "aggregated": AGGREGATED}[flag][distribution]
-    flags = getattr(draw(distribution, given(distribution), torch.arange(COUNT)), flag)
-    expected = {chosen: closed_form(chosen, LAWS_OF) for chosen in subsets(sorted(LAWS_OF))}
-    if flag == "aggregated":
-        expected = {chosen: p for chosen, p in expected.items() if ANCHOR not in chosen}
-    assert sum(expected.values()) == pytest.approx(1.0)
-    for chosen, p in expected.items():  # 16 comparisons, each off by 4.5 standard errors with probability 7e-6
-        assert abs(share(flags, chosen) - p) <= 4.5 * math.sqrt(p * (1 - p) / COUNT), sorted(chosen)
+def test_every_subset_has_the_frequency_of_the_closed_form() -> None:
+    for flag, distribution in itertools.product(["observed", "aggregated"], DISTRIBUTIONS):
+        closed_form = {"observed": OBSERVED, "aggregated": AGGREGATED}[flag][distribution]
+        flags = getattr(draw(distribution, given(distribution), torch.arange(COUNT)), flag)
+        expected = {chosen: closed_form(chosen, LAWS_OF) for chosen in subsets(sorted(LAWS_OF))}
+        if flag == "aggregated":
+            expected = {chosen: p for chosen, p in expected.items() if ANCHOR not in chosen}
+        assert sum(expected.values()) == pytest.approx(1.0)
+        for chosen, p in expected.items():  # 16 comparisons, each off by 4.5 standard errors with probability 7e-6
+            assert abs(share(flags, chosen) - p) <= 4.5 * math.sqrt(p * (1 - p) / COUNT), sorted(chosen)
 
 
-@pytest.mark.parametrize("distribution", [StatesConfig().distribution, "half_alone"])
-@pytest.mark.parametrize("names", [["label"], ["a", "b", "c", "d", "e"]])
-def test_by_default_every_subset_occurs(names: list[str], distribution: str) -> None:
-    states = StatesConfig(distribution=distribution)
-    probabilities = {name: StateProbabilities(states.aggregated, states.observed) for name in names}
-    probabilities[ANCHOR] = StateProbabilities(0.0, states.anchor_observed)
-    flags = draw(
-        states.distribution,
-        {name: DISTRIBUTIONS[states.distribution].probabilities(pair) for name, pair in probabilities.items()},
-        torch.arange(200_000),
-    )
-    bits = [
-        flags.observed[name] for name in sorted(probabilities)
-    ]  # the rarest of 2^6 subsets has p = 0.3^5 · 0.15 = 3.6e-4
-    codes = sum(bit.long() << k for k, bit in enumerate(bits))
-    assert len(codes.unique()) == 2 ** len(probabilities)
+def test_by_default_every_subset_occurs() -> None:
+    for distribution, names in itertools.product([StatesConfig().distribution, "half_alone"], [["label"], [*"abcde"]]):
+        states = StatesConfig(distribution=distribution)
+        probabilities = {name: StateProbabilities(states.aggregated, states.observed) for name in names}
+        probabilities[ANCHOR] = StateProbabilities(0.0, states.anchor_observed)
+        chosen = {name: DISTRIBUTIONS[distribution].probabilities(pair) for name, pair in probabilities.items()}
+        flags = draw(distribution, chosen, torch.arange(200_000))
+        # the rarest of 2^6 subsets has p = 0.3^5 · 0.15 = 3.6e-4
+        codes = sum(flags.observed[name].long() << k for k, name in enumerate(sorted(probabilities)))
+        assert len(codes.unique()) == 2 ** len(probabilities), (distribution, names)
 
 
 def test_alone_means_alone_and_the_aggregated_flags_do_not_depend_on_it() -> None:
@@ -127,15 +120,15 @@ def test_alone_means_alone_and_the_aggregated_flags_do_not_depend_on_it() -> Non
         assert abs(rate - p) <= 4.5 * math.sqrt(p * (1 - p) / int(seen.sum()))
 
 
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_any_split_of_the_batch_draws_the_same(distribution: str) -> None:
-    whole = draw(distribution, LAWS_OF, torch.arange(24))
-    for parts in (torch.arange(24).chunk(4), [torch.arange(0, 24, 2), torch.arange(1, 24, 2)]):
-        for positions in parts:
-            part = draw(distribution, LAWS_OF, positions)
-            for flags, other in zip(part, whole, strict=True):
-                assert flags.keys() == other.keys() == LAWS_OF.keys()
-                assert all(torch.equal(flags[name], other[name][positions]) for name in flags)
+def test_any_split_of_the_batch_draws_the_same() -> None:
+    for distribution in DISTRIBUTIONS:
+        whole = draw(distribution, LAWS_OF, torch.arange(24))
+        for parts in (torch.arange(24).chunk(4), [torch.arange(0, 24, 2), torch.arange(1, 24, 2)]):
+            for positions in parts:
+                part = draw(distribution, LAWS_OF, positions)
+                for flags, other in zip(part, whole, strict=True):
+                    assert flags.keys() == other.keys() == LAWS_OF.keys()
+                    assert all(torch.equal(flags[name], other[name][positions]) for name in flags)
 
 
 def test_steps_and_seeds_differ() -> None:

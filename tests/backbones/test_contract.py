@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 from networks import LAYERS as UNET
 from networks import alive
@@ -33,7 +33,6 @@ CASES = [
     Case("unet", (3, 8, 8), {**UNET, "patch_size": 2, "input_skip": True}),
     Case("unet", (2, 8, 16), {**UNET, "patch_size": 2, "context_grid": 2}),
 ]
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.kind}-{CASES.index(case)}")
 Inputs = tuple[Tensor, Tensor, Observation]
 
 
@@ -60,85 +59,85 @@ def test_every_kind_is_tested() -> None:
     assert {case.kind for case in CASES} == set(BACKBONES)
 
 
-@every_case
-def test_shapes_are_those_that_widths_promise(case: Case) -> None:
-    widths, (_, height, width) = BACKBONES[case.kind].widths(**case.settings), case.space
-    output = build(case)(*inputs(case))
-    assert output.prediction.shape == (3, *case.space)
-    assert height % widths.stride == width % widths.stride == 0
-    assert output.features.shape == (3, widths.features, height // widths.stride, width // widths.stride)
-    assert output.pooled.shape == (3, widths.pooled)
-    assert all(tensor.isfinite().all() for tensor in output)
+def test_shapes_are_those_that_widths_promise() -> None:
+    for case in CASES:
+        widths, (_, height, width) = BACKBONES[case.kind].widths(**case.settings), case.space
+        output = build(case)(*inputs(case))
+        assert output.prediction.shape == (3, *case.space)
+        assert height % widths.stride == width % widths.stride == 0
+        assert output.features.shape == (3, widths.features, height // widths.stride, width // widths.stride)
+        assert output.pooled.shape == (3, widths.pooled)
+        assert all(tensor.isfinite().all() for tensor in output)
 
 
-@every_case
-def test_samples_do_not_see_one_another(case: Case) -> None:
-    backbone, batch = build(case), inputs(case)
-    parts = [backbone(*part(batch, rows)) for rows in (slice(0, 2), slice(2, 3))]
-    for whole, *pieces in zip(backbone(*batch), *parts, strict=True):
-        torch.testing.assert_close(torch.cat(pieces), whole, rtol=1e-4, atol=1e-5)
+def test_samples_do_not_see_one_another() -> None:
+    for case in CASES:
+        backbone, batch = build(case), inputs(case)
+        parts = [backbone(*part(batch, rows)) for rows in (slice(0, 2), slice(2, 3))]
+        for whole, *pieces in zip(backbone(*batch), *parts, strict=True):
+            torch.testing.assert_close(torch.cat(pieces), whole, rtol=1e-4, atol=1e-5)
 
 
-@every_case
-@pytest.mark.parametrize("changed", ["sample", "timestep", "channels", "flags"])
-def test_every_input_matters_to_every_output(case: Case, changed: str) -> None:
-    backbone, (sample, timestep, observation) = build(case), inputs(case)
-    variants = {
-        "sample": (sample + 1, timestep, observation),
-        "timestep": (sample, timestep + 1, observation),
-        "channels": (sample, timestep, observation._replace(channels=observation.channels + 1)),
-        "flags": (sample, timestep, observation._replace(flags=1 - observation.flags)),
-    }
-    for before, after in zip(backbone(sample, timestep, observation), backbone(*variants[changed]), strict=True):
-        assert not torch.allclose(before, after, rtol=1e-3, atol=1e-4)
+def test_every_input_matters_to_every_output() -> None:
+    for case, changed in itertools.product(CASES, ["sample", "timestep", "channels", "flags"]):
+        backbone, (sample, timestep, observation) = build(case), inputs(case)
+        variants = {
+            "sample": (sample + 1, timestep, observation),
+            "timestep": (sample, timestep + 1, observation),
+            "channels": (sample, timestep, observation._replace(channels=observation.channels + 1)),
+            "flags": (sample, timestep, observation._replace(flags=1 - observation.flags)),
+        }
+        for before, after in zip(backbone(sample, timestep, observation), backbone(*variants[changed]), strict=True):
+            assert not torch.allclose(before, after, rtol=1e-3, atol=1e-4)
 
 
-@every_case
-def test_every_flag_and_every_channel_matters(case: Case) -> None:
-    backbone, (sample, timestep, observation) = build(case), inputs(case)
-    before = backbone(sample, timestep, observation).prediction
-    for name, count in (("flags", FLAGS), ("channels", OBSERVED)):
-        for index in range(count):
-            changed = getattr(observation, name).clone()
-            changed[:, index] += 1
-            after = backbone(sample, timestep, observation._replace(**{name: changed})).prediction
-            assert not torch.allclose(before, after, rtol=1e-3, atol=1e-4), (name, index)
+def test_every_flag_and_every_channel_matters() -> None:
+    for case in CASES:
+        backbone, (sample, timestep, observation) = build(case), inputs(case)
+        before = backbone(sample, timestep, observation).prediction
+        for name, count in (("flags", FLAGS), ("channels", OBSERVED)):
+            for index in range(count):
+                changed = getattr(observation, name).clone()
+                changed[:, index] += 1
+                after = backbone(sample, timestep, observation._replace(**{name: changed})).prediction
+                assert not torch.allclose(before, after, rtol=1e-3, atol=1e-4), (name, index)
 
 
-@every_case
-def test_gradients_reach_every_parameter(case: Case) -> None:
-    backbone = build(case)
-    generator = torch.Generator().manual_seed(2)
-    loss = sum((torch.randn(out.shape, generator=generator) * out).sum() for out in backbone(*inputs(case)))
-    loss.backward()
-    for name, parameter in backbone.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), name  # 0 for keys' biases: softmax
+def test_gradients_reach_every_parameter() -> None:
+    for case in CASES:
+        backbone = build(case)
+        generator = torch.Generator().manual_seed(2)
+        loss = sum((torch.randn(out.shape, generator=generator) * out).sum() for out in backbone(*inputs(case)))
+        loss.backward()
+        for name, parameter in backbone.named_parameters():
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), name  # 0 for keys' biases: softmax
 
 
-@every_case
-def test_slots_name_every_layer_that_depends_on_the_modalities(case: Case) -> None:
-    def made(observed: int, flags: int) -> tuple[Backbone, dict[str, Axes]]:
-        backbone = BACKBONES[case.kind](case.space, observed, flags, **case.settings)
-        return backbone, backbone.slots(slots(range(observed)), slots(range(flags)))
+def test_slots_name_every_layer_that_depends_on_the_modalities() -> None:
+    for case in CASES:
 
-    (one, axes), (other, _) = made(OBSERVED, FLAGS), made(OBSERVED + 1, FLAGS + 2)
-    state, larger = one.state_dict(), other.state_dict()
-    assert {name for name in state if state[name].shape != larger[name].shape} == set(axes)
-    for name, found in axes.items():
-        for dim, axis in found.items():
-            assert len({slot.key for slot in axis.slots}) == len(axis.slots) == state[name].shape[dim]
+        def made(observed: int, flags: int) -> tuple[Backbone, dict[str, Axes]]:
+            backbone = BACKBONES[case.kind](case.space, observed, flags, **case.settings)
+            return backbone, backbone.slots(slots(range(observed)), slots(range(flags)))
 
-
-@every_case
-def test_state_dict_carries_everything(case: Case) -> None:
-    one, other, batch = build(case, seed=0), build(case, seed=1), inputs(case)
-    assert not torch.equal(one(*batch).prediction, other(*batch).prediction)
-    other.load_state_dict(one.state_dict(), strict=True)
-    assert all(map(torch.equal, one(*batch), other(*batch)))
+        (one, axes), (other, _) = made(OBSERVED, FLAGS), made(OBSERVED + 1, FLAGS + 2)
+        state, larger = one.state_dict(), other.state_dict()
+        assert {name for name in state if state[name].shape != larger[name].shape} == set(axes)
+        for name, found in axes.items():
+            for dim, axis in found.items():
+                assert len({slot.key for slot in axis.slots}) == len(axis.slots) == state[name].shape[dim]
 
 
-@every_case
-def test_double_precision_is_kept(case: Case) -> None:
-    sample, timestep, observation = inputs(case)
-    output = build(case).double()(sample.double(), timestep, Observation(*(x.double() for x in observation)))
-    assert all(tensor.dtype == torch.float64 for tensor in output)
+def test_state_dict_carries_everything() -> None:
+    for case in CASES:
+        one, other, batch = build(case, seed=0), build(case, seed=1), inputs(case)
+        assert not torch.equal(one(*batch).prediction, other(*batch).prediction)
+        other.load_state_dict(one.state_dict(), strict=True)
+        assert all(map(torch.equal, one(*batch), other(*batch)))
+
+
+def test_double_precision_is_kept() -> None:
+    for case in CASES:
+        sample, timestep, observation = inputs(case)
+        output = build(case).double()(sample.double(), timestep, Observation(*(x.double() for x in observation)))
+        assert all(tensor.dtype == torch.float64 for tensor in output)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
+from unittest.mock import ANY
 
-import pytest
 import torch
 from networks import LAYERS as TINY
+from refusals import refused
 
 from mmdiff.backbones import Observation, UNet
-from mmdiff.errors import InputError
 
 SPACE, OBSERVED, FLAGS = (1, 8, 8), 2, 4
 
@@ -23,17 +24,16 @@ def observation(count: int) -> Observation:
     return Observation(torch.zeros(count, OBSERVED, *SPACE[1:]), torch.zeros(count, FLAGS))
 
 
-@pytest.mark.parametrize("layers_per_block", [1, 2])
-@pytest.mark.parametrize("attention", [None, [True, False], [False, False]])
 @torch.no_grad()
-def test_without_flags_it_is_diffusers_forward_bit_for_bit(layers_per_block: int, attention: list[bool] | None) -> None:
-    backbone = unet(attention=attention, layers_per_block=layers_per_block)
-    torch.nn.init.normal_(backbone.unet.conv_out.weight)
-    sample, timestep = torch.randn(3, *SPACE), torch.tensor([0, 5, 999])
-    for channels in (torch.zeros(3, OBSERVED, 8, 8), torch.randn(3, OBSERVED, 8, 8)):
-        prediction = backbone(sample, timestep, observation(3)._replace(channels=channels)).prediction
-        assert prediction.abs().max() > 0.1  # of random weights: not the fresh network's zero
-        assert torch.equal(prediction, backbone.unet(torch.cat([sample, channels], dim=1), timestep).sample)
+def test_without_flags_it_is_diffusers_forward_bit_for_bit() -> None:
+    for layers_per_block, attention in itertools.product([1, 2], [None, [True, False], [False, False]]):
+        backbone = unet(attention=attention, layers_per_block=layers_per_block)
+        torch.nn.init.normal_(backbone.unet.conv_out.weight)
+        sample, timestep = torch.randn(3, *SPACE), torch.tensor([0, 5, 999])
+        for channels in (torch.zeros(3, OBSERVED, 8, 8), torch.randn(3, OBSERVED, 8, 8)):
+            prediction = backbone(sample, timestep, observation(3)._replace(channels=channels)).prediction
+            assert prediction.abs().max() > 0.1  # of random weights: not the fresh network's zero
+            assert torch.equal(prediction, backbone.unet(torch.cat([sample, channels], dim=1), timestep).sample)
 
 
 @torch.no_grad()
@@ -47,11 +47,11 @@ def test_without_observation_weights_channels_and_flags_are_not_seen() -> None:
     assert all(map(torch.equal, seen, backbone(sample, timestep, observation(3))))
 
 
-@pytest.mark.parametrize("patch_size", [1, 2])
-def test_a_fresh_network_predicts_zero(patch_size: int) -> None:
-    output = unet(patch_size=patch_size)(torch.randn(2, *SPACE), torch.arange(2), observation(2))
-    assert not output.prediction.any()
-    assert output.features.any()
+def test_a_fresh_network_predicts_zero() -> None:
+    for patch_size in [1, 2]:
+        output = unet(patch_size=patch_size)(torch.randn(2, *SPACE), torch.arange(2), observation(2))
+        assert not output.prediction.any()
+        assert output.features.any()
 
 
 @torch.no_grad()
@@ -68,34 +68,38 @@ def test_patches_are_diffusers_forward_on_unshuffled_pixels() -> None:
         assert torch.equal(actual[:, i::2, j::2], expected[:, k])
 
 
-@pytest.mark.parametrize(("patch_size", "expected"), [(1, (8, 24, 1)), (2, (8, 24, 2))])
-def test_widths_follow_the_levels(patch_size: int, expected: tuple[int, int, int]) -> None:
+def test_widths_follow_the_levels() -> None:
     """Features have the finest level's 8 channels, one position per patch; pooled is 16 + 8 wide."""
-    assert UNet.widths(**TINY, patch_size=patch_size) == expected
+    for patch_size, expected in [(1, (8, 24, 1)), (2, (8, 24, 2))]:
+        assert UNet.widths(**TINY, patch_size=patch_size) == expected
 
 
-@pytest.mark.parametrize(
-    ("space", "settings", "text"),
-    [
-        ((1, 6, 8), {"block_out_channels": [8, 8, 8]}, "multiple of 4, the data have (6, 8)"),
-        ((1, 8, 6), {"block_out_channels": [8, 8, 8]}, "multiple of 4, the data have (8, 6)"),
-        ((1, 6, 6), {"patch_size": 2}, "multiple of 4, the data have (6, 6)"),
-        (SPACE, {"attention": [True]}, "backbone.attention = [True]: needs 2 entries"),
-        (SPACE, {"block_out_channels": [8, 18]}, "multiple of norm_num_groups = 4"),
-        (SPACE, {"block_out_channels": [8, 12]}, "multiple of attention_head_dim = 8"),
-        (SPACE, {"block_out_channels": [12, 16], "attention": [True, True]}, "multiple of attention_head_dim = 8"),
-        (SPACE, {"block_out_channels": [8, 12], "attention": [False, False]}, "multiple of attention_head_dim = 8"),
-        (SPACE, {"patch_size": 3}, "backbone.patch_size = 3: its square must divide block_out_channels[0] = 8"),
-        (SPACE, {"patch_size": 0}, "backbone.patch_size = 0: "),
-        (SPACE, {"context_grid": 3}, "backbone.context_grid = 3: must divide"),
-        (SPACE, {"context_grid": -1}, "backbone.context_grid = -1: needs 0 "),
-    ],
-)
-def test_impossible_settings_are_refused(space: tuple[int, int, int], settings: dict[str, Any], text: str) -> None:
-    with pytest.raises(InputError) as caught:
-        UNet(space, OBSERVED, FLAGS, **{**TINY, **settings})
-    assert text in str(caught.value)
-    assert str(caught.value).startswith("backbone.")
+IMPOSSIBLE = [  # the key, its value, and what the line names beside them
+    ((1, 6, 8), {"block_out_channels": [8, 8, 8]}, "block_out_channels", [8, 8, 8], "4", "(6, 8)"),
+    ((1, 8, 6), {"block_out_channels": [8, 8, 8]}, "block_out_channels", [8, 8, 8], "4", "(8, 6)"),
+    ((1, 6, 6), {"patch_size": 2}, "block_out_channels", [8, 16], "4", "(6, 6)"),
+    (SPACE, {"attention": [True]}, "attention", [True], "2"),
+    (SPACE, {"block_out_channels": [8, 18]}, "block_out_channels", ANY, "norm_num_groups = 4"),
+    (SPACE, {"block_out_channels": [8, 12]}, "block_out_channels", ANY, "attention_head_dim = 8"),
+    (
+        SPACE,
+        {"block_out_channels": [12, 16], "attention": [True, True]},
+        "block_out_channels",
+        ANY,
+        "attention_head_dim",
+    ),
+    (SPACE, {"block_out_channels": [8, 12], "attention": [False] * 2}, "block_out_channels", ANY, "attention_head"),
+    (SPACE, {"patch_size": 3}, "patch_size", 3, "block_out_channels[0] = 8"),
+    (SPACE, {"patch_size": 0}, "patch_size", 0),
+    (SPACE, {"context_grid": 3}, "context_grid", 3),
+    (SPACE, {"context_grid": -1}, "context_grid", -1),
+]
+
+
+def test_impossible_settings_are_refused() -> None:
+    for space, settings, key, value, *facts in IMPOSSIBLE:
+        with refused(f"backbone.{key}", value, *facts):
+            UNet(space, OBSERVED, FLAGS, **{**TINY, **settings})
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from collections.abc import Callable
@@ -58,23 +59,22 @@ def assert_close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 # ------------------------------------------------------------------------------------------------------------- splits
 
 
-@pytest.mark.parametrize("final_read", [True, False])
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("size", [1, 24, 63])
-def test_a_split_batch_gives_the_same_samples(load: Load, solver: str, size: int, final_read: bool) -> None:
-    pipe, count = load(solver), 8 if size == 1 else COUNT
-    whole = sample(pipe, count, final_read=final_read)
-    assert_close(whole, sample(pipe, count, max_batch_size=size, final_read=final_read))
-    assert not torch.allclose(whole["image"][0], whole["image"][1], atol=1e-2)
+def test_a_split_batch_gives_the_same_samples(load: Load, solver: str) -> None:
+    for final_read, size in itertools.product([True, False], [1, 24, 63]):
+        pipe, count = load(solver), 8 if size == 1 else COUNT
+        whole = sample(pipe, count, final_read=final_read)
+        assert_close(whole, sample(pipe, count, max_batch_size=size, final_read=final_read))
+        assert not torch.allclose(whole["image"][0], whole["image"][1], atol=1e-2)
 
 
-@pytest.mark.parametrize("name", EIGHT)
-def test_what_is_observed_is_split_with_the_samples(load: Load, name: str) -> None:
-    pipe = load()
-    whole = sample(pipe, 8, observed={name: EIGHT[name]}, guidance_scale=2.0)
-    parts = sample(pipe, 8, observed={name: EIGHT[name]}, guidance_scale={name: 2.0}, max_batch_size=3)
-    assert_close(whole, parts)
-    assert torch.equal(parts[name], EIGHT[name])
+def test_what_is_observed_is_split_with_the_samples(load: Load) -> None:
+    for name in EIGHT:
+        pipe = load()
+        whole = sample(pipe, 8, observed={name: EIGHT[name]}, guidance_scale=2.0)
+        parts = sample(pipe, 8, observed={name: EIGHT[name]}, guidance_scale={name: 2.0}, max_batch_size=3)
+        assert_close(whole, parts)
+        assert torch.equal(parts[name], EIGHT[name])
 
 
 def test_one_value_for_all_is_observed_in_every_batch(load: Load) -> None:
@@ -110,22 +110,20 @@ def test_a_batch_is_never_larger_than_asked(load: Load) -> None:
     assert seen == [3] * (2 * STEPS + 2) + [1] * (STEPS + 1)  # and the final read of each
 
 
-@pytest.mark.parametrize(("size", "begins", "ends"), [(None, "0/2", "2/2"), (4, "0/2", "2/2"), (3, "0/4", "4/4")])
-def test_there_is_one_progress_bar(
-    load: Load, size: int | None, begins: str, ends: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_there_is_one_progress_bar(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
     """Of steps, or of samples where there are several batches."""
-    pipe = load()
-    pipe.set_progress_bar_config(desc="drawing", mininterval=0)
-    sample(pipe, 4, num_inference_steps=2, max_batch_size=size)
-    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line]
-    counts = [line.split("|")[2].split()[0] for line in lines]
-    assert counts.count(begins) == 1 and counts[0] == begins and counts[-1] == ends
-    assert all(line.startswith("drawing") for line in lines)
-    assert pipe._progress_bar_config == {"desc": "drawing", "mininterval": 0}
-    pipe.set_progress_bar_config(disable=True)
-    sample(pipe, 4, num_inference_steps=2, max_batch_size=size)
-    assert capsys.readouterr().err == ""
+    for size, begins, ends in [(None, "0/2", "2/2"), (4, "0/2", "2/2"), (3, "0/4", "4/4")]:
+        pipe = load()
+        pipe.set_progress_bar_config(desc="drawing", mininterval=0)
+        sample(pipe, 4, num_inference_steps=2, max_batch_size=size)
+        lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line]
+        counts = [line.split("|")[2].split()[0] for line in lines]
+        assert counts.count(begins) == 1 and counts[0] == begins and counts[-1] == ends
+        assert all(line.startswith("drawing") for line in lines)
+        assert pipe._progress_bar_config == {"desc": "drawing", "mininterval": 0}
+        pipe.set_progress_bar_config(disable=True)
+        sample(pipe, 4, num_inference_steps=2, max_batch_size=size)
+        assert capsys.readouterr().err == ""
 
 
 # ---------------------------------------------------------------------------------------------------------- precision
@@ -146,10 +144,10 @@ def test_bfloat16_agrees_with_float32(load: Load, solver: str, error: float) -> 
             assert float((found[name] == values).double().mean()) >= 0.9, name
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_in_bfloat16_too_a_split_batch_gives_the_same_samples(load: Load, solver: str) -> None:
-    pipe = load(solver).to(torch.bfloat16)
-    assert_close(sample(pipe, 12), sample(pipe, 12, max_batch_size=5))
+def test_in_bfloat16_too_a_split_batch_gives_the_same_samples(load: Load) -> None:
+    for solver in SOLVERS:
+        pipe = load(solver).to(torch.bfloat16)
+        assert_close(sample(pipe, 12), sample(pipe, 12, max_batch_size=5))
 
 
 def test_loading_in_bfloat16_is_converting_to_it(load: Load, tmp_path: Path) -> None:
@@ -166,13 +164,13 @@ def test_loading_in_bfloat16_is_converting_to_it(load: Load, tmp_path: Path) -> 
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("name", [*EIGHT, "image", "masked_image", "depth"])
-def test_what_is_observed_is_returned_bit_by_bit_by_a_network_of_bfloat16(load: Load, name: str) -> None:
-    pipe = load().to(torch.bfloat16)
-    values = pipe.model.modalities[name].examples(4, Generator().manual_seed(0))
-    samples = sample(pipe, 4, observed={name: values}, guidance_scale=1.5)
-    assert torch.equal(samples[name], values)
-    assert all(x.dtype in (torch.float32, torch.int64) and x.isfinite().all() for x in samples.values())
+def test_what_is_observed_is_returned_bit_by_bit_by_a_network_of_bfloat16(load: Load) -> None:
+    for name in [*EIGHT, "image", "masked_image", "depth"]:
+        pipe = load().to(torch.bfloat16)
+        values = pipe.model.modalities[name].examples(4, Generator().manual_seed(0))
+        samples = sample(pipe, 4, observed={name: values}, guidance_scale=1.5)
+        assert torch.equal(samples[name], values)
+        assert all(x.dtype in (torch.float32, torch.int64) and x.isfinite().all() for x in samples.values())
 
 
 def test_only_the_networks_compute_in_bfloat16(load: Load) -> None:

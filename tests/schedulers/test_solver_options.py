@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 
 from mmdiff.errors import InputError
 from mmdiff.schedulers import SCHEDULERS, MTScheduler
@@ -79,62 +80,46 @@ def test_every_combination_is_finite(kind: str, solver: str) -> None:
         finite_or_refused(kind, solver, chosen, 1000, range(1, 66, 16))
 
 
-@pytest.mark.parametrize(
-    ("kind", "solver", "options"),
-    [
-        ("diffusion", UNIPC, {"lower_order_final": False}),
-        ("diffusion", UNIPC, {"solver_type": "bh1"}),
-        ("diffusion", UNIPC, {"predict_x0": False}),
-        ("flow_match", UNIPC, {"lower_order_final": False}),
-        ("flow_match", UNIPC, {"solver_type": "bh1"}),
-        ("diffusion", UNIPC, {"disable_corrector": [-1]}),
-        ("diffusion", DDIM, {"eta": 1.5}),
-        ("diffusion", DDIM, {"eta": -0.1}),
-        ("diffusion", DDIM, {"eta": float("nan")}),
-        ("diffusion", DDIM, {"eta": "much"}),
-        ("diffusion", DDIM, {"eta": True}),
-        ("diffusion", DDIM, {"steps_offset": -1}),
-        ("diffusion", DDIM, {"steps_offset": 10**30}),
-        ("diffusion", DDPM, {"variance_type": "fixed_large_log"}),
-        ("diffusion", DDPM, {"variance_type": "learned_range"}),
-        ("diffusion", DPM, {"algorithm_type": "dpmsolver"}),
-        ("diffusion", DPM, {"algorithm_type": "dpm"}),
-        ("diffusion", DPM, {"solver_type": "bh2"}),
-        ("diffusion", DPM, {"solver_order": 0}),
-        ("diffusion", DPM, {"solver_order": 4}),
-        ("diffusion", DPM, {"solver_order": 2.5}),
-        ("diffusion", DPM, {"final_sigmas_type": "sigma_min"}),
-        ("diffusion", UNIPC, {"final_sigmas_type": "one"}),
-        ("diffusion", DPM, {"lambda_min_clipped": -5.1}),
-        ("diffusion", "DEISMultistepScheduler", {"solver_type": "midpoint"}),
-        ("flow_match", DPM, {"flow_shift": 0.0}),
-        ("flow_match", DPM, {"flow_shift": -1.0}),
-        ("flow_match", DPM, {"flow_shift": float("inf")}),
-        ("flow_match", DPM, {"flow_shift": 1e30}),
-        ("flow_match", UNIPC, {"flow_shift": 1e-30}),
-        ("flow_match", "FlowMatchEulerDiscreteScheduler", {"shift": 0}),
-        ("flow_match", "FlowMatchEulerDiscreteScheduler", {"shift": "3"}),
-    ],
-)
-def test_a_value_that_is_undocumented_or_gives_nan_is_refused_by_name(
-    kind: str, solver: str, options: dict[str, Any]
-) -> None:
-    with pytest.raises(InputError) as refusal:
-        SCHEDULERS[kind](solver=solver, solver_config=options)
-    assert refusal.value.key == f"solver_config.{next(iter(options))}"
+UNDOCUMENTED = [
+    ("diffusion", UNIPC, {"lower_order_final": False}),
+    ("diffusion", UNIPC, {"solver_type": "bh1"}),
+    ("diffusion", UNIPC, {"predict_x0": False}),
+    ("flow_match", UNIPC, {"lower_order_final": False}),
+    ("flow_match", UNIPC, {"solver_type": "bh1"}),
+    ("diffusion", UNIPC, {"disable_corrector": [-1]}),
+    ("diffusion", DDIM, {"eta": 1.5}),
+    ("diffusion", DDIM, {"eta": -0.1}),
+    ("diffusion", DDIM, {"eta": float("nan")}),
+    ("diffusion", DDIM, {"eta": "much"}),
+    ("diffusion", DDIM, {"eta": True}),
+    ("diffusion", DDIM, {"steps_offset": -1}),
+    ("diffusion", DDIM, {"steps_offset": 10**30}),
+    ("diffusion", DDPM, {"variance_type": "fixed_large_log"}),
+    ("diffusion", DDPM, {"variance_type": "learned_range"}),
+    ("diffusion", DPM, {"algorithm_type": "dpmsolver"}),
+    ("diffusion", DPM, {"algorithm_type": "dpm"}),
+    ("diffusion", DPM, {"solver_type": "bh2"}),
+    ("diffusion", DPM, {"solver_order": 0}),
+    ("diffusion", DPM, {"solver_order": 4}),
+    ("diffusion", DPM, {"solver_order": 2.5}),
+    ("diffusion", DPM, {"final_sigmas_type": "sigma_min"}),
+    ("diffusion", UNIPC, {"final_sigmas_type": "one"}),
+    ("diffusion", DPM, {"lambda_min_clipped": -5.1}),
+    ("diffusion", "DEISMultistepScheduler", {"solver_type": "midpoint"}),
+    ("flow_match", DPM, {"flow_shift": 0.0}),
+    ("flow_match", DPM, {"flow_shift": -1.0}),
+    ("flow_match", DPM, {"flow_shift": float("inf")}),
+    ("flow_match", DPM, {"flow_shift": 1e30}),
+    ("flow_match", UNIPC, {"flow_shift": 1e-30}),
+    ("flow_match", "FlowMatchEulerDiscreteScheduler", {"shift": 0}),
+    ("flow_match", "FlowMatchEulerDiscreteScheduler", {"shift": "3"}),
+]
 
 
-@pytest.mark.parametrize("steps", [True, 2.5, "10", None, 0, -1, 51])
-def test_a_number_of_steps_is_a_whole_number_from_1_to_T(steps: Any) -> None:
-    with pytest.raises(InputError, match="^num_inference_steps = "):
-        SCHEDULERS["diffusion"](50).set_timesteps(steps)
-
-
-@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
-@pytest.mark.parametrize("kind", SCHEDULERS)
-def test_the_clipping_range_is_positive_and_finite(kind: str, value: float) -> None:
-    with pytest.raises(InputError, match="^clip_sample_range = "):
-        SCHEDULERS[kind](clip_sample_range=value)
+def test_a_value_that_is_undocumented_or_gives_nan_is_refused_by_name() -> None:
+    for kind, solver, options in UNDOCUMENTED:
+        with refused(f"solver_config.{next(iter(options))}"):
+            SCHEDULERS[kind](solver=solver, solver_config=options)
 
 
 NAN, INF = float("nan"), float("inf")
@@ -142,7 +127,7 @@ HOLLOW = [torch.empty((), device="meta"), torch.tensor([1.0]).to_sparse(), torch
 NO_NUMBERS = [None, True, "x", NAN, INF, -INF, [1], {}, 1e300, *HOLLOW]
 WRONG = {
     "num_train_timesteps": [0, -1, 2.5, 2**40, *NO_NUMBERS],
-    "clip_sample_range": NO_NUMBERS,
+    "clip_sample_range": [0.0, -1.0, *NO_NUMBERS],
     "logit_std": [0, *NO_NUMBERS],
     "logit_mean": [None, True, "x", NAN, INF, [1], {}],
     "clip_sample": [None, "no", 1, []],
@@ -168,24 +153,19 @@ WRONG_ENTRIES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("kind", "key", "values"),
-    [(kind, *item) for kind in SCHEDULERS for item in WRONG.items()]
-    + [("diffusion", *item) for item in WRONG_VARIANCES.items()],
-)
-def test_an_argument_of_another_type_or_range_is_refused_by_name(kind: str, key: str, values: list[Any]) -> None:
-    for value in values:
-        with pytest.raises(InputError) as refusal:
-            SCHEDULERS[kind](**{"num_train_timesteps": 50, key: value})
-        assert refusal.value.key == key, value
+def test_an_argument_of_another_type_or_range_is_refused_by_name() -> None:
+    cases = [(kind, *item) for kind in SCHEDULERS for item in WRONG.items()]
+    for kind, key, values in [*cases, *(("diffusion", *item) for item in WRONG_VARIANCES.items())]:
+        for value in values:
+            with refused(key):
+                SCHEDULERS[kind](**{"num_train_timesteps": 50, key: value})
 
 
-@pytest.mark.parametrize(("key", "values"), WRONG_ENTRIES.items())
-def test_an_entry_of_the_weights_is_refused_by_name(key: str, values: list[Any]) -> None:
-    for value in values:
-        with pytest.raises(InputError) as refusal:
-            SCHEDULERS["flow_match"](50, weights={"label": {"schedule": "learned", key: value}})
-        assert refusal.value.key == f"weights.label.{key}", value
+def test_an_entry_of_the_weights_is_refused_by_name() -> None:
+    for key, values in WRONG_ENTRIES.items():
+        for value in values:
+            with refused(f"weights.label.{key}"):
+                SCHEDULERS["flow_match"](50, weights={"label": {"schedule": "learned", key: value}})
 
 
 def test_numbers_of_numpy_and_torch_are_arguments() -> None:
@@ -199,27 +179,33 @@ def test_numbers_of_numpy_and_torch_are_arguments() -> None:
     assert len(SCHEDULERS["flow_match"](torch.tensor(3))) == 3
 
 
+TIMESTEPS = [None, "x", [], NAN, np.array([1, 2]), torch.tensor([1, 2]), torch.tensor([1.0]).to_sparse(), 1j]
+
+
 @pytest.mark.parametrize("kind", SCHEDULERS)
 def test_what_is_asked_of_a_scheduler_is_refused_by_name(kind: str) -> None:
     cls = SCHEDULERS[kind]
     for config in (None, 3, "a/b", [], {1: 2}):
-        with pytest.raises(InputError, match="^config = "):
+        with refused("config"):
             cls.from_config(config)
-    with pytest.raises(InputError, match="^solvr = .*did you mean solver"):
-        cls.from_config(cls(20).config, solvr="DDIMScheduler")
-    with pytest.raises(InputError, match="^weights.label.schedule = 'learned'"):
+    with refused("solvr", DDIM, "did you mean solver"):
+        cls.from_config(cls(20).config, solvr=DDIM)
+    with refused("weights.label.schedule", "learned"):
         cls(2, weights={"label": {"schedule": "learned"}})
-    scheduler = cls(20)
-    with pytest.raises(InputError, match="^constant_encodings = "):
-        scheduler.set_timesteps(3, constant_encodings="no")
-    scheduler.set_timesteps(3)
-    for timestep in (None, "x", [], NAN, np.array([1, 2]), torch.tensor([1, 2]), torch.tensor([1.0]).to_sparse(), 1j):
-        with pytest.raises(InputError, match="^timestep = "):
-            scheduler.step(torch.zeros(1, 1, 2, 2), timestep, torch.zeros(1, 1, 2, 2))
     for place in ("./nowhere", None):
-        with pytest.raises(InputError, match="^scheduler = .*damaged or missing"):
+        with refused("scheduler"):
             cls.from_pretrained(place)
-    with pytest.raises(InputError, match="^count = "):
+    scheduler = cls(50)
+    with refused("constant_encodings", "no"):
+        scheduler.set_timesteps(3, constant_encodings="no")
+    for steps in (True, 2.5, "10", None, 0, -1, 51):
+        with refused("num_inference_steps", steps):
+            scheduler.set_timesteps(steps)
+    scheduler.set_timesteps(3)
+    for timestep in TIMESTEPS:
+        with refused("timestep"):
+            scheduler.step(torch.zeros(1, 1, 2, 2), timestep, torch.zeros(1, 1, 2, 2))
+    with refused("count", "all"):
         scheduler.rewind("all")
 
 
@@ -236,12 +222,12 @@ BETAS = [
 ]
 
 
-@pytest.mark.parametrize("betas", BETAS, ids=str)
 @pytest.mark.parametrize("solver", SCHEDULERS["diffusion"].solvers)
-def test_betas_give_finite_samples_or_are_refused(solver: str, betas: dict[str, Any]) -> None:
-    for zero, prediction in itertools.product((False, True), SCHEDULERS["diffusion"].prediction_types):
-        more = {**betas, "rescale_betas_zero_snr": zero, "prediction_type": prediction}
-        try:
-            finite_or_refused("diffusion", solver, {}, 20, range(1, 21, 6), **more)
-        except InputError as error:
-            assert error.key in ("betas", "prediction_type", "solver")
+def test_betas_give_finite_samples_or_are_refused(solver: str) -> None:
+    for betas in BETAS:
+        for zero, prediction in itertools.product((False, True), SCHEDULERS["diffusion"].prediction_types):
+            more = {**betas, "rescale_betas_zero_snr": zero, "prediction_type": prediction}
+            try:
+                finite_or_refused("diffusion", solver, {}, 20, range(1, 21, 6), **more)
+            except InputError as error:
+                assert error.key in ("betas", "prediction_type", "solver")

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 
 from mmdiff.data.shapes.image_sets import load
 from mmdiff.data.shapes.readers import read_kind, read_label
 from mmdiff.data.shapes.render import COLORS, OCCLUDER, SHAPES
 from mmdiff.data.sources import open_splits
-from mmdiff.errors import InputError
 
 COUNT = 300
 
@@ -101,25 +101,25 @@ def test_strangers_are_striped() -> None:
             assert (inside.sum() > 0.25 * bright.sum()) == stranger
 
 
-@pytest.mark.parametrize(
-    ("image_sets", "key"),
-    [
-        ({"views": 0}, "image_sets.views"),
-        ({"views": [3, 2]}, "image_sets.views"),
-        ({"views": [1, 2, 3]}, "image_sets.views"),
-        ({"visible": 0}, "image_sets.visible"),
-        ({"visible": 2.5}, "image_sets.visible"),
-        ({"distractors": 1.0}, "image_sets.distractors"),
-        ({"distractors": [0.5, 0.1]}, "image_sets.distractors"),
-    ],
-)
-def test_impossible_bags_are_refused(image_sets: dict[str, Any], key: str) -> None:
-    with pytest.raises(InputError, match=f"^{key} = "):
-        load(image_sets=image_sets)
+IMPOSSIBLE = [
+    ({"views": 0}, "image_sets.views"),
+    ({"views": [3, 2]}, "image_sets.views"),
+    ({"views": [1, 2, 3]}, "image_sets.views"),
+    ({"visible": 0}, "image_sets.visible"),
+    ({"visible": 2.5}, "image_sets.visible"),
+    ({"distractors": 1.0}, "image_sets.distractors"),
+    ({"distractors": [0.5, 0.1]}, "image_sets.distractors"),
+]
+
+
+def test_impossible_bags_are_refused() -> None:
+    for image_sets, key in IMPOSSIBLE:
+        with refused(key):
+            load(image_sets=image_sets)
 
 
 def test_bags_are_an_option_of_the_source() -> None:
     train, validation = open_splits("shapes", options={"rows": 5, "validation_rows": 2, "image_sets": {"views": 2}})
     assert len(train) == 5 and len(validation) == 2 and len(train[0]["photos"]) == 2
-    with pytest.raises(InputError, match=r"data.options = .*do not fit shapes"):
+    with refused("data.options", {"image_sets": {"photos": 2}}):
         open_splits("shapes", options={"image_sets": {"photos": 2}})

@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 from scipy import special, stats
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -33,7 +34,6 @@ from mmdiff.data.shapes.render import (
     load,
     mean_direction,
 )
-from mmdiff.errors import InputError
 
 COUNT = 400
 ATTRIBUTES = ["label", "color", "x", "y", "radius"]
@@ -156,14 +156,14 @@ def test_a_table_and_a_loader_with_workers_read_them() -> None:
     assert [float(row["x"]) for row in direct] == [row["x"] for row in rows]
 
 
-@pytest.mark.parametrize(("key", "value"), [("rows", 0), ("validation_rows", -1), ("views", -1), ("size", 8)])
-def test_what_cannot_be_used_is_named(key: str, value: int) -> None:
-    with pytest.raises(InputError, match=f"^{key} = {value}: "):
-        load(**{key: value})
+def test_what_cannot_be_used_is_named() -> None:
+    for key, value in [("rows", 0), ("validation_rows", -1), ("views", -1), ("size", 8)]:
+        with refused(key, value):
+            load(**{key: value})
 
 
 def test_an_unknown_column_is_named() -> None:
-    with pytest.raises(InputError, match="^column = 'depth': the rows have image, "):
+    with refused("column", "depth"):
         load()["train"].select_columns(["image", "depth"])
 
 
@@ -199,13 +199,13 @@ def test_a_mask_is_one_object_of_its_colour_and_size() -> None:
             assert abs((found.max() + 1) / 32 - (centre + radius)) < 1.1 / 32
 
 
-@pytest.mark.parametrize("label", range(len(SHAPES)), ids=SHAPES)
-def test_anti_aliasing_is_the_area_of_the_pixels(label: int) -> None:
-    place = (0.47, 0.53, 0.31)
-    fine = coverage(label, *place, 32 * 16) > 0.5
-    area = fine.reshape(32, 16, 32, 16).mean(axis=(1, 3))
-    difference = np.abs(coverage(label, *place, 32) - area)
-    assert difference.mean() < 0.004 and difference.max() < 0.35  # a corner's distance is no area
+def test_anti_aliasing_is_the_area_of_the_pixels() -> None:
+    for label in range(len(SHAPES)):
+        place = (0.47, 0.53, 0.31)
+        fine = coverage(label, *place, 32 * 16) > 0.5
+        area = fine.reshape(32, 16, 32, 16).mean(axis=(1, 3))
+        difference = np.abs(coverage(label, *place, 32) - area)
+        assert difference.mean() < 0.004 and difference.max() < 0.35  # a corner's distance is no area
 
 
 def test_pictures_are_the_colour_on_dark_grey() -> None:
@@ -296,49 +296,49 @@ def test_norms_are_log_normal_and_independent_of_the_direction() -> None:
 # -------------------------------------------------------------------------------------------------------------- rules
 
 
-@pytest.mark.parametrize(("noise", "least"), [(0.0, 0.99), (0.1, 0.95)])
-def test_masks_are_read_back(noise: float, least: float) -> None:
-    found, truth = read_mask(images(noise)).numpy(), column("mask")
-    overlap = [((found == k) & (truth == k)).sum() / ((found == k) | (truth == k)).sum() for k in range(7)]
-    assert found.shape == truth.shape and found.dtype == np.int64
-    assert np.mean(overlap) >= least
+def test_masks_are_read_back() -> None:
+    for noise, least in [(0.0, 0.99), (0.1, 0.95)]:
+        found, truth = read_mask(images(noise)).numpy(), column("mask")
+        overlap = [((found == k) & (truth == k)).sum() / ((found == k) | (truth == k)).sum() for k in range(7)]
+        assert found.shape == truth.shape and found.dtype == np.int64
+        assert np.mean(overlap) >= least
 
 
-@pytest.mark.parametrize(("noise", "least"), [(0.0, 0.995), (0.1, 0.98)])
-def test_labels_are_read_back(noise: float, least: float) -> None:
-    found = read_label(images(noise))
-    assert found.dtype == torch.int64
-    assert (found.numpy() == column("label")).mean() >= least
+def test_labels_are_read_back() -> None:
+    for noise, least in [(0.0, 0.995), (0.1, 0.98)]:
+        found = read_label(images(noise))
+        assert found.dtype == torch.int64
+        assert (found.numpy() == column("label")).mean() >= least
 
 
-@pytest.mark.parametrize(("noise", "pixels"), [(0.0, 0.03), (0.1, 0.1)])
-def test_attributes_are_read_back(noise: float, pixels: float) -> None:
-    found, truth = read_object(images(noise)), things()
-    assert np.array_equal(found.color, truth.color)
-    for name in ("x", "y", "radius"):
-        error = np.asarray(getattr(found, name)) - getattr(truth, name)
-        assert np.sqrt((error**2).mean()) * 32 < pixels
+def test_attributes_are_read_back() -> None:
+    for noise, pixels in [(0.0, 0.03), (0.1, 0.1)]:
+        found, truth = read_object(images(noise)), things()
+        assert np.array_equal(found.color, truth.color)
+        for name in ("x", "y", "radius"):
+            error = np.asarray(getattr(found, name)) - getattr(truth, name)
+            assert np.sqrt((error**2).mean()) * 32 < pixels
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.1])
-def test_embeddings_recover_their_row_among_64(noise: float) -> None:
-    queries, rows = read_embedding(images(noise)), directions()
-    assert queries.dtype == torch.float32 and queries.shape == (COUNT, EMBEDDING_SIZE)
-    random, hits = np.random.default_rng(0), []
-    for _ in range(100):
-        chosen = random.choice(COUNT, 64, replace=False)
-        hits.append((queries.numpy()[chosen] @ rows[chosen].T).argmax(axis=1) == np.arange(64))
-    assert np.mean(hits) >= 0.99
+def test_embeddings_recover_their_row_among_64() -> None:
+    for noise in [0.0, 0.1]:
+        queries, rows = read_embedding(images(noise)), directions()
+        assert queries.dtype == torch.float32 and queries.shape == (COUNT, EMBEDDING_SIZE)
+        random, hits = np.random.default_rng(0), []
+        for _ in range(100):
+            chosen = random.choice(COUNT, 64, replace=False)
+            hits.append((queries.numpy()[chosen] @ rows[chosen].T).argmax(axis=1) == np.arange(64))
+        assert np.mean(hits) >= 0.99
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_rules_answer_for_images_without_an_object_and_row_by_row(rule: str) -> None:
-    nothing = torch.stack([torch.zeros(3, 32, 32), torch.ones(3, 32, 32), torch.full((3, 32, 32), -1.0)])
-    noise = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    answers = RULES[rule](torch.cat([nothing, noise, images()[:3]]))
-    assert len(answers) == 9 and answers.isfinite().all()
-    assert torch.allclose(RULES[rule](images()[:3]).double(), answers[6:].double(), atol=1e-5)
-    assert rule != "mask" or not answers[:3].any()
+def test_rules_answer_for_images_without_an_object_and_row_by_row() -> None:
+    for rule in RULES:
+        nothing = torch.stack([torch.zeros(3, 32, 32), torch.ones(3, 32, 32), torch.full((3, 32, 32), -1.0)])
+        noise = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        answers = RULES[rule](torch.cat([nothing, noise, images()[:3]]))
+        assert len(answers) == 9 and answers.isfinite().all()
+        assert torch.allclose(RULES[rule](images()[:3]).double(), answers[6:].double(), atol=1e-5)
+        assert rule != "mask" or not answers[:3].any()
 
 
 def test_greys_are_background() -> None:
