@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.utils import logging
 from PIL import Image
 
 from mmdiff.errors import InputError
+from mmdiff.grids import is_map, sample_grid
 from mmdiff.model import MTDiffusionModel
 from mmdiff.pipeline import MTDiffusionPipeline
-from mmdiff.plots import set_weights, tile
+from mmdiff.plots import set_weights
 from mmdiff.randomness import fold
 from mmdiff.training.process import set_threads
 from mmdiff.trust import check_links, damage
@@ -58,14 +60,14 @@ def sample(
     guidance: str | Callable[[Iterable[str]], dict[str, float]],
     settings: dict[str, Any],
 ) -> list[str]:
-    """Draw samples, each with its own generator, and write one grid per modality of images.
+    """Draw samples, each with its own generator, and write one grid. All images of a sample stand side by side.
 
     Args:
         pipeline: the model and its solver.
         observe: `modality=value` texts, see each modality's `parse`.
         num: how many samples.
         seed: sample k depends on (seed, k) alone, not on ``num`` or the batch.
-        out: file of the anchor's grid; those of other modalities are named after it.
+        out: file of the grid; a picture of the weights in a set is named after it.
         each: a folder for one file per modality and sample, or None.
         guidance: a number, `modality=number,…`, or a function of the conditions that gives {modality: scale}.
         settings: further arguments of the pipeline.
@@ -76,25 +78,25 @@ def sample(
     Raises:
         InputError: before anything is drawn, for an input that does not fit and for a file that exists.
     """
-    grids = _grid_paths(pipeline.model, out)
     if each is not None and each.exists() and (not each.is_dir() or any(each.iterdir())):
         raise InputError("--save-each", str(each), "exists; choose another folder")
+    _check_free(out)
     observed = {name: [raw] for name, raw in read_observed(pipeline.model, observe).items()}  # one value for all
+    files = {name: out.with_stem(f"{out.stem}-{name}") for name in observed}  # of weights in sets
+    for file in files.values():
+        _check_free(file)
     conditions = set(observed) & set(pipeline.model.observable) - {pipeline.model.anchor}
     scales = read_guidance(guidance) if isinstance(guidance, str) else guidance(conditions)
     output = pipeline(num, observed, guidance_scale=scales, generator=generators(seed, num), **settings)
-    lines = []
     out.parent.mkdir(parents=True, exist_ok=True)
+    sample_grid(pipeline.model, output.samples, max(1, round(num**0.5))).save(out)
+    lines = [f"wrote {out}"]
+    for name, weights in output.weights.items():  # one set was typed for all samples
+        set_weights(output.samples[name][:1], weights[:1], files[name])
+        lines.append(f"wrote {files[name]}, each image with its weight")
     for name, values in output.samples.items():
-        if name in output.weights:  # one set was typed for all samples
-            set_weights(values[:1], output.weights[name][:1], grids[name])
-            lines.append(f"wrote {grids[name]}, each image with its weight")
-        elif isinstance(values[0], Image.Image):
-            tile(values, columns=max(1, round(num**0.5)), zoom=max(1, 48 // values[0].height)).save(grids[name])
-            lines.append(f"wrote {grids[name]}")
-        else:
-            text = " ".join(str(value) for value in values)
-            lines.append(f"{name}: {text if len(text) <= _LONGEST else text[:_LONGEST] + ' … (see --save-each)'}")
+        if name not in output.weights and not isinstance(values[0], Image.Image):
+            lines.append(f"{name}: {_as_text(values)}")
     return lines if each is None else [*lines, *_save_each(pipeline.model, output.samples, each)]
 
 
@@ -161,13 +163,20 @@ def generators(seed: int, count: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(first + index) for index in range(count)]
 
 
-def _grid_paths(model: MTDiffusionModel, out: Path) -> dict[str, Path]:
+def _check_free(out: Path) -> None:
     if out.suffix.lower() != ".png":
         raise InputError("--out", str(out), "is no PNG; choose a name that ends in .png")
-    paths = {name: out.with_stem(f"{out.stem}-{name}") for name in model.auxiliary} | {model.anchor: out}
-    if taken := [str(path) for path in paths.values() if path.exists()]:
-        raise InputError("--out", taken[0], "exists; choose another file")
-    return paths
+    if out.exists():
+        raise InputError("--out", str(out), "exists; choose another file")
+
+
+def _as_text(values: list[Any]) -> str:
+    """What a terminal shows of samples: the shape and range of maps, the values of others."""
+    if is_map(values[0]):
+        low, high = min(map(np.min, values)), max(map(np.max, values))
+        return f"{len(values)} maps of {values[0].shape}, {low:.4g} … {high:.4g}"
+    text = " ".join(str(value) for value in values)
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + " … (see --save-each)"
 
 
 def _save_each(model: MTDiffusionModel, samples: dict[str, list[Any]], folder: Path) -> list[str]:

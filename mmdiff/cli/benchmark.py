@@ -105,7 +105,7 @@ def reconstruction(
     from mmdiff.benchmarks.reconstruction.run import Benchmark
     from mmdiff.benchmarks.reconstruction.sweep import swept
     from mmdiff.evaluation.report import make_room
-    from mmdiff.plots import titled
+    from mmdiff.grids import table as picture
     from mmdiff.runs import load
 
     folders = [swept(experiments[text], factors, out) if text in experiments else Path(text) for text in given]
@@ -134,7 +134,7 @@ def reconstruction(
         make_room(file)
     files[0].write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     files[1].write_text(table + "\n")
-    titled(*columns, files[2])
+    picture(columns).save(files[2])
     echo(standings.text(found, each_pattern=False) + "\n" + "\n".join(f"wrote {file}" for file in files))
 
 

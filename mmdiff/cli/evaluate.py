@@ -62,7 +62,7 @@ def evaluate_run(
     from mmdiff.build import build_table, open_rows
     from mmdiff.evaluation import evaluate as evaluators
     from mmdiff.evaluation import report as records
-    from mmdiff.plots import side_by_side
+    from mmdiff.grids import table
     from mmdiff.runs import load
 
     records.read(run / "evaluation.json")  # a broken one is named before the work
@@ -73,5 +73,8 @@ def evaluate_run(
     )
     records.save(result, run / "evaluation.json")
     echo(records.table(result))
-    for name, rows in result.pictures.items():
-        echo(f"wrote {side_by_side(rows, run / 'samples' / f'evaluation-{name}.png')}")
+    for name, columns in result.pictures.items():
+        path = run / "samples" / f"evaluation-{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table(columns).save(path)
+        echo(f"wrote {path}")

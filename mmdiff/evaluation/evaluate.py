@@ -21,6 +21,7 @@ from mmdiff.evaluation.holes import FLOORS, HoleScores
 from mmdiff.evaluation.judges import complete, find_judge
 from mmdiff.evaluation.report import Evaluation, Row, manifest, settings_hash
 from mmdiff.evaluation.scorers import scorer
+from mmdiff.grids import is_map
 from mmdiff.metrics.classification import class_shares, classification
 from mmdiff.metrics.clip_zero_shot import ZeroShot
 from mmdiff.metrics.features import distances, extractor
@@ -108,7 +109,7 @@ class Evaluator:
         self.conditions = [n for n in self.model.auxiliary if n not in self.model.generated]
         used = {"training": len(images), "held out": int(self.held_out.present[self.anchor].sum())}
         self.facts: dict[str, Any] = {"real rows used": used, "FID and KID features": self.extractor.name}
-        self.pictures: dict[str, list[list[PILImage.Image]]] = {}
+        self.pictures: dict[str, dict[str, list[Any]]] = {}
         self._columns: dict[str, dict[str, list[PILImage.Image]]] = {}
         self.conditioning = self._usable(conditioning)
         self.validation = validation
@@ -153,9 +154,9 @@ class Evaluator:
             )
             chosen = pictured(len(images))
             shown = [modality.postprocess(values[chosen]) for values in (truth, found)]
-            if isinstance(shown[0][0], PILImage.Image):  # image, truth, what was read
+            if isinstance(shown[0][0], PILImage.Image) or is_map(shown[0][0]):
                 pictures = self.model.modalities[self.anchor].postprocess(images[chosen])
-                self.pictures[name] = [list(row) for row in zip(pictures, *shown, strict=True)]
+                self.pictures[name] = {self.anchor: pictures, "truth": shown[0], "read": shown[1]}
             if isinstance(modality, Label) and self.config.evaluate.zero_shot is not None:
                 yield self._zero_shot(name, images, truth)
 
@@ -254,7 +255,7 @@ class Evaluator:
             shown["masked"] = [on_grey(picture) for picture in masked.postprocess(value[chosen])]
             shown[setting.get("conditioning", about["by"])] = image.postprocess(restored[chosen])
         if shown:
-            self.pictures[name] = [list(row) for row in zip(*shown.values(), strict=True)]
+            self.pictures[name] = dict(shown)
 
     def _given(self, name: str, count: int) -> Tensor:
         """Values to condition on: the gallery's in turn where there is one, else those of held-out rows."""

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image as PILImage
 
 from mmdiff.config import Config
 from mmdiff.data import Table
@@ -38,11 +37,11 @@ class Row:
 
 @dataclass
 class Evaluation:
-    """What `evaluate` returns and `evaluation.json` holds; ``pictures`` {name: rows of images side by side}."""
+    """What `evaluate` returns and `evaluation.json` holds; ``pictures`` {name: {title of a column: samples}}."""
 
     manifest: dict[str, Any]
     rows: list[Row]
-    pictures: dict[str, list[list[PILImage.Image]]] = field(default_factory=dict)
+    pictures: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""

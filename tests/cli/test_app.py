@@ -86,7 +86,7 @@ def test_sample_writes_a_grid_and_prints_the_labels(cli: Cli, finished_run: Path
     assert answer.code == 0, answer.err
     assert answer.out.splitlines() == [f"wrote {out}", "label: 3 3 3 3 3 3"]
     with Image.open(out) as grid:
-        assert (grid.mode, grid.size) == ("L", (2 * 50 + 2, 3 * 50 + 2))  # 2 columns of 3 · 16 pixels, gaps of 2
+        assert grid.size == (2 * 50 + 2, 3 * (50 + 15) + 2)  # 2 columns of 3 · 16 pixels, gaps of 2, captions of 15
 
     def another(*arguments: object) -> bytes:
         path = tmp_path / "another.png"
@@ -107,7 +107,7 @@ def test_sample_reads_an_observed_image(cli: Cli, finished_run: Path, tmp_path: 
     assert answer.code == 0, answer.err
     assert re.fullmatch(r"label: \d", answer.out.splitlines()[1])
     with Image.open(out) as grid:
-        assert np.array_equal(np.asarray(grid)[2:50:3, 2:50:3], np.asarray(digit))  # returned bit by bit
+        assert np.array_equal(np.asarray(grid)[2:50:3, 2:50:3, 0], np.asarray(digit))  # returned bit by bit
 
 
 def test_show_describes_and_plots(cli: Cli, tiny_file: Path, tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ def test_ways_of_conditioning_are_compared_in_one_table() -> None:
         True,
         False,
     ] * 2
-    assert len(found.pictures["masked_image"][0]) == 6  # truth, masked, mean fill, head, and two ways
+    assert len(found.pictures["masked_image"]) == 6  # truth, masked, mean fill, head, and two ways
 
     given = torch.arange(16) % 5
     arguments = {"observed": {"label": given}, "conditioning": ["aggregation"], "num_inference_steps": 2}

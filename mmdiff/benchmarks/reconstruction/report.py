@@ -81,9 +81,9 @@ def text(found: dict[str, Any], each_pattern: bool = True) -> str:
     return "\n".join(lines)
 
 
-def pictures(benchmark: Benchmark, results: Sequence[Result]) -> tuple[list[str], list[list[PILImage.Image]]]:
-    """(titles of the columns, rows): source, masked, and the pasted fill of each entry; a row shows one set of holes,
-    and the rows show different images."""
+def pictures(benchmark: Benchmark, results: Sequence[Result]) -> dict[str, list[PILImage.Image]]:
+    """Columns by title: source, masked, and the pasted fill of each entry; a row shows one set of holes, and the rows
+    show different images."""
     sets, truth = benchmark.masks, benchmark.truth
     image = benchmark.runs[0].pipeline.model.modalities[benchmark.config.anchor]
     by = {(result.entry.label, result.masks.pattern, result.masks.ratio): result.cells[0] for result in results}
@@ -95,7 +95,7 @@ def pictures(benchmark: Benchmark, results: Sequence[Result]) -> tuple[list[str]
         fills = (by[label, masks.pattern, masks.ratio].fills[index].float() / 127.5 - 1 for label in labels)
         filled = [torch.where(known > 0, truth[index], fill) for fill in fills]
         rows.append(image.postprocess(torch.stack([truth[index], truth[index] * known, *filled])))
-    return ["source", "masked", *labels], rows
+    return dict(zip(["source", "masked", *labels], map(list, zip(*rows, strict=True)), strict=True))
 
 
 # --------------------------------------------------------------------------------------------------------------- rows
