@@ -127,7 +127,7 @@ def forward_process(
         one = {name: encoding[i : i + 1] for name, encoding in encodings.items()}
         z = [scheduler.add_noise(z_0[i : i + 1], noise[i : i + 1], t[None], one)[0] for t in steps]
         rows.append([_as_image(z_t) for z_t in z])
-    return grid(rows, [f"t = {t}" for t in steps.tolist()])
+    return grid(rows, [f"t={t - scheduler.first_timestep + 1}" for t in steps.tolist()])
 
 
 def _as_image(z_t: torch.Tensor) -> Image.Image:

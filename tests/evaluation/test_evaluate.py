@@ -24,6 +24,7 @@ from mmdiff.evaluation import report as records
 from mmdiff.evaluation.draws import PICTURED, draw
 from mmdiff.evaluation.evaluate import Evaluator
 from mmdiff.evaluation.report import Evaluation, Row
+from mmdiff.grids import FONT_SIZE
 from mmdiff.metrics.neighbours import Judge
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.training import train
@@ -479,15 +480,16 @@ def test_the_command_writes_scores_and_pictures(cli: Cli, own_run: Path) -> None
 
     cell = 96 + 2  # 16 pixels six times enlarged, and the gap
     # image, truth and what was read; truth, masked, mean fill, head and samples
-    for name, columns in (("mask", 3), ("masked_image", 5)):
+    title, legend = FONT_SIZE + 8, FONT_SIZE + 6 + 4  # of one line
+    for name, columns, below in (("mask", 3, legend), ("light", 3, legend), ("masked_image", 5, 0)):
         path = own_run / "samples" / f"evaluation-{name}.png"
         assert f"wrote {path}" in answer.out
         with Image.open(path) as picture:
-            assert (picture.mode, picture.size) == ("RGB", (columns * cell + 2, PICTURED * cell + 2))
-            first = np.asarray(picture)[2:98, 2:98][::6, ::6]
+            assert (picture.mode, picture.size) == ("RGB", (columns * cell + 2, title + PICTURED * cell + 2 + below))
+            first = np.asarray(picture)[title + 2 :, 2:98][:96:6, ::6]
         truth = (rows_of_shapes["image"][0].permute(1, 2, 0) + 1) * 127.5
         assert np.array_equal(first, truth.round().byte().numpy())
-    assert len(list((own_run / "samples").glob("evaluation-*"))) == 2
+    assert len(list((own_run / "samples").glob("evaluation-*"))) == 3
 
 
 def test_a_column_of_a_file_is_scored_where_it_is_there(tmp_path: Path) -> None:

@@ -201,9 +201,9 @@ def test_the_manifest_and_the_table(whole: Whole) -> None:
     text = standings.text(whole.found)
     for entry in whole.scene.entries:
         assert text.count(entry.label) >= 4 or entry.label == manifest["compared with"]
-    titles, rows = standings.pictures(whole.scene, whole.results)
-    assert titles[:2] == ["source", "masked"] and len(rows) == 8
-    assert all(len(row) == len(titles) and row[0].size == (SIZE, SIZE) for row in rows)
+    columns = standings.pictures(whole.scene, whole.results)
+    assert list(columns)[:2] == ["source", "masked"]
+    assert all(len(column) == 8 and column[0].size == (SIZE, SIZE) for column in columns.values())
 
 
 def test_laws_together_are_means_over_laws(folder: Path, tmp_path: Path) -> None:
