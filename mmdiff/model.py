@@ -14,7 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from mmdiff.backbones import BACKBONES, Backbone, Observation
+from mmdiff.backbones import Observation, find_backbone
 from mmdiff.errors import InputError, at
 from mmdiff.modalities import Anchor, Condition, FillsAnchor, Modality, Shape, find_modality
 from mmdiff.schedulers.arguments import check_value
@@ -58,7 +58,7 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
         _check_arguments(modality_config, backbone_config, anchor, observable)
         if anchor not in modality_config:
             raise InputError("anchor", anchor, f"is no modality; choose one of {', '.join(sorted(modality_config))}")
-        backbone, backbone_settings = _backbone(backbone_config)
+        backbone, backbone_settings = find_backbone(backbone_config.get("kind")), _settings(backbone_config)
         kinds = {name: _modality(name, modality_config[name]) for name in sorted(modality_config)}
         anchor_class, anchor_settings = kinds[anchor]
         if not issubclass(anchor_class, Anchor):
@@ -223,7 +223,7 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
 def complete(model: MTDiffusionModel, autoencoder: nn.Module | None) -> MTDiffusionModel:
     """The model, unless its anchor is latent and its folder holds no autoencoder."""
     if autoencoder is None and getattr(model.modalities[model.anchor], "latent", False):
-        raise InputError("model_index.json: autoencoder", None, "is missing, and none is looked for elsewhere")
+        raise InputError("model_index.json: autoencoder", None, "is missing in the folder")
     return model
 
 
@@ -241,13 +241,6 @@ def _check_arguments(modality_config: Any, backbone_config: Any, anchor: Any, ob
     for name in observable or ():
         if name not in modality_config:
             raise InputError("observable", name, f"choose from {', '.join(sorted(modality_config))}")
-
-
-def _backbone(config: Mapping[str, Any]) -> tuple[type[Backbone], dict[str, Any]]:
-    """The class that a config names, and its settings."""
-    if config.get("kind") not in BACKBONES:
-        raise InputError("backbone.kind", config.get("kind"), f"choose one of {', '.join(sorted(BACKBONES))}")
-    return BACKBONES[config["kind"]], _settings(config)
 
 
 def _modality(name: str, config: Mapping[str, Any]) -> tuple[type[Condition], dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
 
-from mmdiff.backbones import BACKBONES, Backbone
+from mmdiff.backbones import Backbone, find_backbone
 from mmdiff.config import Config, DataConfig, MaskingConfig, ModalityConfig, WeightConfig, parse_arguments
 from mmdiff.data import Rows
 from mmdiff.data.masking import known_masks
@@ -56,8 +56,9 @@ def resolve(config: Config, rows: Rows | None) -> Config:
         kind, settings = settings_of[name]
         check_settings(f"modalities.{name}", kind, settings)
         modalities[name] = entry.model_copy(update={**settings, "weight": _weight(name, entry, kind)})
-    check_types("backbone", backbone_class(config), config.backbone.settings())
-    check_settings("backbone", backbone_class(config), config.backbone.settings())
+    backbone = find_backbone(config.backbone.kind)
+    check_types("backbone", backbone, config.backbone.settings())
+    check_settings("backbone", backbone, config.backbone.settings())
     resolved = config.model_dump()
     resolved["modalities"] = {name: entry.model_dump() for name, entry in modalities.items()}
     resolved["scheduler"]["clip_sample"] = _clip_sample(config, modalities)
@@ -219,13 +220,6 @@ def _parameters(cls: type) -> dict[str, inspect.Parameter]:
     """The constructor arguments that a config can set."""
     reserved = next(names for base, names in _RESERVED.items() if issubclass(cls, base))
     return {n: p for n, p in inspect.signature(cls.__init__).parameters.items() if n not in reserved}
-
-
-def backbone_class(config: Config) -> type:
-    """The class of `backbone.kind`."""
-    if config.backbone.kind not in BACKBONES:
-        raise InputError("backbone.kind", config.backbone.kind, f"choose one of {', '.join(sorted(BACKBONES))}")
-    return BACKBONES[config.backbone.kind]
 
 
 def scheduler_class(config: Config) -> type[MTScheduler]:

@@ -144,8 +144,8 @@ class UNet(Backbone):
         if self.grid is not None:
             pooled.append(self.grid(h))  # (B, 16 g²)
         for block in unet.up_blocks:
-            taken = len(block.resnets)
-            h, skips = block(h, skips[-taken:], emb), skips[:-taken]
+            count = len(block.resnets)
+            h, skips = block(h, skips[-count:], emb), skips[:-count]
         features = unet.conv_act(unet.conv_norm_out(h))  # (B, c0, H / p, W / p)
         pooled = torch.cat([*pooled, features.mean(dim=(2, 3))], dim=1)  # (B, P)
         prediction = pixel_shuffle(unet.conv_out(features), self.patch_size)  # (B, C, H, W)

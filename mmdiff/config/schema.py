@@ -1,4 +1,4 @@
-"""One experiment as data: a pydantic model for every section; unknown keys are errors."""
+"""The config of an experiment: a pydantic model for every section; unknown keys are errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NUMBERS = (int, float, int | None, float | None)
 
 
 def folder_name(name: str) -> str:
-    """A name that stays in its folder: no separator, no control character, not hidden."""
+    """Refuse names with separators or control characters, and hidden ones."""
     if not name or set(name) & set("/\\") or name.startswith(".") or len(name) > 200 or printable(name) != name:
         raise ValueError("must be usable as a folder name: no slashes, no control characters, no dot in front")
     return name
@@ -41,17 +41,17 @@ class Strict(_Base):
 
 
 class _Open(_Base):
-    """Further keys are constructor arguments of the class that `kind` names; `mmdiff.build` checks them."""
+    """Further keys are constructor arguments of the class that `kind` names; `mmdiff.resolve` checks them."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     def settings(self) -> dict[str, Any]:
-        """The constructor arguments."""
+        """The further keys."""
         return dict(self.model_extra or {})
 
 
 class MaskingConfig(Strict):
-    """Random holes in the anchor: a fresh one whenever a row is visited in training, one per row in evaluation."""
+    """Random holes in the anchor: a new one at every visit of a row in training, one per row in evaluation."""
 
     pattern: str = "squares"  # squares, box, half, checkerboard, free-form; mixed: one of these per row
     ratio: tuple[Share, Share] = (0.1, 0.75)  # share of hidden pixels, one number or a range
@@ -106,7 +106,7 @@ class WeightConfig(Strict):
 
 
 class ModalityStates(Strict):
-    """A modality's own probabilities, over those of `states`."""
+    """A modality's probabilities, which replace those of `states`."""
 
     aggregated: float | None = Field(None, ge=0, le=1)  # probability of the flag
     observed: float | None = Field(None, ge=0, le=1)  # probability of the flag
@@ -140,20 +140,20 @@ class SchedulerConfig(_Open):
 
 
 class StatesConfig(Strict):
-    """The distribution by which training draws each modality's state (docs/theory.md, section 4)."""
+    """The distribution of each modality's state in training (docs/theory.md, section 4)."""
 
     # how the flags of all modalities are drawn together
     distribution: Literal["independent", "each_alone", "half_alone", "source", "heads"] = "independent"
     aggregated: float = Field(0.5, ge=0, le=1)  # probability of the flag, for auxiliary modalities
     observed: float = Field(0.3, ge=0, le=1)  # probability of the flag, for auxiliary modalities
-    # probability that the anchor is given and all else is read from it
+    # probability that the anchor is observed and the heads read from it
     anchor_observed: float = Field(0.15, ge=0, le=1)
     # probability that nothing is denoised and the heads read from the other conditions
     anchor_hidden: float = Field(0.0, ge=0, le=1)
 
 
 class LossConfig(Strict):
-    """How the terms are added up."""
+    """Weights of the loss terms."""
 
     min_snr_gamma: float | None = Field(None, gt=0, le=1e9)  # cap of the SNR weight of L1; none: no weight
     uncertainty: bool = False  # L1 as a Gaussian likelihood whose σ the network predicts, instead of a squared error
@@ -218,7 +218,7 @@ class TrainConfig(Strict):
 
 
 class SampleConfig(Strict):
-    """How grids and evaluations sample."""
+    """Sampling of grids and evaluations."""
 
     steps: int = Field(20, ge=1, le=100_000)  # solver steps
     guidance_scale: float = Field(1.0, ge=0, le=1e4)  # classifier-free, of observed modalities; 1 is off
@@ -228,7 +228,7 @@ class SampleConfig(Strict):
     batch_size: int = Field(256, ge=1, le=10**7)  # samples that are computed at once
 
     def scales(self, observed: Iterable[str]) -> dict[str, float]:
-        """{modality: guidance scale} of those that are observed."""
+        """{observed modality: guidance scale}."""
         return {name: self.guidance.get(name, self.guidance_scale) for name in observed}
 
 
@@ -256,7 +256,7 @@ class EvaluateConfig(Strict):
     seeds: list[Seed] = Field([0], min_length=1)  # one evaluation each
     at_end: bool = True  # evaluate when training ends
     max_rows: int = Field(20_000, ge=2, le=10**9)  # real rows that judges and features use
-    judges: dict[str, str] = {}  # {modality: run folder of a model, trained apart, that reads it off images}
+    judges: dict[str, str] = {}  # {modality: run folder of a separately trained model that reads it from images}
     # of FID and KID: pixels, inception, or a SqueezeNet file; auto: inception if its weights are here
     features: str = "auto"
     lpips: LpipsConfig = LpipsConfig()

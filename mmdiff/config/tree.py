@@ -33,7 +33,7 @@ def read_tree(key: str, path: Path) -> Any:
     """
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise InputError(key, str(path), f"is larger than {MAX_BYTES} bytes; no config is")
+            raise InputError(key, str(path), f"is larger than {MAX_BYTES} bytes, too large for a config")
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(key, str(path), f"cannot be read: {error.strerror}") from None

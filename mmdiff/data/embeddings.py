@@ -26,7 +26,7 @@ def add_embeddings(
     batch_size: int = 64,
     device: str | None = None,
 ) -> datasets.Dataset:
-    """The rows with one more column: the embedding of each image, float32, not normalised; None where it is missing.
+    """The rows with a column of image embeddings, float32, not normalised; None for missing images.
 
     A later call with the same rows and weights reads the cache and builds no model.
 

@@ -189,9 +189,10 @@ def _refuse_urls(key: str, value: Any) -> None:
 def _open_path(source: Source, options: dict[str, Any]) -> Any:
     if isinstance(source, str) and Path(source).expanduser().is_dir():
         return _open_folder(source, Path(source).expanduser(), options)
+    kinds = " or folder" if isinstance(source, str) else " (a list names files and globs)"
     for one in source if isinstance(source, list) else [source]:
         if not _files_of(one):
-            raise InputError("data.source", one, f"cannot be opened: no such file{_or_folder(source)}; {_KNOWN}")
+            raise InputError("data.source", one, f"cannot be opened: no such file{kinds}; {_KNOWN}")
     files = _files_of(source)
     for file, times in Counter(files).items():
         if times > 1:
@@ -204,10 +205,6 @@ def _open_path(source: Source, options: dict[str, Any]) -> Any:
     check_options(builder, options)
     check_files(source, files)
     return _datasets(source, builder, options, data_files=[str(file) for file in files], **{**arguments, **options})
-
-
-def _or_folder(source: Source) -> str:
-    return " or folder" if isinstance(source, str) else " (a list names files and globs)"
 
 
 def _open_folder(source: str, path: Path, options: dict[str, Any]) -> Any:

@@ -83,7 +83,7 @@ def conditioning_of(
     """
     observed = sorted(set(values) - {model.anchor})
     denoising = denoising and model.anchor not in values
-    usable = {name: _usable(model, name, aggregated, denoising) for name in observed}
+    usable = {name: usable_methods(model, name, aggregated, denoising) for name in observed}
     chosen = {name: _as_trained(methods) for name, methods in usable.items()}
     for name in (name for name, methods in chosen.items() if denoising and not methods):
         raise InputError(f"observed.{name}", "a value", _remedy(usable[name]))
@@ -106,7 +106,7 @@ def conditioning_of(
     )
 
 
-def _usable(model: MTDiffusionModel, name: str, aggregated: set[str], denoising: bool) -> frozenset[str]:
+def usable_methods(model: MTDiffusionModel, name: str, aggregated: set[str], denoising: bool = True) -> frozenset[str]:
     """The methods that a condition can use."""
     usable = {
         CONCATENATION: name in model.observable,
@@ -115,11 +115,6 @@ def _usable(model: MTDiffusionModel, name: str, aggregated: set[str], denoising:
         REPLACEMENT: denoising and name in model.filling,
     }
     return frozenset(method for method in METHODS if usable[method])
-
-
-def usable_methods(model: MTDiffusionModel, name: str, aggregated: set[str]) -> frozenset[str]:
-    """The methods that a condition can use while the anchor is denoised."""
-    return _usable(model, name, aggregated, True)
 
 
 def methods_of_text(text: str) -> frozenset[str]:

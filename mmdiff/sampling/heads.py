@@ -80,11 +80,11 @@ def read_hidden_anchor(model: MTDiffusionModel, scheduler: MTScheduler, request:
         InputError: if no condition does.
     """
     modalities, concatenated = model.modalities, request.conditioning.concatenated
-    able = [name for name in model.filling if name in concatenated]
-    if not able:
+    predicting = [name for name in model.filling if name in concatenated]
+    if not predicting:
         raise InputError("num_inference_steps", 0, "needs an observed modality whose head predicts the anchor")
     params = heads(model, scheduler, request.values, concatenated)
-    anchor = modalities[able[0]].anchor_mode(params[able[0]])
+    anchor = modalities[predicting[0]].anchor_mode(params[predicting[0]])
     return {**_modes(model, params, request.values), model.anchor: anchor}
 
 

@@ -18,6 +18,8 @@ from mmdiff.schedulers.weights import Coefficients
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("v_prediction", "epsilon", "sample")
 MAX_TERMINAL_WEIGHT = 0.1
+_BASE_ARGUMENTS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas")
+_BASE_ARGUMENTS += ("prediction_type", "timestep_spacing")
 
 
 class MTDiffusionScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
@@ -96,9 +98,8 @@ class MTDiffusionScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
     def _check_combinations(self) -> None:
         config = self.config
         if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
-            raise InputError(
-                "prediction_type", "epsilon", "at zero terminal SNR the noise says nothing of z_0; use v_prediction"
-            )
+            remedy = "at zero terminal SNR the noise holds nothing of z_0; use v_prediction"
+            raise InputError("prediction_type", "epsilon", remedy)
         if config.rescale_betas_zero_snr and not self._traits.zero_terminal_snr:
             raise InputError("solver", config.solver, "divides by √ā_T; with rescale_betas_zero_snr use another solver")
         if config.trained_betas is not None and len(config.trained_betas) != config.num_train_timesteps:
@@ -106,17 +107,8 @@ class MTDiffusionScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
 
     def _base_arguments(self, auxiliary: int) -> dict[str, Any]:
         """The arguments that fix the betas, the same for every diffusers class."""
-        config = self.config
-        arguments = {
-            "num_train_timesteps": config.num_train_timesteps,
-            "beta_schedule": config.beta_schedule,
-            "beta_start": config.beta_start,
-            "beta_end": config.beta_end,
-            "trained_betas": config.trained_betas,
-            "prediction_type": config.prediction_type,
-            "timestep_spacing": config.timestep_spacing,
-        }
-        if config.literal_alpha:
+        arguments = {key: self.config[key] for key in _BASE_ARGUMENTS}
+        if self.config.literal_alpha:
             arguments["trained_betas"] = self._literal_betas(arguments, auxiliary)
         return arguments
 

@@ -42,7 +42,18 @@ _ORDER = Annotated[int, Field(strict=True, ge=1, le=3)]
 _SWITCH = Annotated[bool, Field(strict=True)]
 _COUNT = Annotated[int, Field(strict=True, ge=0, le=100_000)]
 _SHIFT = Annotated[float, Field(strict=True, ge=0.01, le=100)]  # beyond, float32 cannot tell the steps apart
-_ALGORITHM = Literal["dpmsolver++", "sde-dpmsolver++"]
+_ORDERS = {"solver_order": _ORDER, "lower_order_final": _SWITCH}
+_DPM = {
+    "solver_type": Literal["midpoint", "heun"],
+    "algorithm_type": Literal["dpmsolver++", "sde-dpmsolver++"],
+    "euler_at_final": _SWITCH,
+}
+_UNIPC = {
+    "solver_order": _ORDER,
+    "solver_type": Literal["bh2"],
+    "disable_corrector": list[_COUNT],
+    "lower_order_final": Literal[True],
+}
 _NOISE_FORM = "the solvers in noise form divide by √ā_T, which is 0 on these schedules"
 _UNIPC_REFUSED = {  # measured: NaN at the last step, or at every one
     "lower_order_final": "must stay true: in its last step UniPC's higher order divides by σ = 0",
@@ -72,15 +83,7 @@ SOLVERS = {
     ),
     "DPMSolverMultistepScheduler": Solver(
         DPMSolverMultistepScheduler,
-        {
-            "solver_order": _ORDER,
-            "solver_type": Literal["midpoint", "heun"],
-            "lower_order_final": _SWITCH,
-            "steps_offset": _COUNT,
-            "algorithm_type": _ALGORITHM,
-            "euler_at_final": _SWITCH,
-            "final_sigmas_type": Literal["zero"],
-        },
+        _ORDERS | _DPM | {"steps_offset": _COUNT, "final_sigmas_type": Literal["zero"]},
         takes_generator=True,
         multistep=True,
         is_stochastic=lambda options: options.get("algorithm_type", "").startswith("sde"),
@@ -92,26 +95,14 @@ SOLVERS = {
     ),
     "DEISMultistepScheduler": Solver(
         DEISMultistepScheduler,
-        {
-            "solver_order": _ORDER,
-            "solver_type": Literal["logrho"],
-            "lower_order_final": _SWITCH,
-            "steps_offset": _COUNT,
-        },
+        _ORDERS | {"solver_type": Literal["logrho"], "steps_offset": _COUNT},
         multistep=True,
         zero_terminal_snr=False,
     ),
     "UniPCMultistepScheduler": Solver(
         UniPCMultistepScheduler,
-        {
-            "solver_order": _ORDER,
-            "solver_type": Literal["bh2"],
-            "steps_offset": _COUNT,
-            "disable_corrector": list[_COUNT],
-            "final_sigmas_type": Literal["zero", "sigma_min"],
-            "lower_order_final": Literal[True],
-            "predict_x0": Literal[True],
-        },
+        _UNIPC
+        | {"steps_offset": _COUNT, "final_sigmas_type": Literal["zero", "sigma_min"], "predict_x0": Literal[True]},
         multistep=True,
         has_corrector=True,
         refused=_UNIPC_REFUSED,
@@ -147,14 +138,7 @@ FLOW_SOLVERS = {
     ),
     "DPMSolverMultistepScheduler": Solver(
         DPMSolverMultistepScheduler,
-        {
-            "solver_order": _ORDER,
-            "solver_type": Literal["midpoint", "heun"],
-            "lower_order_final": _SWITCH,
-            "flow_shift": _SHIFT,
-            "algorithm_type": _ALGORITHM,
-            "euler_at_final": _SWITCH,
-        },
+        _ORDERS | _DPM | {"flow_shift": _SHIFT},
         takes_generator=True,
         multistep=True,
         is_stochastic=SOLVERS["DPMSolverMultistepScheduler"].is_stochastic,
@@ -163,13 +147,7 @@ FLOW_SOLVERS = {
     ),
     "UniPCMultistepScheduler": Solver(
         UniPCMultistepScheduler,
-        {
-            "solver_order": _ORDER,
-            "solver_type": Literal["bh2"],
-            "flow_shift": _SHIFT,
-            "disable_corrector": list[_COUNT],
-            "lower_order_final": Literal[True],
-        },
+        _UNIPC | {"flow_shift": _SHIFT},
         multistep=True,
         has_corrector=True,
         arguments=_FLOW_SIGMAS,
