@@ -65,7 +65,7 @@ def find_modality(kind: str, key: str) -> type[Condition]:
     if not is_custom(kind):
         known = ", ".join(sorted(MODALITIES))
         raise InputError(key, kind, f"choose one of {known}, or write an import path: my_pkg.depth:Depth")
-    found = imported(key, kind)
-    if not (isinstance(found, type) and issubclass(found, Condition)):
+    cls = imported(key, kind)
+    if not (isinstance(cls, type) and issubclass(cls, Condition)):
         raise InputError(key, kind, "is no subclass of mmdiff.modalities.Modality or Condition; it was not called")
-    return found
+    return cls

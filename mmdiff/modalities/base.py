@@ -85,9 +85,9 @@ class Value(ABC):
             InputError: when the raw value does not fit; the key is the modality's part of the message.
         """
 
-    @abstractmethod
     def postprocess(self, value: Tensor) -> list[Any]:
-        """Values (B, …) -> what a person wants: PIL images, class ids, vectors; a list of B."""
+        """Values (B, …) -> what a person wants: PIL images, class ids, vectors; a list of B. By default arrays."""
+        return list(value.detach().float().cpu().numpy())
 
     def parse(self, text: str) -> Any:
         """A command line's text -> raw value. By default a file that `save` has written, or else the text.
@@ -99,14 +99,14 @@ class Value(ABC):
         """
         return open_file(type(self).__name__, text)
 
-    def save(self, shown: Any, stem: Path) -> Path:
+    def save(self, output: Any, stem: Path) -> Path:
         """Write one of what `postprocess` gives as a file that `parse` reads back. By default .png, .npy or .txt.
 
         Args:
-            shown: the thing.
+            output: the thing.
             stem: the file's path without its ending, which is added here.
         """
-        return save_file(shown, stem)
+        return save_file(output, stem)
 
     @property
     @abstractmethod
@@ -130,9 +130,9 @@ class Value(ABC):
         wanted = self.placeholder()
         kind_fits = value.dtype == wanted.dtype or (value.is_floating_point() and wanted.is_floating_point())
         if value.ndim == 0 or tuple(value.shape[1:]) != self.value_shape or not kind_fits:
-            shown = f"{value.dtype} {tuple(value.shape)}"
+            actual = f"{value.dtype} {tuple(value.shape)}"
             raise InputError(
-                "value", shown, f"expected {wanted.dtype} of shape (B, {', '.join(map(str, self.value_shape))})"
+                "value", actual, f"expected {wanted.dtype} of shape (B, {', '.join(map(str, self.value_shape))})"
             )
 
     def check_observed(self, value: Tensor) -> None:  # noqa: B027 (all is allowed by default)

@@ -57,8 +57,8 @@ def counted(key: str, values: Iterable[Any]) -> Counter:
     counts = Counter(_class(key, value) for value in values)
     kinds = {type(value).__name__ for value in counts}
     if len(kinds) != 1:
-        shown = ", ".join(sorted(kinds)) or None
-        raise InputError(key, shown, "is no column of class ids or names; check data.columns")
+        text = ", ".join(sorted(kinds)) or None
+        raise InputError(key, text, "is no column of class ids or names; check data.columns")
     return counts
 
 
@@ -67,8 +67,8 @@ def _class(key: str, value: Any) -> str | bool | int:
         return value
     number = whole_number(value)
     if number is None:
-        shown = value if isinstance(value, numbers.Real | Decimal) else type(value).__name__
-        raise InputError(key, shown, "is no class: ids are whole numbers, names are texts; check data.columns")
+        text = value if isinstance(value, numbers.Real | Decimal) else type(value).__name__
+        raise InputError(key, text, "is no class: ids are whole numbers, names are texts; check data.columns")
     return number
 
 
@@ -90,21 +90,21 @@ def classes_of(
         settings = _by_id({int(value): rows for value, rows in counts.items()}, ["false", "true"], compact)
     else:
         settings = _by_id(counts, names, compact)
-    found = settings["num_classes"]
-    if num_classes not in (None, found):
-        raise InputError("num_classes", num_classes, f"the column has {found} classes; leave it out")
+    count = settings["num_classes"]
+    if num_classes not in (None, count):
+        raise InputError("num_classes", num_classes, f"the column has {count} classes; leave it out")
     return settings
 
 
 def _by_text(counts: Mapping[str, int], names: Sequence[str] | None, compact: bool) -> dict[str, Any]:
-    found = sorted(counts)
-    if names is not None and (strange := [name for name in found if name not in names]):
+    present = sorted(counts)
+    if names is not None and (strange := [name for name in present if name not in names]):
         raise InputError("label", strange[0], f"is none of names: {listed(names)}")
     if names is not None and compact:
         raise InputError("classes", "compact", "texts come with their own names; leave names out")
     if names is None and not compact:
-        _check_many(len(found), sum(counts.values()))
-    return {"num_classes": len(names or found), "names": list(names or found), "show": "name"}
+        _check_many(len(present), sum(counts.values()))
+    return {"num_classes": len(names or present), "names": list(names or present), "show": "name"}
 
 
 def _by_id(counts: Mapping[int, int], names: Sequence[str] | None, compact: bool) -> dict[str, Any]:
@@ -121,8 +121,8 @@ def _by_id(counts: Mapping[int, int], names: Sequence[str] | None, compact: bool
     if names is None:
         _check_many(count, rows)
     if rows > 2 * count and (empty := [k for k in range(count) if k not in counts]):
-        shown = listed([names[k] if names else k for k in empty])
-        raise InputError("label", shown, f"no row has these classes; {_COMPACT}, or num_classes: {count} to keep all")
+        text = listed([names[k] if names else k for k in empty])
+        raise InputError("label", text, f"no row has these classes; {_COMPACT}, or num_classes: {count} to keep all")
     return {"num_classes": count} | ({} if names is None else {"names": list(names)})
 
 

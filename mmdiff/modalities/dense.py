@@ -16,7 +16,7 @@ from torch.nn.functional import adaptive_avg_pool1d
 from mmdiff.errors import InputError
 from mmdiff.modalities.base import Modality, Shape
 from mmdiff.modalities.files import as_array, check_numbers, of_file, open_array, open_image
-from mmdiff.modalities.grids import Size, cells, grid_channels, grown, height_width, to_grid, to_space
+from mmdiff.modalities.grids import Size, cells, check_size, grid_channels, grown, height_width, to_grid, to_space
 from mmdiff.modalities.heads import GaussianHead, gaussian_nll, gaussian_sample
 from mmdiff.modalities.pictures import SIXTEEN_BITS, one_size, resized
 
@@ -63,8 +63,8 @@ class Dense(Modality):
         if not maps:
             raise InputError("dense", None, "the column is empty; check data.columns")
         numbers = np.concatenate([m.ravel() for m in maps]).astype(np.float64)
-        found = {"channels": len(maps[0]), "mean": float(numbers.mean()), "std": float(numbers.std())}
-        return found if size is not None else {**found, "size": one_size("dense", {m.shape[1:] for m in maps})}
+        settings = {"channels": len(maps[0]), "mean": float(numbers.mean()), "std": float(numbers.std())}
+        return settings if size is not None else {**settings, "size": one_size("dense", {m.shape[1:] for m in maps})}
 
     @staticmethod
     def read(raw: Any) -> np.ndarray:
@@ -98,9 +98,8 @@ class Dense(Modality):
         array = _finite(self.read(raw))
         if len(array) != self.channels:
             raise InputError("dense", f"{len(array)} channels", f"expected {self.channels}")
-        if array.shape != self.value_shape and not self.resize:
-            found = f"{array.shape[2]}x{array.shape[1]}"
-            raise InputError("dense", found, f"expected {self.width}x{self.height}; or set resize: true")
+        if not self.resize:
+            check_size("dense", array.shape[1:], (self.height, self.width))
         return torch.from_numpy(_finite(self.transform(self._fitted(array))))
 
     def _fitted(self, array: np.ndarray) -> np.ndarray:
@@ -121,7 +120,7 @@ class Dense(Modality):
 
     def postprocess(self, value: Tensor) -> list[np.ndarray]:
         """In raw units."""
-        return [self.inverse(array) for array in value.detach().float().cpu().numpy()]
+        return [self.inverse(array) for array in super().postprocess(value)]
 
     @property
     def value_shape(self) -> tuple[int, ...]:

@@ -99,9 +99,6 @@ class Embedding(Modality):
     def check_observed(self, value: Tensor) -> None:
         check_numbers("embedding", "a vector", value.double().norm(dim=1))
 
-    def postprocess(self, value: Tensor) -> list[np.ndarray]:
-        return list(value.detach().float().cpu().numpy())
-
     @property
     def value_shape(self) -> tuple[int, ...]:
         return (self.dim,)
@@ -130,9 +127,7 @@ class Embedding(Modality):
         mapped = normalize(value, dim=1) @ widened(self.map).T  # (B, C · rows · columns)
         return self._spread(mapped / mapped.square().mean(dim=1, keepdim=True).add(1e-12).sqrt())
 
-    @property
-    def observation_channels(self) -> int:
-        return 0  # a vector has no place in space
+    observation_channels = 0  # a vector has no place in space
 
     @property
     def context_width(self) -> int:

@@ -32,12 +32,12 @@ class ImageEncoder(nn.Module):
         self.network = network
         training = network.training
         with torch.no_grad():
-            found = network.eval()(torch.zeros(2, channels, *size))
+            features = network.eval()(torch.zeros(2, channels, *size))
         network.train(training)
-        if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != 2:
-            shown = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise InputError("encoder", shown, "two images need features of shape (2, d)")
-        self.width = found.shape[1]
+        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != 2:
+            actual = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise InputError("encoder", actual, "two images need features of shape (2, d)")
+        self.width = features.shape[1]
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, channels, h, w) -> (N, d): computed in the precision of the weights, given in that of the images."""
@@ -141,11 +141,11 @@ class Convolutions(nn.Module):
             self.stages.append(nn.Sequential(*layers))
 
     def forward(self, images: Tensor) -> Tensor:
-        found = []
+        features = []
         for stage in self.stages:
             images = stage(images)
-            found.append(self.pool(images))
-        return torch.cat(found, dim=1)  # (N, sum of the widths), twice as many for both
+            features.append(self.pool(images))
+        return torch.cat(features, dim=1)  # (N, sum of the widths), twice as many for both
 
 
 def _by_groups(channels: int, **_: Any) -> nn.Module:
@@ -166,17 +166,17 @@ def _makes_module(key: str, path: str) -> Callable[..., nn.Module]:
     Raises:
         InputError: it is neither a subclass of `nn.Module` nor a function that is annotated to return one.
     """
-    found = imported(key, path)
-    gives = found
-    if isinstance(found, FunctionType):
+    maker = imported(key, path)
+    returned = maker
+    if isinstance(maker, FunctionType):
         try:
-            gives = get_type_hints(found).get("return")
+            returned = get_type_hints(maker).get("return")
         except Exception:  # annotations are code of others
-            gives = None
-    if not (isinstance(gives, type) and issubclass(gives, nn.Module)):
+            returned = None
+    if not (isinstance(returned, type) and issubclass(returned, nn.Module)):
         remedy = "must be a subclass of torch.nn.Module, or a function annotated to return one: -> nn.Module"
         raise InputError(key, path, f"{remedy}; nothing of it was called")
-    return found
+    return maker
 
 
 def build_encoder(config: Mapping[str, Any], channels: int, size: tuple[int, int]) -> ImageEncoder:

@@ -20,14 +20,14 @@ from mmdiff.modalities.pictures import loaded
 LARGEST = 1e18  # of a number or a norm: its square fits float32
 
 
-def save_file(shown: Any, stem: Path) -> Path:
+def save_file(output: Any, stem: Path) -> Path:
     """Write an image as .png, an array as .npy, anything else as .txt; the ending is added to ``stem``."""
-    if isinstance(shown, PILImage.Image):
-        shown.save(path := stem.with_name(f"{stem.name}.png"))
-    elif isinstance(shown, np.ndarray):
-        np.save(path := stem.with_name(f"{stem.name}.npy"), shown)
+    if isinstance(output, PILImage.Image):
+        output.save(path := stem.with_name(f"{stem.name}.png"))
+    elif isinstance(output, np.ndarray):
+        np.save(path := stem.with_name(f"{stem.name}.npy"), output)
     else:
-        (path := stem.with_name(f"{stem.name}.txt")).write_text(f"{shown}\n")
+        (path := stem.with_name(f"{stem.name}.txt")).write_text(f"{output}\n")
     return path
 
 
@@ -126,12 +126,12 @@ def check_range(key: str, value: Tensor) -> None:
     """Refuse pixels outside [−1, 1].
 
     Raises:
-        InputError: naming the range that was found.
+        InputError: naming their range.
     """
     low, high = value.aminmax()
     if float(low) < -1 - 1e-4 or float(high) > 1 + 1e-4:
-        found = f"{float(low):.3g} … {float(high):.3g}"
-        raise InputError(key, found, "pixels of a tensor lie in [−1, 1]; for 0 … 255 pass a PIL image or a uint8 array")
+        remedy = "pixels of a tensor lie in [−1, 1]; for 0 … 255 pass a PIL image or a uint8 array"
+        raise InputError(key, f"{float(low):.3g} … {float(high):.3g}", remedy)
 
 
 def check_numbers(key: str, what: str, numbers: np.ndarray | Tensor) -> None:

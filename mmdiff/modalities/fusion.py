@@ -89,8 +89,8 @@ class Fusion(nn.Module, ABC):
         if members.ndim not in (3, 4) or members.shape[-1] != self.dim or 0 in members.shape[2:]:
             raise InputError("members", tuple(members.shape), f"needs (B, n, {self.dim}) or (B, n, tokens, {self.dim})")
         if mask.dtype != torch.bool or mask.shape != members.shape[:2]:
-            shown = f"{mask.dtype} {tuple(mask.shape)}"
-            raise InputError("mask", shown, f"needs torch.bool of shape {tuple(members.shape[:2])}")
+            actual = f"{mask.dtype} {tuple(mask.shape)}"
+            raise InputError("mask", actual, f"needs torch.bool of shape {tuple(members.shape[:2])}")
         filled = mask.any(dim=1)
         if not filled.all():
             empty = int(filled.byte().argmin())

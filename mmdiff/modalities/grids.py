@@ -21,6 +21,17 @@ def height_width(size: Size) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
+def check_size(key: str, size: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    """Refuse a map of another (height, width).
+
+    Raises:
+        InputError: naming both, as width x height.
+    """
+    if tuple(size) != tuple(wanted):
+        (height, width), (rows, columns) = size, wanted
+        raise InputError(key, f"{width}x{height}", f"expected {columns}x{rows}; or set resize: true")
+
+
 def repeated(grids: Tensor, size: tuple[int, int]) -> Tensor:
     """(B, C, h, w) -> (B, C, H, W), multiples of h and w: every number fills a rectangle.
 

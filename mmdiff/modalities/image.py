@@ -14,7 +14,7 @@ from mmdiff.errors import InputError
 from mmdiff.modalities.anchor import Anchor
 from mmdiff.modalities.base import Shape
 from mmdiff.modalities.files import check_range, open_image
-from mmdiff.modalities.grids import Size, cells, grown, height_width, to_space
+from mmdiff.modalities.grids import Size, cells, check_size, grown, height_width, to_space
 from mmdiff.modalities.heads import GaussianHead, gaussian_nll, gaussian_sample
 from mmdiff.modalities.pictures import MODES, flat, header, headers, loaded, one_size, pixels_of, resized
 
@@ -129,10 +129,10 @@ class Image(Anchor):
     ) -> dict[str, Any]:
         if channels is not None and size is not None:
             return {}
-        found, sizes = headers("image", values)
-        if not found:
+        channel_counts, sizes = headers("image", values)
+        if not channel_counts:
             raise InputError("image", None, "the column holds no image; check data.columns")
-        return {"channels": found[0], **({} if size is not None else {"size": one_size("image", sizes)})}
+        return {"channels": channel_counts[0], **({} if size is not None else {"size": one_size("image", sizes)})}
 
     @classmethod
     def check_readable(cls, raw: Any) -> None:
@@ -140,9 +140,8 @@ class Image(Anchor):
 
     def preprocess(self, raw: Any) -> Tensor:
         picture = self._picture(raw)
-        if picture.size != (self.width, self.height) and not self.resize:
-            found = f"{picture.width}x{picture.height}"
-            raise InputError("image", found, f"expected {self.width}x{self.height}; or set resize: true")
+        if not self.resize:
+            check_size("image", (picture.height, picture.width), (self.height, self.width))
         return self.value(picture)
 
     def check_observed(self, value: Tensor) -> None:

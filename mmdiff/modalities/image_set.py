@@ -122,10 +122,10 @@ class ImageSet(Condition):
             files = [text] if path.is_file() else text.split(",")
         return [self.image.fitted(page) for file in files for page in _pages(file)]
 
-    def save(self, shown: list[PILImage.Image], stem: Path) -> Path:
+    def save(self, output: list[PILImage.Image], stem: Path) -> Path:
         """As the pages of one TIFF."""
         path = stem.with_name(f"{stem.name}.tiff")
-        shown[0].save(path, save_all=True, append_images=shown[1:])
+        output[0].save(path, save_all=True, append_images=output[1:])
         return path
 
     def check(self, value: Tensor) -> None:

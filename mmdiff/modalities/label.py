@@ -96,16 +96,16 @@ class Label(Modality):
         **_: Any,
     ) -> dict[str, Any]:
         """A number of classes that the config sets is trusted: the column is not searched for classes without rows."""
-        declared, found = None, {}
+        declared, settings = None, {}
         if _is_class_label(feature):
-            declared, found = feature.names, {} if unknown is not None else {"unknown": -1}
+            declared, settings = feature.names, {} if unknown is not None else {"unknown": -1}
             unknown = -1 if unknown is None else unknown
         if num_classes is not None and classes != "compact" and _is_of_ids(feature):
             same = declared is not None and names is None and len(declared) == num_classes
-            return {**found, "names": declared} if same else found
+            return {**settings, "names": declared} if same else settings
         absent = unknown if isinstance(unknown, list | tuple) else [unknown]
         counts = counted("label", (value for value in values if not _is_unknown(value, absent)))
-        return found | classes_of(counts, names or declared, num_classes, compact=classes == "compact")
+        return settings | classes_of(counts, names or declared, num_classes, compact=classes == "compact")
 
     def is_missing(self, raw: Any) -> bool:
         return super().is_missing(raw) or _is_unknown(raw, self.unknown)
@@ -151,9 +151,9 @@ class Label(Modality):
         plain = self.ids == list(range(self.num_classes))
         return f"0 … {self.num_classes - 1}" if plain else listed(self.ids)
 
-    def save(self, shown: Any, stem: Path) -> Path:
+    def save(self, output: Any, stem: Path) -> Path:
         """By its name where the classes have names."""
-        return super().save(self.names[int(self.preprocess(shown))] if self.names else shown, stem)
+        return super().save(self.names[int(self.preprocess(output))] if self.names else output, stem)
 
     def check(self, value: Tensor) -> None:
         super().check(value)
@@ -163,8 +163,8 @@ class Label(Modality):
 
     def postprocess(self, value: Tensor) -> list[int] | list[str]:
         """Ids as the data have them, or names."""
-        shown = self.names if self.by_name else self.ids
-        return [shown[k] for k in value.tolist()]
+        outputs = self.names if self.by_name else self.ids
+        return [outputs[k] for k in value.tolist()]
 
     def gallery(self) -> Tensor:
         return torch.arange(min(self.num_classes, 10))

@@ -15,7 +15,7 @@ from mmdiff.errors import InputError
 from mmdiff.likelihoods import categorical_log_prob, categorical_sample, mean_logits
 from mmdiff.modalities.base import Modality, Shape
 from mmdiff.modalities.files import open_image
-from mmdiff.modalities.grids import Size, cells, grid_channels, grown, height_width, to_grid, to_space
+from mmdiff.modalities.grids import Size, cells, check_size, grid_channels, grown, height_width, to_grid, to_space
 from mmdiff.modalities.heads import SpatialHead, widened
 from mmdiff.modalities.pictures import one_size, resized
 from mmdiff.modalities.raw_masks import (
@@ -126,15 +126,15 @@ class Mask(Modality):
         **settings: Any,
     ) -> dict[str, Any]:
         """The whole column is read: a raw value that stands for no class is refused with the values found."""
-        found, sizes, first = counted(raws, colors is not None)
+        pixels, sizes, first = counted(raws, colors is not None)
         ignore = raw_ignore_of(settings.get("ignore", 255), values or [], colors is not None)
-        count = len(values or colors or []) or num_classes or number_of_classes(found, ignore, "ignore" in settings)
+        count = len(values or colors or []) or num_classes or number_of_classes(pixels, ignore, "ignore" in settings)
         known = list(map(packed, colors)) if colors else list(values or range(count))
         allowed = [*known, *([] if ignore is None else [ignore])]
-        check_known(found, allowed, colors is not None, remedy_of(found, count, colors is not None))
-        if "ignore" not in settings and ignore in found and sum(raw in found for raw in known) < 2 and not colors:
+        check_known(pixels, allowed, colors is not None, remedy_of(pixels, count, colors is not None))
+        if "ignore" not in settings and ignore in pixels and sum(raw in pixels for raw in known) < 2 and not colors:
             raise InputError(
-                "mask", ignore, f"would be ignored; found {shares(found, False)}; {remedy_of(found, count)}"
+                "mask", ignore, f"would be ignored; found {shares(pixels, False)}; {remedy_of(pixels, count)}"
             )
         result: dict[str, Any] = {} if size is not None else {"size": one_size("mask", sizes)}
         own = None if palette or colors else own_palette(first, known)
@@ -148,8 +148,7 @@ class Mask(Modality):
         ids = raw_ids(raw, self.coloured)
         if ids.shape != (self.height, self.width):
             if not self.resize:
-                shown = f"{ids.shape[1]}x{ids.shape[0]}"
-                raise InputError("mask", shown, f"expected {self.width}x{self.height}; or set resize: true")
+                check_size("mask", ids.shape, (self.height, self.width))
             picture = PILImage.fromarray(ids.astype(np.int32))
             ids = np.asarray(resized(picture, self.width, self.height, PILImage.Resampling.NEAREST))
         known = self.known if self.coloured else {self.shown_ignore: self.ignore, **self.known}

@@ -17,7 +17,7 @@ from mmdiff.errors import InputError
 from mmdiff.modalities.anchor import Anchor, FillsAnchor, KnownPart
 from mmdiff.modalities.base import Shape
 from mmdiff.modalities.files import check_range, open_image
-from mmdiff.modalities.grids import Size, grid_channels, height_width, to_grid, to_space
+from mmdiff.modalities.grids import Size, check_size, grid_channels, height_width, to_grid, to_space
 from mmdiff.modalities.heads import GaussianHead, gaussian_nll, gaussian_sample
 from mmdiff.modalities.pictures import flat, pixels_of, resized, with_alpha
 
@@ -54,8 +54,8 @@ class MaskedImage(FillsAnchor):
 
     @classmethod
     def settings_from_anchor(cls, channels: int | None = None, size: Any = None, **_: Any) -> dict[str, Any]:
-        found = {"channels": channels, "size": size}
-        return {name: value for name, value in found.items() if value is not None}
+        settings = {"channels": channels, "size": size}
+        return {name: value for name, value in settings.items() if value is not None}
 
     def check_anchor(self, anchor: Anchor) -> None:
         own = (self.channels, self.height, self.width)
@@ -64,9 +64,8 @@ class MaskedImage(FillsAnchor):
 
     def preprocess(self, raw: Any) -> Tensor:
         raw = with_alpha("masked_image", raw, _MODES[self.channels])
-        if raw.size != (self.width, self.height) and not self.resize:
-            found = f"{raw.width}x{raw.height}"
-            raise InputError("masked_image", found, f"expected {self.width}x{self.height}; or set resize: true")
+        if not self.resize:
+            check_size("masked_image", (raw.height, raw.width), (self.height, self.width))
         raw = self._fitted(raw)
         pixels = torch.from_numpy(np.asarray(raw, dtype=np.float32)).permute(2, 0, 1)  # (channels + 1, h, w)
         known = (pixels[-1:] >= 128).float()
@@ -125,7 +124,7 @@ class MaskedImage(FillsAnchor):
         pixels = ((value[:, :-1].detach().float().clamp(-1, 1) + 1) * 127.5).round()
         alpha = value[:, -1:].detach().float() * 255
         arrays = torch.cat([pixels, alpha], dim=1).byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, h, w, channels + 1)
-        return [PILImage.fromarray(array, mode) for array, mode in zip(arrays, [_MODES[self.channels]] * len(arrays))]
+        return [PILImage.fromarray(array, _MODES[self.channels]) for array in arrays]
 
     @property
     def value_shape(self) -> tuple[int, ...]:
@@ -183,8 +182,7 @@ class MaskedImage(FillsAnchor):
         """Known pixels; in a latent space the cells all of whose pixels are known."""
         pixels, known = value[:, :-1], value[:, -1:]
         # an autoencoder looks beyond a cell: there the hole is as bright as what is known
-        mean = (pixels * known).sum(dim=(2, 3), keepdim=True) / known.sum(dim=(2, 3), keepdim=True).clamp(min=1)
-        encoding = anchor.encode(torch.where(known > 0, pixels, mean))  # (B, C, H, W)
+        encoding = anchor.encode(torch.where(known > 0, pixels, mean_fill(pixels, known)))  # (B, C, H, W)
         return KnownPart(encoding, adaptive_max_pool2d(1 - known, encoding.shape[2:]) == 0)
 
     def paste(self, anchor: Tensor, value: Tensor) -> Tensor:

@@ -74,8 +74,8 @@ def headers(key: str, values: Iterable[Any]) -> tuple[list[int], set[tuple[int, 
     channels, sizes = 0, set()
     for raw in values:
         if raw is not None:
-            found, size = header(key, raw)
-            channels = max(channels, found)
+            own_channels, size = header(key, raw)
+            channels = max(channels, own_channels)
             sizes.add(size)
     return [channels] if channels else [], sizes
 
@@ -88,8 +88,8 @@ def one_size(key: str, sizes: set[tuple[int, int]]) -> list[int]:
     """
     if len(sizes) > 1:
         (height, width), (other_height, other_width) = sorted(sizes)[0], sorted(sizes)[-1]
-        shown = f"{width}x{height} and {other_width}x{other_height}"
-        raise InputError(f"{key}.size", shown, "images of several sizes; set size, and resize: true")
+        actual = f"{width}x{height} and {other_width}x{other_height}"
+        raise InputError(f"{key}.size", actual, "images of several sizes; set size, and resize: true")
     return list(next(iter(sizes)))
 
 
@@ -179,16 +179,16 @@ def _bytes_of(key: str, raw: Sequence[Any]) -> np.ndarray:
     except ValueError:  # lists of several lengths
         array = np.zeros(())
     if array.dtype.kind not in "iu" or not array.size or array.min() < 0 or array.max() > 255:
-        found = f"{type(raw).__name__} of {array.dtype}"
-        raise InputError(key, found, "is no image; needs whole numbers 0 … 255 (h, w) or (h, w, channels)")
+        actual = f"{type(raw).__name__} of {array.dtype}"
+        raise InputError(key, actual, "is no image; needs whole numbers 0 … 255 (h, w) or (h, w, channels)")
     return array.astype(np.uint8)
 
 
 def _of_array(key: str, array: np.ndarray) -> PILImage.Image:
     channels = array.shape[2] if array.ndim == 3 else 1
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or not 1 <= channels <= 4 or not array.size:
-        found = f"array {array.shape} of {array.dtype}"
-        raise InputError(key, found, "is no image; needs uint8 (h, w) or (h, w, 1 … 4 channels), and pixels")
+        actual = f"array {array.shape} of {array.dtype}"
+        raise InputError(key, actual, "is no image; needs uint8 (h, w) or (h, w, 1 … 4 channels), and pixels")
     return _read(
         key, f"array {array.shape}", lambda: PILImage.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
     )
@@ -241,15 +241,15 @@ def _from_lab(image: PILImage.Image) -> PILImage.Image:
 
 def _sixteen_bits(numbers: np.ndarray) -> np.ndarray:
     if numbers.min(initial=0) < 0 or numbers.max(initial=0) > 65535:
-        found = f"{numbers.min():g} … {numbers.max():g}"
-        raise InputError("image", found, "32-bit integers outside 0 … 65535 have no known range; store 8 or 16 bits")
+        actual = f"{numbers.min():g} … {numbers.max():g}"
+        raise InputError("image", actual, "32-bit integers outside 0 … 65535 have no known range; store 8 or 16 bits")
     return numbers / np.float32(65535)
 
 
 def _unit_floats(numbers: np.ndarray) -> np.ndarray:
     if not (np.isfinite(numbers).all() and numbers.min(initial=0) >= 0 and numbers.max(initial=0) <= 1):
-        found = f"{numbers.min():g} … {numbers.max():g}"
-        raise InputError("image", found, "floats outside 0 … 1 have no known range; store 0 … 1, or 8 or 16 bits")
+        actual = f"{numbers.min():g} … {numbers.max():g}"
+        raise InputError("image", actual, "floats outside 0 … 1 have no known range; store 0 … 1, or 8 or 16 bits")
     return numbers
 
 

@@ -67,8 +67,8 @@ def _of_image(image: PILImage.Image, coloured: bool) -> np.ndarray:
     colours = np.asarray(image.convert("RGB"))
     if (colours == colours[..., :1]).all():  # a grey image that a tool stored in colour
         return colours[..., 0].astype(np.int64)
-    found = tally(_packed(colours))
-    raise InputError("mask", image.mode, f"is coloured: {shares(found, True)}; set colors, one RGB triple per class")
+    pixels = tally(_packed(colours))
+    raise InputError("mask", image.mode, f"is coloured: {shares(pixels, True)}; set colors, one RGB triple per class")
 
 
 def packed(colour: Sequence[int]) -> int:
@@ -93,36 +93,36 @@ def tally(ids: np.ndarray) -> Counter:
 
 def counted(raws: Iterable[Any], coloured: bool) -> tuple[Counter, set[tuple[int, int]], Any]:
     """({raw id: pixels}, all sizes (height, width), the first mask) of a column."""
-    found, sizes, first = Counter(), set(), None
+    pixels, sizes, first = Counter(), set(), None
     for raw in raws:
         if raw is not None:
             first = raw if first is None else first
             ids = raw_ids(raw, coloured)
-            found.update(tally(ids))
+            pixels.update(tally(ids))
             sizes.add(ids.shape)
-    return found, sizes, first
+    return pixels, sizes, first
 
 
-def shares(found: Counter, coloured: bool) -> str:
+def shares(pixels: Counter, coloured: bool) -> str:
     """The commonest raw values and their shares of the pixels: "0: 81.2 %, 255: 18.8 %"."""
-    total = sum(found.values())
-    parts = [f"{_shown(value, coloured)}: {count / total:.1%}" for value, count in found.most_common(_SHOWN)]
-    return ", ".join(parts) + (", …" if len(found) > _SHOWN else "")
+    total = sum(pixels.values())
+    parts = [f"{_shown(value, coloured)}: {count / total:.1%}" for value, count in pixels.most_common(_SHOWN)]
+    return ", ".join(parts) + (", …" if len(pixels) > _SHOWN else "")
 
 
 def _shown(value: int, coloured: bool) -> str:
     return str(unpacked(value)) if coloured else str(value)
 
 
-def check_known(found: Counter, known: Sequence[int], coloured: bool, remedy: str) -> None:
+def check_known(pixels: Counter, known: Sequence[int], coloured: bool, remedy: str) -> None:
     """Refuse raw values that stand for no class.
 
     Raises:
-        InputError: with the values found and their shares.
+        InputError: with the raw values that occur and their shares.
     """
-    unknown = sorted(set(found) - set(known))
+    unknown = sorted(set(pixels) - set(known))
     if unknown:
-        text = f"is no class and not ignore; found {shares(found, coloured)}; {remedy}"
+        text = f"is no class and not ignore; found {shares(pixels, coloured)}; {remedy}"
         raise InputError("mask", _shown(unknown[0], coloured) if coloured else unknown[0], text)
 
 
@@ -185,21 +185,21 @@ def free_id(taken: list[int], wanted: int | None) -> int:
     return next(index for index in range(255, -1, -1) if index not in taken)
 
 
-def number_of_classes(found: Counter, ignore: int | None, chosen: bool) -> int:
+def number_of_classes(pixels: Counter, ignore: int | None, chosen: bool) -> int:
     """K of a column of ids 0 … K − 1, every one of which occurs."""
-    ids = sorted(raw for raw in found if raw != ignore)
+    ids = sorted(raw for raw in pixels if raw != ignore)
     if not ids:
         raise InputError("mask", None, "the column holds no class ids; check data.columns")
     if len(ids) < 2 or ids != list(range(len(ids))):
-        text = f"are no ids 0 … K − 1, each of them used; found {shares(found, False)}; {remedy_of(found, 0)}"
+        text = f"are no ids 0 … K − 1, each of them used; found {shares(pixels, False)}; {remedy_of(pixels, 0)}"
         raise InputError("mask", "raw values", text)
     return len(ids)
 
 
-def remedy_of(found: Counter, count: int, coloured: bool = False) -> str:
+def remedy_of(pixels: Counter, count: int, coloured: bool = False) -> str:
     if coloured:
         return "add it to colors, or make it ignore"
-    every = sorted(found)
+    every = sorted(pixels)
     listed = (
         f"values: {every}"
         if len(every) <= 12

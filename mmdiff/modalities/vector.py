@@ -77,10 +77,10 @@ class Vector(Modality):
 
     def _keep(self, name: str, numbers: Any, shape: tuple[int, ...]) -> None:
         """A setting as a buffer, which is not saved: the config holds it."""
-        found = torch.tensor(numbers, dtype=torch.float32)
-        if tuple(found.shape) != shape or not bool(found.isfinite().all()):
+        buffer = torch.tensor(numbers, dtype=torch.float32)
+        if tuple(buffer.shape) != shape or not bool(buffer.isfinite().all()):
             raise InputError(name, numbers, f"needs finite numbers of shape {shape}")
-        self.register_buffer(name, found, persistent=False)
+        self.register_buffer(name, buffer, persistent=False)
 
     @classmethod
     def settings_from_data(
@@ -93,10 +93,10 @@ class Vector(Modality):
             raise InputError("vector", lengths, "vectors of one column need one length")
         rows = np.stack(vectors).astype(np.float64)
         std = np.where(rows.std(axis=0) > 0, rows.std(axis=0), 1.0)
-        found = {"dim": rows.shape[1], "mean": rows.mean(axis=0).tolist(), "std": std.tolist()}
+        result = {"dim": rows.shape[1], "mean": rows.mean(axis=0).tolist(), "std": std.tolist()}
         if transform == "ranks":
-            found["quantiles"] = np.quantile(rows, np.linspace(0, 1, _KNOTS), axis=0).T.tolist()
-        return found
+            result["quantiles"] = np.quantile(rows, np.linspace(0, 1, _KNOTS), axis=0).T.tolist()
+        return result
 
     @classmethod
     def check_readable(cls, raw: Any) -> None:
@@ -115,9 +115,6 @@ class Vector(Modality):
     def parse(self, text: str) -> Any:
         """A .npy or .json file, or numbers with commas."""
         return open_numbers("vector", text)
-
-    def postprocess(self, value: Tensor) -> list[np.ndarray]:
-        return list(value.detach().float().cpu().numpy())
 
     @property
     def value_shape(self) -> tuple[int, ...]:
@@ -164,9 +161,7 @@ class Vector(Modality):
         unit = weights * (len(weights) ** 0.5 / weights.norm().add(1e-12))
         return repeated((standardised @ unit.T).reshape(-1, *self.grid), self.shape.space[1:])
 
-    @property
-    def observation_channels(self) -> int:
-        return 0  # a vector has no place in space
+    observation_channels = 0  # a vector has no place in space
 
     @property
     def context_width(self) -> int:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
-from mmdiff.modalities import Dense, Label, Modality, Shape
+from mmdiff.modalities import MODALITIES, Condition, Dense, FillsAnchor, Label, Modality, Shape
 from mmdiff.modalities.contract import LAWS, Finding, check_modality
 from mmdiff.slots import Axis, ModalitySlots, slots
 
@@ -200,7 +200,7 @@ BROKEN = {
 }
 
 
-def faults(kind: type[Modality]) -> dict[str, str]:
+def faults(kind: type[Condition]) -> dict[str, str]:
     return {law: fault for law, fault in check_modality(kind, SHAPE) if fault is not None}
 
 
@@ -233,3 +233,54 @@ def test_the_check_leaves_the_random_state_as_it_was() -> None:
     before = torch.get_rng_state()
     check_modality(OwnNoise, SHAPE)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class Flag(Condition):
+    """As little as a condition needs: a sign, in every pixel."""
+
+    value_shape = (1,)
+
+    def preprocess(self, raw: Any) -> Tensor:
+        return torch.from_numpy(raw)
+
+    def examples(self, count: int, generator: Generator) -> Tensor:
+        return torch.randint(2, (count, 1), generator=generator) * 2.0 - 1
+
+    def encode(self, value: Tensor) -> Tensor:
+        return value[:, :, None, None].expand(-1, *self.shape.space)
+
+
+class Number(Flag, Modality):
+    """As little as a head needs: a number with a Gaussian."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
+        self.head = nn.Linear(shape.pooled, 1)
+
+    def decode(self, features: Tensor, pooled: Tensor) -> Tensor:
+        return self.head(pooled)
+
+    def nll(self, params: Tensor, value: Tensor) -> Tensor:
+        return 0.5 * (value - params).square()[:, 0]
+
+    def sample(self, params: Tensor, noise: Tensor) -> Tensor:
+        return params + noise
+
+    def mode(self, params: Tensor) -> Tensor:
+        return params
+
+
+@pytest.mark.parametrize("kind", [Flag, Number])
+def test_the_abstract_members_are_all_that_a_type_of_ones_own_needs(kind: type[Condition]) -> None:
+    assert faults(kind) == {}
+
+
+HEAD = Modality.__abstractmethods__ - Condition.__abstractmethods__
+
+
+@pytest.mark.parametrize("kind", MODALITIES.values())
+def test_a_modality_has_the_members_of_its_contracts_and_no_others(kind: type[Condition]) -> None:
+    assert len(HEAD) == 4 and len(Condition.__abstractmethods__) == 4
+    assert {name for name in HEAD if hasattr(kind, name)} == (HEAD if issubclass(kind, Modality) else set())
+    filling = FillsAnchor.__abstractmethods__ - Modality.__abstractmethods__
+    assert {name for name in filling if hasattr(kind, name)} == (filling if issubclass(kind, FillsAnchor) else set())
