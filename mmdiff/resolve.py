@@ -148,11 +148,8 @@ def _weight(name: str, entry: ModalityConfig, kind: type[Condition]) -> WeightCo
     if kind.aggregable:
         return entry.weight or WeightConfig()
     if entry.weight is not None and entry.weight.schedule != "none":
-        raise InputError(
-            f"modalities.{name}.weight.schedule",
-            entry.weight.schedule,
-            f"{kind.__name__} is observed or absent, never aggregated; leave weight out",
-        )
+        remedy = f"{kind.__name__} is observed or absent, never aggregated; leave weight out"
+        raise InputError(f"modalities.{name}.weight.schedule", entry.weight.schedule, remedy)
     return WeightConfig(schedule="none")
 
 

@@ -97,11 +97,8 @@ def open_splits(
         _refuse_empty("split", split, splits)
         return _held_out(splits[split], holdout)
     if validation_split not in splits:
-        raise InputError(
-            "data.validation_split",
-            validation_split,
-            f"the source has the splits {', '.join(splits)}; name one, or hold out every 10th row with data.holdout=10",
-        )
+        remedy = f"the source has the splits {', '.join(splits)}; name one, or hold out rows with data.holdout=10"
+        raise InputError("data.validation_split", validation_split, remedy)
     for key, name in (("split", split), ("validation_split", validation_split)):
         _refuse_empty(key, name, splits)
     return splits[split], splits[validation_split]

@@ -56,12 +56,7 @@ def replaced(
 
 
 def renoised(
-    scheduler: MTScheduler,
-    sample: Tensor,
-    now: int,
-    then: int,
-    encodings: Mapping[str, Tensor],
-    noise: Tensor,
+    scheduler: MTScheduler, sample: Tensor, now: int, then: int, encodings: Mapping[str, Tensor], noise: Tensor
 ) -> Tensor:
     """A draw from q(z_then | z_now, X) at a later t: the steps of Eq. (1) between them as one."""
     (signal, sigma), (later_signal, later_sigma) = scheduler.signal_and_noise(now), scheduler.signal_and_noise(then)

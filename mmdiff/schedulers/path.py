@@ -79,9 +79,8 @@ class GaussianPath:
     def cumulative_weights(self, name: str) -> Tensor:
         """W_t of a modality, (T,) float64, Eq. (3)."""
         if name not in self._cumulative:
-            raise InputError(
-                "encodings", name, f"has no weights; weights has {', '.join(self._cumulative) or 'nothing'}"
-            )
+            known = ", ".join(self._cumulative) or "nothing"
+            raise InputError("encodings", name, f"has no weights; weights has {known}")
         return self._cumulative[name]
 
     def step_weights(self, name: str) -> Tensor:

@@ -73,11 +73,7 @@ SOLVERS = {
     ),
     "DDIMScheduler": Solver(
         DDIMScheduler,
-        {
-            "eta": Annotated[float, Field(strict=True, ge=0, le=1)],
-            "set_alpha_to_one": _SWITCH,
-            "steps_offset": _COUNT,
-        },
+        {"eta": Annotated[float, Field(strict=True, ge=0, le=1)], "set_alpha_to_one": _SWITCH, "steps_offset": _COUNT},
         takes_generator=True,
         is_stochastic=lambda options: options.get("eta", 0.0) > 0,
     ),
