@@ -160,6 +160,16 @@ def test_a_free_form_hole_is_a_few_connected_strokes() -> None:
         assert filled < 0.9  # no rectangle
 
 
+def test_strokes_reflect_at_the_sides() -> None:
+    """A stroke that left the image would leave its brush along the border, which is then hidden in half of the holes.
+
+    Reflected strokes hide 0.34 of it, with a standard error below 0.02.
+    """
+    hole = holes("free-form", 0.6, 300)
+    border = torch.cat([hole[:, [0, -1]].flatten(1), hole[:, :, [0, -1]].flatten(1)], dim=1)
+    assert float(border.float().mean()) < 0.4
+
+
 def test_small_and_uneven_images_have_holes() -> None:
     for pattern, (height, width) in itertools.product(PATTERNS, [(1, 9), (8, 8), (13, 7)]):
         share = 1 - known_masks(pattern, 0.5, height, width, 0, torch.arange(20)).mean(dim=(1, 2, 3))
