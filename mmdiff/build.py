@@ -14,7 +14,7 @@ from mmdiff.data import Holes, Rows, StandIn, Table, open_splits
 from mmdiff.data.embeddings import add_embeddings
 from mmdiff.data.files import undecoded, with_images
 from mmdiff.data.sources import folder_of
-from mmdiff.errors import InputError
+from mmdiff.errors import InputError, at
 from mmdiff.modalities import find_modality
 from mmdiff.model import MTDiffusionModel
 from mmdiff.objective import MTObjective
@@ -144,12 +144,13 @@ def build_scheduler(config: Config) -> MTScheduler:
         for name in config.auxiliary()
         if find_modality(config.modalities[name].kind, "").aggregable
     }
-    try:
+    keys = {
+        f"weights.{name}{setting}": f"modalities.{name}.weight{setting}"
+        for name, entry in weights.items()
+        for setting in ("", *(f".{key}" for key in entry))
+    }
+    with at("scheduler", keys=keys):
         return scheduler_class(config)(**config.scheduler.model_dump(exclude={"kind"}), weights=weights)
-    except InputError as error:
-        section, *names = error.key.split(".")
-        key = ".".join(["modalities", names[0], "weight", *names[1:]]) if section == "weights" and names else None
-        raise InputError(key or f"scheduler.{error.key}", error.value, error.remedy) from None
 
 
 def build_objective(config: Config, model: MTDiffusionModel, scheduler: MTScheduler) -> MTObjective:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 
 class InputError(ValueError):
@@ -56,14 +56,20 @@ class TrainingError(RuntimeError):
 
 
 @contextlib.contextmanager
-def at(prefix: str, join: str = ".") -> Iterator[None]:
+def at(
+    prefix: str = "", join: str | None = ".", keys: Mapping[str, str] | None = None, everywhere: bool = True
+) -> Iterator[None]:
     """Say where: an `InputError` raised within gets ``prefix`` before its key.
 
     Args:
         prefix: the outer key, for example ``"modalities.label"``.
-        join: what stands between the two keys.
+        join: what stands between the two keys; with None the prefix takes the place of the key.
+        keys: {inner key: whole key} of those that are called otherwise outside.
+        everywhere: False where only this process can meet the error.
     """
     try:
         yield
     except InputError as error:
-        raise InputError(f"{prefix}{join}{error.key}", error.value, error.remedy, error.everywhere) from error
+        own = prefix if join is None else f"{prefix}{join}{error.key}" if prefix else error.key
+        key = (keys or {}).get(error.key, own)
+        raise InputError(key, error.value, error.remedy, error.everywhere and everywhere) from error

@@ -90,9 +90,8 @@ class MTObjective(nn.Module):
 
     def forward(self, batch: Batch, where: BatchPosition) -> ObjectiveOutput:
         """One (micro-)batch; see the module's docstring."""
-        model, scheduler = self.model, self.scheduler
+        model, scheduler = self.model, self.scheduler.with_learned_weights(self.learned_weights())
         batch = self.without_missing(batch)
-        scheduler.set_learned_weights(self.learned_weights())
         aggregated, observed, denoised = self.draw_states(batch, where)
         timesteps = self.draw_timesteps(where, denoised)  # (B,)
 

@@ -12,7 +12,7 @@ import torch
 from diffusers.utils import logging
 from PIL import Image
 
-from mmdiff.errors import InputError
+from mmdiff.errors import InputError, at
 from mmdiff.grids import is_map, sample_grid
 from mmdiff.model import MTDiffusionModel
 from mmdiff.pipeline import MTDiffusionPipeline
@@ -126,10 +126,8 @@ def read_observed(model: MTDiffusionModel, items: list[str]) -> dict[str, Any]:
             raise InputError("--observe", item, f"no such modality; choose from {', '.join(model.names)}")
         if name in observed:
             raise InputError("--observe", item, f"{name} is observed twice; leave one out")
-        try:
+        with at(f"observed.{name}", join=None):
             observed[name] = model.modalities[name].parse(text)
-        except InputError as error:
-            raise InputError(f"observed.{name}", error.value, error.remedy) from None
     return observed
 
 

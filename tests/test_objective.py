@@ -324,6 +324,19 @@ def test_learned_weights_receive_gradients() -> None:
         assert ("schedule_scales.label" in found) == bool(learn_scale)
 
 
+def test_a_step_leaves_the_scheduler_alone() -> None:
+    objective = build(AGGREGATED, weight={"schedule": "learned", "scale": 1.0})
+    scheduler, before = objective.scheduler, objective.scheduler.cumulative_weights("label").clone()
+    with torch.no_grad():
+        objective.schedule_shapes["label"][3] += 2.0
+    state = dict(vars(scheduler))
+    objective(batch(), where()).loss.backward()
+    assert vars(scheduler) == state and not scheduler.cumulative_weights("label").requires_grad
+    assert torch.equal(scheduler.cumulative_weights("label"), before)
+    now = scheduler.with_learned_weights(objective.learned_weights()).cumulative_weights("label")
+    assert now.requires_grad and not torch.equal(now, before)
+
+
 def test_min_snr_weighs_every_row() -> None:
     """With all predictions v, the weight is min(SNR, γ) / (SNR + 1); by rows, one timestep each."""
     plain, weighted, whole, at = build(), build(min_snr_gamma=0.5), batch(), where()

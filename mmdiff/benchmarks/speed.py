@@ -157,11 +157,10 @@ def _anchor_alone(config: Config) -> Config:
 
 def _framework(experiment: Experiment, config: Config) -> Callable[[], None]:
     trainer = Trainer(experiment, make_accelerator(config.train))
-    loader = trainer.loader(0)
-    counter = iter(range(config.train.steps))
+    batches = trainer.loader(0)
 
     def step() -> None:
-        trainer.step(next(counter), loader)
+        trainer.step(*next(batches))
 
     return step
 

@@ -67,7 +67,7 @@ def main() -> None:
     from mmdiff.errors import InputError, TrainingError
 
     # typer brings a click of its own in some versions: take the class from typer, whichever it is
-    usage_error = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+    usage_error = typer.BadParameter.__base__
 
     try:
         code = app(standalone_mode=False)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from pandas.errors import EmptyDataError
 
 from mmdiff.data import abo, digits, folders, image_sets
 from mmdiff.data.shapes import image_sets as shape_sets
@@ -33,7 +34,7 @@ _HUB_BUILDERS = {*(builder for builder, _ in BUILDERS.values()), "imagefolder"}
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _FILE_NAME = re.compile(r".*[^./]\.[A-Za-z]{1,5}", re.DOTALL)  # not name-v1.0
 _NO_OPTION = re.compile(r"(?:doesn't have a|unexpected keyword argument) '(\w+)'")  # error texts of the builders
-_EMPTY = ("StopIteration", "EmptyDataError")  # errors of the builders for an empty file
+_EMPTY = (StopIteration, EmptyDataError)  # errors of the builders for an empty file
 _ASKED = "is a hub name, not a local path; to load it pass --trust-custom-modalities"
 _REFUSED = {  # options of `datasets.load_dataset`
     "split": "set data.split instead",
@@ -246,7 +247,7 @@ def _call(source: Source, call: Callable[[], Any], options: Mapping[str, Any], k
         return call()
     except Exception as error:  # the hub client and the builders raise many kinds
         cause = error.__cause__ or error
-        if type(cause).__name__ in _EMPTY or "corresponds to no data" in str(cause):
+        if isinstance(cause, _EMPTY) or "corresponds to no data" in str(cause):
             split = "".join(re.findall(r'"(\w+)" corresponds', str(cause))) or "of an empty file"
             raise InputError("data.source", source, f"the split {split} has no rows") from error
         if unknown := _NO_OPTION.search(str(cause)):

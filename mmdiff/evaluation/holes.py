@@ -11,7 +11,7 @@ from torch import Tensor
 from mmdiff.config import Config, MaskingConfig
 from mmdiff.data import Table
 from mmdiff.data.masking import known_masks
-from mmdiff.errors import InputError
+from mmdiff.errors import InputError, at
 from mmdiff.evaluation.judges import complete
 from mmdiff.metrics.bootstrap import scored
 from mmdiff.metrics.image import psnr, ssim
@@ -79,10 +79,8 @@ class HoleScores:
 
     def _known(self, key: str, masking: MaskingConfig) -> Tensor:
         """(n, 1, H, W), 1 = known."""
-        try:
+        with at(key):
             return known_masks(masking.pattern, masking.ratio, *self.truth.shape[2:], SEED, self.positions)
-        except InputError as error:
-            raise InputError(f"{key}.{error.key}", error.value, error.remedy) from None
 
     def scores(self, restored: Tensor, known: Tensor) -> dict[str, Any]:
         """LPIPS, PSNR and SSIM, in the hole and on the whole (of which all but the hidden share is the truth)."""

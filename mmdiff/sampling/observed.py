@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmdiff.errors import InputError
+from mmdiff.errors import InputError, at
 from mmdiff.modalities import Condition
 from mmdiff.model import MTDiffusionModel
 from mmdiff.values import dense, plain
@@ -43,7 +43,7 @@ def observed_values(model: MTDiffusionModel, observed: Mapping[str, Any], batch_
 
 def _values(model: MTDiffusionModel, name: str, raw: Any) -> Tensor:
     modality: Condition = model.modalities[name]
-    try:
+    with at(f"observed.{name}", join=None):
         raw = _stacked(raw)
         if isinstance(raw, Tensor):
             value = _as_batch(name, raw, modality)
@@ -56,8 +56,6 @@ def _values(model: MTDiffusionModel, name: str, raw: Any) -> Tensor:
             value = torch.stack([modality.preprocess(plain(name, item)) for item in items])
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise InputError(name, "NaN or infinity", "every number must be finite")
-    except InputError as error:
-        raise InputError(f"observed.{name}", error.value, error.remedy) from None
     return value.to(model.device, model.value_dtype if value.is_floating_point() else None)
 
 

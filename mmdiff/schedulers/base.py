@@ -145,7 +145,7 @@ class MTScheduler(GaussianPath):
 
     def signal_and_noise(self, timestep: float) -> tuple[float, float]:
         """(s_t, σ_t) as Python numbers."""
-        signal, noise = (float(self._at(key, timestep, self._tables[key])) for key in ("signal", "noise"))
+        signal, noise = (float(self._at(key, timestep, self.path.signal)) for key in ("signal", "noise"))
         return signal, noise
 
     def shifted_prediction(self, model_output: Tensor, timestep: float, shift: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, arange, cat, ones
 
 from mmdiff.errors import InputError
 from mmdiff.schedulers.base import MTScheduler
+from mmdiff.schedulers.path import Table
 from mmdiff.schedulers.solvers import REFUSED, SOLVERS, safe_eta, trim_timesteps
 from mmdiff.schedulers.weights import Coefficients
 
@@ -89,7 +90,7 @@ class MTDiffusionScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
         self.alphas_cumprod = self.alphas.cumprod(0)
         path = Coefficients(self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt(), self.alphas.sqrt())
         self._set_path(path, checked)
-        self._tables["a_bar"] = cat([ones(1, dtype=self.alphas_cumprod.dtype), self.alphas_cumprod])
+        self._tables["a_bar"] = Table(self.alphas_cumprod, 1.0)
         self._check_terminal_weights()
         self.timesteps = arange(len(self) - 1, -1, -1)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -30,41 +31,39 @@ class GaussianPath:
         """Build the tables; ``weights`` are checked by `weight_schedules.checked_weight`."""
         self.path, self._weights = path, dict(weights)
         self._cumulative: dict[str, Tensor] = {}
-        self._tables_on: dict[tuple[str, torch.device], Tensor] = {}
         self._numbers: dict[tuple[Any, ...], Any] = {}  # cached results for Python timesteps
         self._tables = {
-            "signal": _from_zero(path.signal, 1.0),
-            "noise": _from_zero(path.noise, 0.0),
-            "ratio": _from_zero(path.ratio, 1.0),
+            "signal": Table(path.signal, 1.0),
+            "noise": Table(path.noise, 0.0),
+            "ratio": Table(path.ratio, 1.0),
         }
-        learned = {}
         for name, entry in self._weights.items():
-            if entry["schedule"] == "learned" and len(self) < 3:
-                raise InputError(f"weights.{name}.schedule", "learned", "needs num_train_timesteps of 3 at least")
+            learned = ()
             if entry["schedule"] == "learned":
-                learned[name] = torch.tensor(entry["parameters"]), torch.tensor(entry.get("log_scale", 0.0))
-            else:
-                self._set_weights(name, weight_schedules.cumulative_weights(path, entry["schedule"], entry["scale"]))
-        self.set_learned_weights(learned)
+                if len(self) < 3:
+                    raise InputError(f"weights.{name}.schedule", "learned", "needs num_train_timesteps of 3 at least")
+                learned = torch.tensor(entry["parameters"]), torch.tensor(entry.get("log_scale", 0.0))
+            self._set_weights(name, *learned)
 
-    def _set_weights(self, name: str, cumulative: Tensor) -> None:
+    def _set_weights(self, name: str, *learned: Tensor) -> None:
+        """Set W_t and w_t of a modality; ``learned`` are the parameters and the log of the scale."""
+        entry = self._weights[name]
+        cumulative = weight_schedules.cumulative_weights(self.path, entry["schedule"], entry["scale"], *learned)
         self._cumulative[name] = cumulative
-        self._tables[f"W/{name}"] = _from_zero(cumulative, 0.0)
-        self._tables[f"w/{name}"] = _from_zero(weight_schedules.step_weights(self.path, cumulative), 0.0)
-        self._tables_on = {key: table for key, table in self._tables_on.items() if not key[0].endswith(f"/{name}")}
-        self._numbers = {key: number for key, number in self._numbers.items() if not key[0].endswith(f"/{name}")}
+        self._tables[f"W/{name}"] = Table(cumulative, 0.0)
+        self._tables[f"w/{name}"] = Table(weight_schedules.step_weights(self.path, cumulative), 0.0)
 
-    def set_learned_weights(self, learned: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Set W_t of learned schedules from parameters, through which gradients flow.
+    def with_learned_weights(self, learned: Mapping[str, tuple[Tensor, Tensor]]) -> Self:
+        """The same forward process with W_t of learned schedules from parameters, through which gradients flow.
 
         Args:
             learned: {modality: (parameters (LEARNED_NODES,), log_scale ())}.
         """
-        for name, (parameters, log_scale) in learned.items():
-            scale = self._weights[name]["scale"]
-            self._set_weights(
-                name, weight_schedules.cumulative_weights(self.path, "learned", scale, parameters, log_scale)
-            )
+        process = copy.copy(self)  # it shares the tables of the path and the solver
+        process._cumulative, process._tables, process._numbers = dict(self._cumulative), dict(self._tables), {}
+        for name, parameters in learned.items():
+            process._set_weights(name, *parameters)
+        return process
 
     # -------------------------------------------------------------------------------------------------- coefficients
 
@@ -95,12 +94,9 @@ class GaussianPath:
         """A table at timesteps: (B, 1, 1, 1) float64 on the device of ``like``, or a scalar for a Python number."""
         t = timesteps + (1 - self.first_timestep)  # this order rounds no float32 timestep
         if not isinstance(t, Tensor):  # a CPU scalar multiplies any device's tensor without a transfer
-            table = self._tables[key]
+            table = self._tables[key].values
             return table[t] if isinstance(t, int) else _between(table, torch.tensor(t, dtype=torch.float64))
-        device = like.device
-        if (key, device) not in self._tables_on:
-            self._tables_on[key, device] = self._tables[key].to(device)
-        table, t = self._tables_on[key, device], t.to(device)
+        table, t = self._tables[key].on(like.device), t.to(like.device)
         values = _between(table, t) if t.is_floating_point() else table[t.long()]
         return values.reshape(-1, *(1,) * (like.ndim - 1))
 
@@ -171,9 +167,23 @@ class GaussianPath:
         return Gaussian(mean, added * before / sigma**2)
 
 
-def _from_zero(table: Tensor, first: float) -> Tensor:
-    """(T,) for t = 1 … T -> (T + 1,) for t = 0 … T."""
-    return torch.cat([table.new_full((1,), first), table])
+class Table:
+    """Values for t = 0 … T, with a copy per device.
+
+    Args:
+        table: (T,) for t = 1 … T.
+        first: the value of t = 0.
+    """
+
+    def __init__(self, table: Tensor, first: float) -> None:
+        self.values = torch.cat([table.new_full((1,), first), table])
+        self._copies: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """The values on a device, (T + 1,)."""
+        if device not in self._copies:
+            self._copies[device] = self.values.to(device)
+        return self._copies[device]
 
 
 def _between(table: Tensor, t: Tensor) -> Tensor:

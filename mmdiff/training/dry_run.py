@@ -39,16 +39,16 @@ def dry_run(config: Config, steps: int = 2) -> str:
         }
     )
     trainer = Trainer(build_stand_in(config), accelerator)
-    loader, window = trainer.loader(0), Window()
+    batches, window = trainer.loader(0), Window()
     flops, activations = FlopCounterMode(display=False), _SavedBytes(trainer)
     with flops, saved_tensors_hooks(activations.keep, activations.give):
-        window.add(trainer.step(0, loader))
+        window.add(trainer.step(*next(batches)))
     started = time.perf_counter()
-    for step in range(1, steps):
-        window.add(trainer.step(step, loader))
+    for _ in range(1, steps):
+        window.add(trainer.step(*next(batches)))
     check_finite(window.rows(accelerator), window.names, steps, config.train)
     seconds = (time.perf_counter() - started) / (steps - 1)
-    loader.close()
+    batches.close()
     parameters = sum(p.numel() for p in trainer.bare.parameters())
     each = config.train.batch_size // (accelerator.num_processes * config.train.accumulate)
     total = flops.get_total_flops() * accelerator.num_processes

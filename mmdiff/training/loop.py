@@ -50,10 +50,10 @@ def train(config: Config, progress: bool = True, trust_custom_modalities: bool =
         done, window = start(trainer, config, folder, trust_custom_modalities)
         log = Log(folder, experiment, done, accelerator, progress)
         stopping = False
-        with contextlib.closing(trainer.loader(done)) as loader, log.bar, StopSignal() as stop:
-            while done < config.train.steps and not stopping:
-                window.add(trainer.step(done, loader))
-                done += 1
+        with contextlib.closing(trainer.loader(done)) as steps, log.bar, StopSignal() as stop:
+            for step, micro_batches in steps:
+                window.add(trainer.step(step, micro_batches))
+                done = step + 1
                 final, due = done == config.train.steps, done % config.train.log_every == 0
                 log.step()
                 if due or final:
@@ -61,7 +61,9 @@ def train(config: Config, progress: bool = True, trust_custom_modalities: bool =
                 stopping = stop.agreed(accelerator, due) and not final
                 if final or stopping or _every(config.train.checkpoint_every, done):
                     trainer.save(folder / "checkpoints", done, window)
-                if not final and not stopping and _every(config.train.sample_every, done):
+                if stopping:
+                    break
+                if not final and _every(config.train.sample_every, done):
                     log.grid(trainer, done)
 
         if stopping:

@@ -15,7 +15,7 @@ from mmdiff import plots
 from mmdiff.build import Experiment, state_probabilities
 from mmdiff.config import Config
 from mmdiff.data import Batch
-from mmdiff.errors import InputError
+from mmdiff.errors import InputError, at
 from mmdiff.evaluation.readiness import check_evaluation
 from mmdiff.model import MTDiffusionModel
 from mmdiff.pipeline import MTDiffusionPipeline
@@ -23,7 +23,12 @@ from mmdiff.training.trainer import Trainer
 
 ROWS = 8  # real rows that are encoded
 LARGEST, SMALLEST = 10.0, 0.01  # root mean square of an anchor's encodings; the noise has 1
-_KEYS = {"num_inference_steps": "sample.steps", "feedback": "sample.feedback", "guidance_scale": "sample.guidance"}
+_KEYS = {  # {argument of the pipeline or the solver: key of the config}
+    "num_inference_steps": "sample.steps",
+    "feedback": "sample.feedback",
+    "guidance_scale": "sample.guidance",
+    "solver_config.steps_offset": "scheduler.solver_config.steps_offset",
+}
 
 
 def preflight(experiment: Experiment, trainer: Trainer, trust_judges: bool = False) -> None:
@@ -39,11 +44,8 @@ def preflight(experiment: Experiment, trainer: Trainer, trust_judges: bool = Fal
     """
     if not trainer.accelerator.is_main_process:
         return
-    try:
+    with at(everywhere=False):  # the other processes do not look
         _use_everything(experiment, trainer, trust_judges)
-    except InputError as error:
-        error.everywhere = False  # the other processes have not looked
-        raise
 
 
 def _use_everything(experiment: Experiment, trainer: Trainer, trust_judges: bool) -> None:
@@ -128,21 +130,11 @@ def check_sampling(config: Config, pipeline: MTDiffusionPipeline) -> None:
         if name not in pipeline.model.observable or name == pipeline.model.anchor:
             able = ", ".join(sorted(set(pipeline.model.observable) - {pipeline.model.anchor})) or "none"
             raise InputError(f"sample.guidance.{name}", config.sample.guidance[name], f"can be guided: {able}")
-    with _named_by_key():
+    with at(keys=_KEYS):
         _walk(pipeline, config.sample.steps)
         few = config.sample.model_copy(update={"steps": min(2, config.sample.steps)})
         with tempfile.TemporaryDirectory(prefix="mmdiff-") as folder:
             plots.save_grid(pipeline, Path(folder) / "grid.png", few, columns=1)
-
-
-@contextlib.contextmanager
-def _named_by_key() -> Iterator[None]:
-    """The pipeline's arguments under the names of the config's keys."""
-    try:
-        yield
-    except InputError as error:
-        own = f"scheduler.{error.key}" if error.key.startswith("solver_config.") else error.key
-        raise InputError(_KEYS.get(own, own), error.value, error.remedy) from None
 
 
 def _walk(pipeline: MTDiffusionPipeline, steps: int) -> None:

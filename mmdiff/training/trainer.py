@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from mmdiff.build import Experiment
 from mmdiff.config import SampleConfig, TrainConfig
 from mmdiff.data import Batch, Order
 from mmdiff.data.order import MicroBatches
-from mmdiff.errors import InputError, TrainingError
+from mmdiff.errors import InputError, TrainingError, at
 from mmdiff.objective import BatchPosition, MTObjective
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.randomness import fold
@@ -29,6 +29,8 @@ from mmdiff.training.learning_rate import learning_rate
 from mmdiff.training.muon import Muon
 from mmdiff.training.process import on_main
 from mmdiff.training.tracking import Window
+
+MicroBatch = tuple[range, Batch | InputError]  # positions in the global batch, and what was read for them
 
 
 class Trainer:
@@ -53,48 +55,47 @@ class Trainer:
 
     def batches(self, first_step: int) -> MicroBatches:
         """The rows of this process from a step on."""
-        order, world = Order(len(self.table), self.config.seed), self.accelerator.num_processes
-        return MicroBatches(
-            order,
-            first_step,
-            self.config.steps,
-            self.config.batch_size,
-            self.config.accumulate,
-            self.accelerator.process_index,
-            world,
-        )
+        order, config, accelerator = Order(len(self.table), self.config.seed), self.config, self.accelerator
+        share = accelerator.process_index, accelerator.num_processes
+        return MicroBatches(order, first_step, config.steps, config.batch_size, config.accumulate, *share)
 
-    def loader(self, first_step: int) -> Generator[Batch | InputError, None, None]:
-        """Batches of this process from a step on, read ahead by `data.workers` processes."""
-        self.micro_batches = self.batches(first_step)
-        yield from DataLoader(
+    def loader(self, first_step: int) -> Generator[tuple[int, Iterator[MicroBatch]], None, None]:
+        """(step, its micro-batches) of this process from a step on, read ahead by `data.workers` processes."""
+        batches = self.batches(first_step)
+        loader = DataLoader(
             self.table,
-            batch_sampler=self.micro_batches,
+            batch_sampler=batches,
             num_workers=self.workers,
             collate_fn=_as_read,
             pin_memory=self.accelerator.device.type == "cuda",
             generator=torch.Generator(),  # leaves the global one, which dropout draws from, alone
         )
+        positions = [batches.positions(part) for part in range(self.config.accumulate)]
+        read = iter(loader)
+        for step in batches.steps:
+            yield step, zip(positions, read, strict=False)  # takes as many batches as a step has parts
 
-    def step(self, step: int, loader: Generator[Batch | InputError, None, None]) -> dict[str, torch.Tensor]:
-        """One optimizer step; returns this process's terms."""
+    def step(self, step: int, micro_batches: Iterable[MicroBatch]) -> dict[str, torch.Tensor]:
+        """One optimizer step; returns this process's terms.
+
+        Args:
+            step: its number in the run, from 0.
+            micro_batches: `train.accumulate` of them.
+        """
         config, accelerator = self.config, self.accelerator
         torch.manual_seed(fold(config.seed, step, f"process {accelerator.process_index}"))  # dropout resumes too
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         total: dict[str, torch.Tensor] = {}
-        for part in range(config.accumulate):
-            batch = next(loader)
+        for part, (share, batch) in enumerate(micro_batches, start=1):
             if isinstance(batch, InputError):
-                batch.everywhere = False  # only this process has read the row
-                raise batch
+                with at(everywhere=False):  # only this process has read the row
+                    raise batch
             self.table.unusable.add(batch.unusable)
-            share = self.micro_batches.positions(part)
             positions = torch.arange(share.start, share.stop, device=accelerator.device)
-            where = BatchPosition(step, positions, config.batch_size)
-            last = part == config.accumulate - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.objective):
-                output = self.objective(batch.to(accelerator.device), where)
+            position = BatchPosition(step, positions, config.batch_size)
+            with contextlib.nullcontext() if part == config.accumulate else accelerator.no_sync(self.objective):
+                output = self.objective(batch.to(accelerator.device), position)
                 accelerator.backward(output.loss / config.accumulate)
             for name, term in output.terms.items():
                 total[name] = total.get(name, 0.0) + term / config.accumulate

@@ -150,7 +150,7 @@ def test_no_parameter_of_the_autoencoder_is_trained_or_saved(config: Callable[..
     trainer = Trainer(experiment, make_accelerator(experiment.config.train))
     before = {name: value.clone() for name, value in frozen.state_dict().items()}
     loader = trainer.loader(0)
-    trainer.step(0, loader)
+    trainer.step(*next(loader))
     loader.close()
     ours = {p.data_ptr() for p in frozen.parameters()}
     optimized = [p for group in trainer.optimizer.param_groups for p in group["params"]]

@@ -128,7 +128,7 @@ def test_learned_ratio_is_non_decreasing_and_vanishes_at_the_end() -> None:
     for beta_schedule, initial in itertools.product(BETA_SCHEDULES, [True, False]):
         sched = scheduler("learned", beta_schedule=beta_schedule)
         parameters = weights.initial_parameters() if initial else random_parameters()
-        sched.set_learned_weights({LABEL: (parameters, torch.tensor(0.0))})
+        sched = sched.with_learned_weights({LABEL: (parameters, torch.tensor(0.0))})
         ratio = depth_ratio(sched)
         assert (ratio.diff() >= -1e-12 * ratio[-1]).all()
         assert ratio[0].abs() < 1e-12 * ratio[-1]  # r = 0 at t = 1, the start of the log-SNR grid
@@ -150,7 +150,7 @@ def test_gradients_flow_to_the_learned_weights() -> None:
         sched = scheduler("learned", beta_schedule=beta_schedule)
         parameters = random_parameters().requires_grad_()
         log_scale = torch.tensor(0.3, requires_grad=True)
-        sched.set_learned_weights({LABEL: (parameters, log_scale)})
+        sched = sched.with_learned_weights({LABEL: (parameters, log_scale)})
         z_0, noise, encoding = torch.randn(3, 1000, 1, 2, 2, generator=torch.Generator().manual_seed(2))
         sched.add_noise(z_0, noise, torch.arange(1000), {LABEL: encoding}).square().mean().backward()
         # the grid ends at t = T − 1, as W_T = 0 whatever the parameters are: every increment is reached
@@ -162,7 +162,7 @@ def test_gradient_of_log_scale_is_the_aggregate() -> None:
     # W ∝ exp(log_scale), hence ∂ Σ z_t / ∂ log_scale = Σ c_t
     sched = scheduler("learned")
     log_scale = torch.tensor(-0.2, dtype=torch.float64, requires_grad=True)
-    sched.set_learned_weights({LABEL: (random_parameters(), log_scale)})
+    sched = sched.with_learned_weights({LABEL: (random_parameters(), log_scale)})
     encoding, times = torch.full((10, 1, 1, 1), 2.0, dtype=torch.float64), torch.arange(50, 1000, 100)
     zero = torch.zeros_like(encoding)
     z_t = sched.add_noise(zero, zero, times, {LABEL: encoding})
@@ -172,7 +172,7 @@ def test_gradient_of_log_scale_is_the_aggregate() -> None:
 
 def test_log_scale_multiplies_the_peak() -> None:
     sched = scheduler("learned")
-    sched.set_learned_weights({LABEL: (random_parameters(), torch.tensor(2.0).log())})
+    sched = sched.with_learned_weights({LABEL: (random_parameters(), torch.tensor(2.0).log())})
     assert float(sched.cumulative_weights(LABEL).max()) == pytest.approx(2 * SCALE, rel=1e-6)  # log 2 is float32
 
 
@@ -181,7 +181,7 @@ def test_replaced_weights_reach_every_table() -> None:
     sched = scheduler("learned")
     encoding, times = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.tensor([500])
     before = sched.aggregate({LABEL: encoding}, times, encoding)
-    sched.set_learned_weights({LABEL: (random_parameters(), torch.tensor(0.0))})
+    sched = sched.with_learned_weights({LABEL: (random_parameters(), torch.tensor(0.0))})
     after = sched.aggregate({LABEL: encoding}, times, encoding)
     assert float(after) == float(sched.cumulative_weights(LABEL)[500]) != float(before)
 
@@ -227,7 +227,7 @@ def test_numbers_that_were_looked_up_do_not_outlive_their_weights() -> None:
     sched = scheduler("learned")
     encodings = {LABEL: torch.ones(1, 1, 1, 1, dtype=torch.float64)}
     before = sched.aggregate(encodings, 40, encodings[LABEL])
-    sched.set_learned_weights({LABEL: (random_parameters(), torch.tensor(0.5).log())})
+    sched = sched.with_learned_weights({LABEL: (random_parameters(), torch.tensor(0.5).log())})
     after = sched.aggregate(encodings, 40, encodings[LABEL])
     assert not torch.equal(after, before)
     torch.testing.assert_close(after, sched.aggregate(encodings, torch.tensor([40]), encodings[LABEL]))
