@@ -28,12 +28,6 @@ def echo(text: str) -> None:
     typer.echo(printable(text, keep="\n\t"))
 
 
-def apart(texts: list[str]) -> tuple[list[str], list[str]]:
-    """(files and folders, settings as key=value) of arguments in any order."""
-    named = [text for text in texts if "=" not in text or Path(text).exists()]
-    return named, [text for text in texts if text not in named]
-
-
 def is_main() -> bool:
     """Whether this process speaks for all."""
     return os.environ.get("RANK", "0") == "0"

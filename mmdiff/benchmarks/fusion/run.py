@@ -2,72 +2,30 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from mmdiff.benchmarks.cache import store_json
 from mmdiff.benchmarks.fusion.classifier import Classifiers, Retrieval
 from mmdiff.benchmarks.fusion.learning import BEST, ENTRIES, FINE_TUNED, SINGLE, ZERO_SHOT, Answers, Way
 from mmdiff.benchmarks.fusion.scores import best, between_seeds, mass, scores
 from mmdiff.benchmarks.fusion.settings import Settings
 from mmdiff.benchmarks.fusion.vlm import LanguageModels
-from mmdiff.benchmarks.tables import aligned, leave
-from mmdiff.data.sources import refuse_hub
-from mmdiff.errors import InputError
 from mmdiff.evaluation.report import circumstances
 from mmdiff.modalities.fusion import FUSIONS
-from mmdiff.plots import accuracy_by_photos
-from mmdiff.trust import refuse_custom
 
 PROTOCOL = 2  # stored parts of another one are not taken
 ALL = "all"  # cells together: the mean over those with two photos and more
 SCORES = ("accuracy", "precision", "recall", "weight on distractors", "1/n on distractors")
 WAYS: dict[str, type[Way]] = {"classifier": Classifiers, "retrieval": Retrieval, "vlm": LanguageModels}
 Part = dict[str, Any]  # {"entry", "seed", "seconds", "scores": [{"task", "views", "distractors", …}]}
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a benchmark asks for: ``experiments`` one after another, ``out`` the folder of parts and results,
-    ``threads`` of the CPU (None: torch's), ``trust`` to import encoders by path and to contact the hub."""
-
-    experiments: Sequence[Settings]
-    out: Path = Path("runs/fusion")
-    threads: int | None = None
-    trust: bool = False
-
-
-def run(request: Request) -> Iterator[str]:
-    """The table of every experiment, and the names of the files that were written.
-
-    Raises:
-        InputError: two experiments have one name, or one needs trust.
-    """
-    names = [one.name for one in request.experiments]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError("EXPERIMENT", name, "is the name of two experiments")
-    for one in request.experiments if not request.trust else ():
-        refuse_custom(one.encoder, "fusion.encoder")
-        refuse_hub("fusion.data", one.data.source, one.data.options)
-    if request.threads is not None:
-        torch.set_num_threads(request.threads)
-    for one in request.experiments:
-        outcome = tree(one, results(one, request.out))
-        files = leave(
-            request.out / one.name, outcome, text(outcome), functools.partial(accuracy_by_photos, outcome["rows"])
-        )
-        yield f"{text(outcome)}\n{files}"
 
 
 def results(settings: Settings, folder: Path, progress: bool = True) -> list[Part]:
@@ -87,7 +45,7 @@ def results(settings: Settings, folder: Path, progress: bool = True) -> list[Par
             bar.set_postfix_str(f"{entry}, seed {seed}")
             path = room / "parts" / f"{entry.replace(', ', '-').replace(' ', '-')}-{seed}.json"
             if not path.is_file():
-                store_json(path, _computed(way, entry, seed))
+                _write(_computed(way, entry, seed), path)
             found.append(json.loads(path.read_text()))
     return found
 
@@ -135,11 +93,11 @@ def text(found: dict[str, Any]) -> str:
                     _weights(told),
                 ]
             )
-        lines += ["", f"{task}: means over the sets of two photos and more [95 % between seeds]", *aligned(table)]
+        lines += ["", f"{task}: means over the sets of two photos and more [95 % between seeds]", *_aligned(table)]
     table = [["accuracy minus that of", ZERO_SHOT, FINE_TUNED]]
     for row in found["gains"]:
         table.append([f"{row['task']}: {row['entry']}", _shown(row[ZERO_SHOT], "+"), _shown(row[FINE_TUNED], "+")])
-    return "\n".join([*lines, "", *aligned(table)])
+    return "\n".join([*lines, "", *_aligned(table)])
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
@@ -166,6 +124,14 @@ def _computed(way: Way, entry: str, seed: int) -> Part:
 
 def _mass(given: Answers, distractors: list[list[bool]]) -> dict[str, float]:
     return {} if given.weights is None else mass(given.weights, distractors)
+
+
+def _write(part: Part, path: Path) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(part, indent=1) + "\n")
+    partial.replace(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows
@@ -228,3 +194,8 @@ def _weights(row: dict[str, Any]) -> str:
     if "weight on distractors" not in row:
         return "–"
     return f"{row['weight on distractors']['mean']:.3f} ({row['1/n on distractors']['mean']:.3f})"
+
+
+def _aligned(cells: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells]

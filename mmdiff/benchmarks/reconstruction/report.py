@@ -13,9 +13,8 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
-from mmdiff.benchmarks.reconstruction.benchmark import RAW, Benchmark, Entry, Result
 from mmdiff.benchmarks.reconstruction.methods import Trained
-from mmdiff.benchmarks.tables import aligned
+from mmdiff.benchmarks.reconstruction.run import RAW, Benchmark, Entry, Result
 from mmdiff.errors import InputError
 from mmdiff.evaluation.report import circumstances
 from mmdiff.metrics.bootstrap import interval, scored
@@ -73,12 +72,12 @@ def text(found: dict[str, Any], each_pattern: bool = True) -> str:
         title = f"holes {pattern}, {ratio:g} of the pixels, {rows[0]['images']} images"
         seeds = max(len(row["seeds"]) for row in rows)
         cells = [["method", *SHOWN, "diversity", "s/image", "evaluations"], *map(_cells, rows)]
-        lines += ["", f"{title}, {seeds} seed{'s' * (seeds > 1)}; ± half of the 95 % interval", *aligned(cells)]
+        lines += ["", f"{title}, {seeds} seed{'s' * (seeds > 1)}; ± half of the 95 % interval", *_aligned(cells)]
     for (ratio, pattern), rows in _by_place(found["differences"]):
         cells = [["method", *(f"{name}: difference" for name in PAIRED)]]
         cells += [[row["method"], *(_difference(row[name]) for name in PAIRED)] for row in rows]
         title = f"minus {found['manifest']['compared with']}, image by image: holes {pattern}, {ratio:g}"
-        lines += ["", title, *aligned(cells)]
+        lines += ["", title, *_aligned(cells)]
     return "\n".join(lines)
 
 
@@ -272,3 +271,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
 def _difference(found: dict[str, Any]) -> str:
     low, high = found["95 %"]
     return f"{found['mean']:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
+def _aligned(cells: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells]

@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from mmdiff.benchmarks.reconstruction import report as standings
-from mmdiff.benchmarks.reconstruction.benchmark import RAW, Benchmark, MaskSet, digest, entries
 from mmdiff.benchmarks.reconstruction.methods import METHODS, Options, Trained
+from mmdiff.benchmarks.reconstruction.run import RAW, Benchmark, MaskSet, digest, entries
 from mmdiff.build import build
 from mmdiff.config import load_config, parse_config, save_config
 from mmdiff.errors import InputError
