@@ -7,6 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import date
 from typing import NamedTuple
 
@@ -20,23 +21,44 @@ from mmdiff.errors import InputError
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.training.process import make_accelerator, set_threads
 from mmdiff.training.trainer import Trainer
+from mmdiff.trust import refuse_custom
 
 
-def compare(config: Config, rounds: int = 5, steps: int = 10, against: str = "bare", hub: bool = True) -> str:
-    """Interleaved A/B on copies of one experiment: milliseconds of CPU time per step and their ratio.
+@dataclass(frozen=True)
+class Request:
+    """What is timed.
 
-    A is `Trainer.step` (data, states, encoders, heads, four terms, Accelerate, clipping, EMA).
-
-    Args:
+    Attributes:
         config: of the experiment.
-        rounds, steps: rounds of that many steps of A and of B.
-        against: B is "bare", a hand-written loop of an ordinary diffusion with the same backbone, or "anchor", the
-            same experiment without its other modalities. "solver" measures sampling, see `sampler_overhead`.
-        hub: whether the data may come from the hub.
+        rounds, steps: rounds of that many steps of each side.
+        against: the other side: "bare", a hand-written loop of an ordinary diffusion with the same backbone, or
+            "anchor", the same experiment without its other modalities. "solver" measures sampling, see
+            `sampler_overhead`.
+        trust: whether the config may name code and contact the hub.
     """
+
+    config: Config
+    rounds: int = 5
+    steps: int = 10
+    against: str = "bare"
+    trust: bool = False
+
+
+def run(request: Request) -> str:
+    """Milliseconds of CPU time per step of both sides and their ratio; the sides take turns.
+
+    One side is `Trainer.step`: data, states, encoders, heads, the loss, Accelerate, clipping, EMA.
+
+    Raises:
+        InputError: the config names code that is not trusted, or the other side is unknown.
+    """
+    config, rounds, steps, against = request.config, request.rounds, request.steps, request.against
     if against not in ("bare", "anchor", "solver"):
         raise InputError("--against", against, "choose bare, anchor or solver")
+    if not request.trust:
+        refuse_custom(config.model_dump()["modalities"])
     set_threads(config.train.threads)
+    hub = request.trust
     if against == "solver":
         return _sampling(config, rounds, steps, hub)
     config = config.model_copy(update={"train": config.train.model_copy(update={"steps": (rounds + 2) * steps})})
@@ -49,9 +71,9 @@ def compare(config: Config, rounds: int = 5, steps: int = 10, against: str = "ba
     times: dict[str, list[float]] = {"mmdiff": [], against: []}
     for index in range(rounds + 1):
         # the order alternates, so that a drift of the machine's speed falls on both
-        runs = [("mmdiff", framework), (against, bare)]
-        for name, run in runs if index % 2 == 0 else reversed(runs):
-            seconds = _cpu_seconds(run, steps)
+        sides = [("mmdiff", framework), (against, bare)]
+        for name, step in sides if index % 2 == 0 else reversed(sides):
+            seconds = _cpu_seconds(step, steps)
             if index > 0:  # the first round warms up
                 times[name].append(1000 * seconds / steps)
     ratios = [a / b for a, b in zip(times["mmdiff"], times[against], strict=True)]
@@ -196,10 +218,10 @@ def _bare(experiment: Experiment, config: Config) -> Callable[[], None]:
     return step
 
 
-def _cpu_seconds(run: Callable[[], None], steps: int) -> float:
+def _cpu_seconds(step: Callable[[], None], steps: int) -> float:
     start = time.process_time()
     for _ in range(steps):
-        run()
+        step()
     return time.process_time() - start
 
 

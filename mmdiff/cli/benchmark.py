@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mmdiff.cli.options import ConfigPath, Overrides, Trust, echo, integers, numbers, read_only
+from mmdiff.cli.options import ConfigPath, Overrides, Trust, echo, files_and_overrides, integers, numbers, read_only
 from mmdiff.errors import InputError
-from mmdiff.trust import refuse_custom, stay_offline
 
 benchmark = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Compare methods on the same data.")
 
@@ -33,11 +31,9 @@ def speed(
 
     read_only(trust)
     loaded = load_config(config, overrides)
-    if not trust:
-        refuse_custom(loaded.model_dump()["modalities"])
-    from mmdiff.benchmarks.speed import compare
+    from mmdiff.benchmarks.speed import Request, run
 
-    echo(compare(loaded, rounds, steps, against, hub=trust))
+    echo(run(Request(loaded, rounds, steps, against, trust)))
 
 
 @benchmark.command()
@@ -81,61 +77,31 @@ def reconstruction(
     The methods are all that the runs can do, and baselines without a model. The table has LPIPS, PSNR and SSIM with
     intervals, paired differences, time and network evaluations.
     """
-    from mmdiff.config import load_config
-
-    given = [text for text in runs if "=" not in text or Path(text).exists()]
-    overrides = [text for text in runs if text not in given] + ([f"data.source={data}"] if data else [])
-    if not given:
-        raise InputError("RUN", None, "name a run folder or an experiment's YAML file")
-    experiments = {text: load_config(text, overrides) for text in given if text.endswith((".yaml", ".yml"))}
-    jumps = [integers("--repaint", text) for text in repaint or ["5,3,20"]]
+    names, overrides = files_and_overrides("RUN", runs)
+    jumps = tuple(integers("--repaint", text) for text in repaint or ["5,3,20"])
     for jump in jumps:
         if len(jump) != 3 or min(jump) < 1:
             raise InputError("--repaint", jump, "write jump_length,jump_n_sample,steps, each >= 1: 10,10,250")
-    if not experiments and not trust:
-        stay_offline()
+    rows = integers("--steps", steps), numbers("--guidance", guidance), jumps, integers("--sdedit", sdedit)
     factors, shares = numbers("--sweep", sweep), numbers("--ratios", ratios)
-    counts, scales, evaluations = (
-        integers("--steps", steps),
-        numbers("--guidance", guidance),
-        integers("--sdedit", sdedit),
-    )
-    from mmdiff.benchmarks.reconstruction import report as standings
-    from mmdiff.benchmarks.reconstruction.methods import Options, Trained
-    from mmdiff.benchmarks.reconstruction.run import Benchmark
-    from mmdiff.benchmarks.reconstruction.sweep import swept
-    from mmdiff.evaluation.report import make_room
-    from mmdiff.grids import table as picture
-    from mmdiff.runs import load
+    from mmdiff.benchmarks.reconstruction.methods import Options
+    from mmdiff.benchmarks.reconstruction.run import Request, run
 
-    folders = [swept(experiments[text], factors, out) if text in experiments else Path(text) for text in given]
-    if len(experiments) < len(given) and not trust:
-        stay_offline()  # one's own experiments are trained; what stands beside them may be a stranger's
-    trained = []
-    for text, folder in zip(given, folders):
-        trusted = trust or text in experiments
-        pipeline = load(folder, trust=trusted)
-        pipeline.set_progress_bar_config(disable=True)
-        if not (folder / "config.yaml").is_file():
-            raise InputError("RUN", str(folder), "is no run folder: it has no config.yaml")
-        own = load_config(folder / "config.yaml", overrides)
-        if not trusted:
-            refuse_custom(own.model_dump()["modalities"])
-        trained.append(Trained(folder.name, own, pipeline, folder))
-    options = Options(counts, scales, tuple(jumps), evaluations)
-    chosen = methods.split(",") if methods else None
-    hub = trust or bool(experiments)  # all have the data of one's own experiment
-    scene = Benchmark(trained, out, patterns.split(","), shares, images, seeds, chosen, options, hub)
-    results = scene.results()
-    found = standings.tree(scene, results, reference)
-    table, columns = standings.text(found), standings.pictures(scene, results)
-    files = [out / f"reconstruction{suffix}" for suffix in (".json", ".txt", ".png")]
-    for file in files:
-        make_room(file)
-    files[0].write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    files[1].write_text(table + "\n")
-    picture(columns).save(files[2])
-    echo(standings.text(found, each_pattern=False) + "\n" + "\n".join(f"wrote {file}" for file in files))
+    request = Request(
+        names,
+        (*overrides, *([f"data.source={data}"] if data else ())),
+        tuple(patterns.split(",")),
+        shares,
+        images,
+        seeds,
+        tuple(methods.split(",")) if methods else None,
+        Options(*rows),
+        factors,
+        reference,
+        out,
+        trust,
+    )
+    echo(run(request))
 
 
 @benchmark.command("fusion-speed")
@@ -165,36 +131,9 @@ def fusion(
     Beside the four fusions stand one large image of all members, and single images. The table has accuracy, precision
     and recall against the number of members and the share of distractors.
     """
-    from mmdiff.benchmarks.fusion.settings import load_settings
-
-    given = [text for text in experiments if "=" not in text or Path(text).exists()]
-    overrides = [text for text in experiments if text not in given]
-    if not given:
-        raise InputError("EXPERIMENT", None, "name an experiment's YAML file")
+    files, overrides = files_and_overrides("EXPERIMENT", experiments)
     read_only(trust)
-    settings = [load_settings(text, overrides) for text in given]
-    names = [one.name for one in settings]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError("EXPERIMENT", name, "is the name of two experiments")
-    import torch
+    from mmdiff.benchmarks.fusion.run import Request, run
 
-    from mmdiff.benchmarks.fusion import run as fusion_accuracy
-    from mmdiff.data.sources import refuse_hub
-    from mmdiff.evaluation.report import make_room
-    from mmdiff.plots import accuracy_by_photos
-
-    for one in settings if not trust else ():
-        refuse_custom(one.encoder, "fusion.encoder")
-        refuse_hub("fusion.data", one.data.source, one.data.options)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    for one in settings:
-        found = fusion_accuracy.tree(one, fusion_accuracy.results(one, out))
-        files = [out / f"{one.name}{suffix}" for suffix in (".json", ".txt", ".png")]
-        for file in files:
-            make_room(file)
-        files[0].write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-        files[1].write_text(fusion_accuracy.text(found) + "\n")
-        accuracy_by_photos(found["rows"], files[2])
-        echo(fusion_accuracy.text(found) + "\n" + "\n".join(f"wrote {file}" for file in files))
+    for text in run(Request(files, overrides, out, threads, trust)):
+        echo(text)

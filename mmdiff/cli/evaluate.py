@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from mmdiff.cli.options import Overrides, RunPath, Trust, echo, integers, read_only
-from mmdiff.trust import check_links, refuse_custom
-
-if TYPE_CHECKING:
-    from mmdiff.config import Config
 
 
 def evaluate(
@@ -37,44 +32,9 @@ def evaluate(
     Prints a table, and writes evaluation.json to the run folder.
     """
     read_only(trust)
-    ways = tuple(conditioning.split(",")) if conditioning else ()
-    evaluate_run(run, overrides or [], integers("--steps", steps), solver, feedback, trust, trust, ways, subsets, bound)
+    methods, counts = tuple(conditioning.split(",")) if conditioning else (), integers("--steps", steps)
+    from mmdiff.evaluation.evaluate import Request
+    from mmdiff.evaluation.evaluate import run as evaluate_run
 
-
-def evaluate_run(
-    run: Path,
-    overrides: list[str],
-    steps: tuple[int, ...],
-    solver: str | None,
-    feedback: str | None,
-    trust: bool,
-    trust_judges: bool,
-    conditioning: tuple[str, ...] = (),
-    subsets: bool = False,
-    bound: bool = False,
-) -> None:
-    from mmdiff.config import load_config
-
-    check_links("run", run)
-    config: Config = load_config(run / "config.yaml", overrides)
-    if not trust:
-        refuse_custom(config.model_dump()["modalities"])
-    from mmdiff.build import build_table, open_rows
-    from mmdiff.evaluation import evaluate as evaluators
-    from mmdiff.evaluation import report as records
-    from mmdiff.grids import table
-    from mmdiff.runs import load
-
-    records.read(run / "evaluation.json")  # a broken one is named before the work
-    pipeline = load(run, solver, trust)
-    train, validation = (build_table(config, pipeline.model, rows) for rows in open_rows(config, hub=trust))
-    result = evaluators.evaluate(
-        pipeline, config, train, validation, steps, feedback, trust_judges, conditioning, subsets, bound
-    )
-    records.save(result, run / "evaluation.json")
-    echo(records.table(result))
-    for name, columns in result.pictures.items():
-        path = run / "samples" / f"evaluation-{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        table(columns).save(path)
-        echo(f"wrote {path}")
+    settings = counts, solver, feedback, methods, subsets, bound
+    echo(evaluate_run(Request(run, tuple(overrides or ()), *settings, trust=trust, trust_judges=trust)))

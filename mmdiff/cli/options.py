@@ -61,3 +61,15 @@ def numbers(key: str, text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise InputError(key, text, "write numbers with commas: 0.25,0.5") from None
+
+
+def files_and_overrides(key: str, texts: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Files, and settings as key=value; a file's name may have an equals sign.
+
+    Raises:
+        InputError: no file is named.
+    """
+    files = tuple(text for text in texts if "=" not in text or Path(text).exists())
+    if not files:
+        raise InputError(key, None, "name an experiment's YAML file, or a run folder where the command takes runs")
+    return files, tuple(text for text in texts if text not in files)

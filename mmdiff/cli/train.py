@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from mmdiff.cli.evaluate import evaluate_run
 from mmdiff.cli.options import ConfigPath, Overrides, Trust, echo, is_main
 
 
@@ -38,4 +37,6 @@ def train(
     if is_main() and (folder / "pipeline").is_dir():
         echo(f"pipeline: {folder / 'pipeline'}\nsamples: {folder / 'samples' / f'step-{loaded.train.steps}.png'}")
         if loaded.evaluate.at_end:
-            evaluate_run(folder, [], (), None, None, trust=True, trust_judges=trust)  # the run is one's own, judges not
+            from mmdiff.evaluation.evaluate import Request, run
+
+            echo(run(Request(folder, trust=True, trust_judges=trust)))  # the run is one's own, judges are not

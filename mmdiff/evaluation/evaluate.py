@@ -1,35 +1,81 @@
-"""`mmdiff evaluate`: every direction of a model, every modality in it scored."""
+"""`mmdiff evaluate`: a run is opened, every direction is scored, and the results are written to its folder."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator
-from functools import cached_property
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 
-import torch
-from PIL import Image as PILImage
-from torch import Tensor
-
-from mmdiff.build import state_probabilities
-from mmdiff.config import Config
+from mmdiff.build import build_table, open_rows, state_probabilities
+from mmdiff.config import Config, load_config
 from mmdiff.data import Table
-from mmdiff.errors import InputError
-from mmdiff.evaluation.draws import draw, on_grey, pictured
+from mmdiff.evaluation import report
 from mmdiff.evaluation.elbo import elbo_rows
-from mmdiff.evaluation.holes import FLOORS, HoleScores
-from mmdiff.evaluation.judges import complete, find_judge
-from mmdiff.evaluation.report import Evaluation, Row, manifest, settings_hash
-from mmdiff.evaluation.scorers import scorer
-from mmdiff.grids import is_map
-from mmdiff.metrics.classification import class_shares, classification
-from mmdiff.metrics.clip_zero_shot import ZeroShot
-from mmdiff.metrics.features import distances, extractor
-from mmdiff.metrics.image import spread
-from mmdiff.metrics.neighbours import MEMORISED_EXPECTED, MemorisationTest
-from mmdiff.modalities import Label
+from mmdiff.evaluation.evaluator import Evaluator
+from mmdiff.evaluation.report import Evaluation, manifest, settings_hash
+from mmdiff.grids import table as picture
 from mmdiff.pipeline import MTDiffusionPipeline
-from mmdiff.sampling.conditioning import feedback_for, methods_of_text, usable_methods
+from mmdiff.runs import load
+from mmdiff.sampling.conditioning import feedback_for
+from mmdiff.trust import check_links, refuse_custom
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is evaluated; what is not named here is an argument of `evaluate`.
+
+    Attributes:
+        run: the run folder.
+        overrides: settings of it as key=value.
+        solver: in place of the run's.
+        trust: whether the run may name code and contact the hub.
+        trust_judges: whether runs that serve as judges may.
+    """
+
+    run: Path
+    overrides: tuple[str, ...] = ()
+    steps: tuple[int, ...] = ()
+    solver: str | None = None
+    feedback: str | None = None
+    conditioning: tuple[str, ...] = ()
+    subsets: bool = False
+    bound: bool = False
+    trust: bool = False
+    trust_judges: bool = False
+
+
+def run(request: Request) -> str:
+    """Evaluate a run, write evaluation.json and pictures; the table and what was written.
+
+    Raises:
+        InputError: the run or a setting does not fit.
+    """
+    folder, file = request.run, request.run / "evaluation.json"
+    check_links("run", folder)
+    config = load_config(folder / "config.yaml", list(request.overrides))
+    if not request.trust:
+        refuse_custom(config.model_dump()["modalities"])
+    report.read(file)  # a broken one is named before the work
+    pipeline = load(folder, request.solver, request.trust)
+    train, held_out = (build_table(config, pipeline.model, rows) for rows in open_rows(config, hub=request.trust))
+    result = evaluate(
+        pipeline,
+        config,
+        train,
+        held_out,
+        request.steps,
+        request.feedback,
+        request.trust_judges,
+        request.conditioning,
+        request.subsets,
+        request.bound,
+    )
+    report.save(result, file)
+    pictures = {folder / "samples" / f"evaluation-{name}.png": columns for name, columns in result.pictures.items()}
+    for path, columns in pictures.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(columns).save(path)
+    return "\n".join([report.table(result), *(f"wrote {path}" for path in pictures)])
 
 
 def evaluate(
@@ -76,232 +122,3 @@ def evaluate(
     feedback = feedback_for(feedback or config.sample.feedback, pipeline.scheduler.is_stochastic)
     facts = evaluator.facts | {"feedback": feedback, "settings": settings_hash(*known)}
     return Evaluation(manifest(pipeline, config, train, validation) | facts, rows, evaluator.pictures)
-
-
-class Evaluator:
-    """A model, its real rows, and all that is fitted to them once.
-
-    Args:
-        pipeline, config, train, validation, trust, conditioning: see `evaluate`.
-    """
-
-    def __init__(
-        self,
-        pipeline: MTDiffusionPipeline,
-        config: Config,
-        train: Table,
-        validation: Table,
-        trust: bool,
-        conditioning: Iterable[str] = (),
-    ) -> None:
-        self.pipeline, self.config, self.model = pipeline, config, pipeline.model
-        self.anchor = self.model.anchor
-        real, self.held_out = (table.all(config.evaluate.max_rows) for table in (train, validation))
-        (images,) = complete(real, self.anchor)
-        self.extractor = extractor(config.evaluate.features, images)
-        self.features = self.extractor(images)
-        self.memorisation = MemorisationTest(images.numpy(), complete(self.held_out, self.anchor)[0].numpy())
-        modalities = self.model.modalities
-        self.read_out = [n for n in self.model.auxiliary if scorer(modalities[n]) and n not in self.model.filling]
-        found = {name: find_judge(config, self.model, name, real, trust) for name in self.read_out}
-        self.judges = {name: judge for name, judge in found.items() if judge is not None}
-        self.restoring = self.model.filling
-        self.conditions = [n for n in self.model.auxiliary if n not in self.model.generated]
-        used = {"training": len(images), "held out": int(self.held_out.present[self.anchor].sum())}
-        self.facts: dict[str, Any] = {"real rows used": used, "FID and KID features": self.extractor.name}
-        self.pictures: dict[str, dict[str, list[Any]]] = {}
-        self._columns: dict[str, dict[str, list[PILImage.Image]]] = {}
-        self.conditioning = self._usable(conditioning)
-        self.validation = validation
-        self._judge_the_judges()
-
-    @cached_property
-    def holes(self) -> HoleScores:
-        """Made when first needed: LPIPS looks for weights."""
-        holes = HoleScores(self.config, self.validation, self.anchor)
-        self.facts |= holes.facts
-        return holes
-
-    def _usable(self, conditioning: Iterable[str]) -> dict[str, list[str]]:
-        """{modality: the ways to compare that it can use}; a way that none can use is refused."""
-        names = [*self.read_out, *self.restoring]
-        able = {name: usable_methods(self.model, name, self._weighted()) for name in names}
-        found = {name: [way for way in conditioning if methods_of_text(way) <= able[name]] for name in names}
-        for way in conditioning:
-            if not any(way in ways for ways in found.values()):
-                raise InputError("--conditioning", way, f"none of {', '.join(names) or 'no modality'} can use it here")
-        return found
-
-    def _weighted(self) -> set[str]:
-        return {name for name, peak in self.pipeline.peak_weights().items() if peak > 0}
-
-    def _judge_the_judges(self) -> None:
-        for name, judge in self.judges.items():
-            images, truth = complete(self.held_out, self.anchor, name)
-            scores = scorer(self.model.modalities[name])(self.model.modalities[name], judge.read(images), truth)
-            self.facts |= {f"{name} judge": judge.name, f"{name} judge, on held-out rows": _numbers(scores)}
-
-    # ---------------------------------------------------------------------------------------------- anchor → the rest
-
-    def reads(self) -> Iterator[Row]:
-        """anchor → each modality on the held-out rows, in one network evaluation; and the CLIP baseline of labels."""
-        for name in self.read_out:
-            modality = self.model.modalities[name]
-            images, truth = complete(self.held_out, self.anchor, name)
-            found = self._draw(len(images), 0, observed={self.anchor: images})[name]
-            yield Row(
-                f"{self.anchor} → {name}", name, {}, {"n": len(images)} | scorer(modality)(modality, found, truth)
-            )
-            chosen = pictured(len(images))
-            shown = [modality.postprocess(values[chosen]) for values in (truth, found)]
-            if isinstance(shown[0][0], PILImage.Image) or is_map(shown[0][0]):
-                pictures = self.model.modalities[self.anchor].postprocess(images[chosen])
-                self.pictures[name] = {self.anchor: pictures, "truth": shown[0], "read": shown[1]}
-            if isinstance(modality, Label) and self.config.evaluate.zero_shot is not None:
-                yield self._zero_shot(name, images, truth)
-
-    def _zero_shot(self, name: str, images: Tensor, truth: Tensor) -> Row:
-        settings = self.config.evaluate.zero_shot
-        names = settings.names or self.model.modalities[name].names
-        baseline = ZeroShot(settings.model, settings.pretrained, names, settings.template)
-        scores = classification(baseline(images), truth, self.model.modalities[name].num_classes)
-        return Row(f"{self.anchor} → {name}", name, {"by": baseline.name}, {"n": len(images)} | scores)
-
-    # --------------------------------------------------------------------------------------------- the rest → anchor
-
-    def samples(self, steps: int, seed: int, feedback: str | None) -> Iterator[Row]:
-        """Joint samples and each modality → anchor: with and without aggregating, or by each way of conditioning."""
-        arguments = {"num_inference_steps": steps, "feedback": feedback}
-        count, states = self.config.evaluate.num_samples, self.config.states
-        if (
-            state_probabilities(self.config, self.anchor).observed == 1 or states.anchor_hidden == 1
-        ):  # nothing is denoised
-            return
-        aggregates = (True, False)[not self._weighted() :]
-        for aggregate in aggregates:
-            setting = {"aggregate": aggregate}
-            yield from self._scored("joint", setting, self._draw(count, seed, aggregate=aggregate, **arguments), {})
-        settings = {name: [{"conditioning": way} for way in ways] for name, ways in self.conditioning.items()}
-        for name in self.read_out:
-            given = self._given(name, count)
-            default = [{"aggregate": aggregate} for aggregate in aggregates]
-            for setting in settings[name] or (default if not any(settings.values()) else []):
-                drawn = self._draw(count, seed, observed={name: given}, **_asked(setting), **arguments)
-                yield from self._scored(f"{name} → {self.anchor}", setting, drawn, {name: given})
-        for name in self.conditions:
-            yield from self._conditioned(name, count, seed, **arguments)
-        for name in self.restoring:
-            for setting in settings[name] or ([{}] if not any(settings.values()) else []):
-                yield from self._restored(name, seed, ("samples",), setting, **_asked(setting), **arguments)
-
-    def _conditioned(self, name: str, count: int, seed: int, **arguments: Any) -> Iterator[Row]:
-        """What only conditions → the rest, from held-out rows: what is drawn, and what judges read off the anchor,
-        against the row's own values."""
-        given, *truths = complete(self.held_out, name, *self.read_out)
-        chosen = torch.arange(count) % len(given)
-        drawn = self._draw(count, seed, observed={name: given[chosen]}, **arguments)
-        images, direction = drawn[self.anchor].float(), f"{name} → {self.anchor}"
-        yield Row(direction, self.anchor, {}, {"n": count} | self._image_scores(images))
-        for other, truth in zip(self.read_out, truths, strict=True):
-            modality = self.model.modalities[other]
-            if other in self.judges:
-                scores = scorer(modality)(modality, self.judges[other].read(images), truth[chosen])
-                yield Row(direction, other, {}, {"n": count} | scores)
-            yield Row(
-                f"{name} → {other}", other, {}, {"n": count} | scorer(modality)(modality, drawn[other], truth[chosen])
-            )
-
-    def subsets(self, steps: int, seed: int, feedback: str | None) -> Iterator[Row]:
-        """Every non-empty proper subset of modalities observed, from held-out rows that have them all.
-
-        A modality that is drawn is scored against its own row's value where the anchor is observed, and against what a
-        judge reads off the generated anchor elsewhere; an observed one, too, against what the judge reads off: does the
-        anchor show what was asked for?
-        """
-        names, count = self.model.names, self.config.evaluate.num_samples
-        held_out = dict(zip(names, complete(self.held_out, *names), strict=True))
-        chosen = torch.arange(count) % len(held_out[self.anchor])
-        truth = {name: values[chosen] for name, values in held_out.items()}
-        for size in range(1, len(names)):
-            for observed in itertools.combinations(names, size):
-                given = {name: truth[name] for name in observed}
-                drawn = self._draw(count, seed, observed=given, num_inference_steps=steps, feedback=feedback)
-                found, read = drawn | given, self.anchor in observed
-                rest = " + ".join(name for name in names if name not in {*observed, *self.conditions})
-                for name in sorted(set(self.read_out) - set(observed)) if read else self.judges:
-                    pair = found[name], truth[name]
-                    if not read:
-                        pair = self.judges[name].read(drawn[self.anchor].float()), found[name]
-                    scores = scorer(self.model.modalities[name])(self.model.modalities[name], *pair)
-                    setting = {"observed": name in observed}
-                    yield Row(f"{' + '.join(observed)} → {rest}", name, setting, {"n": count} | scores)
-
-    def floors(self) -> Iterator[Row]:
-        """masked image → anchor where nothing is drawn: the mean fill, and the head in one evaluation."""
-        for name in self.restoring if state_probabilities(self.config, self.anchor).observed < 1 else ():
-            yield from self._restored(name, 0, FLOORS, {}, num_inference_steps=0)
-
-    def _restored(
-        self, name: str, seed: int, by: tuple[str, ...], setting: dict[str, Any], **arguments: Any
-    ) -> Iterator[Row]:
-        """masked image → anchor for every set of masks; the picture is of the last set, a column for every way."""
-        shown = self._columns.setdefault(name, {})
-        image, masked = self.model.modalities[self.anchor], self.model.modalities[name]
-        ways = self.holes.ways(name, lambda count, **more: self._draw(count, seed, **arguments | more), by)
-        for about, value, known, restored in ways:
-            yield Row(f"{name} → {self.anchor}", self.anchor, about | setting, self.holes.scores(restored, known))
-            chosen = pictured(len(value))
-            shown["truth"] = image.postprocess(self.holes.truth[chosen])
-            shown["masked"] = [on_grey(picture) for picture in masked.postprocess(value[chosen])]
-            shown[setting.get("conditioning", about["by"])] = image.postprocess(restored[chosen])
-        if shown:
-            self.pictures[name] = dict(shown)
-
-    def _given(self, name: str, count: int) -> Tensor:
-        """Values to condition on: the gallery's in turn where there is one, else those of held-out rows."""
-        gallery = self.model.modalities[name].gallery()
-        values = complete(self.held_out, name)[0] if gallery is None else gallery
-        return values[torch.arange(count) % len(values)]
-
-    def _scored(
-        self, direction: str, setting: dict, drawn: dict[str, Tensor], given: dict[str, Tensor]
-    ) -> Iterator[Row]:
-        """The images by themselves, and each modality that a judge can read off them against the model's own value."""
-        images = drawn[self.anchor].float()
-        yield Row(direction, self.anchor, dict(setting), {"n": len(images)} | self._image_scores(images))
-        for name, judge in self.judges.items():
-            modality, judged = self.model.modalities[name], judge.read(images)
-            found = scorer(modality)(modality, judged, given.get(name, drawn[name]))
-            # no truth is at hand: the judge and the model agree or not
-            scores = {"n": len(images)} | {key.replace("accuracy", "agreement"): x for key, x in found.items()}
-            if f"{name}/last" in drawn and name not in given:
-                last = scorer(modality)(modality, judged, drawn[f"{name}/last"])
-                scores["of last draw"] = next(iter(last.values()))
-            if isinstance(modality, Label):
-                scores["class shares"] = class_shares(judged.numpy(), modality.num_classes)
-            yield Row(direction, name, dict(setting), scores)
-
-    def _image_scores(self, images: Tensor) -> dict[str, Any]:
-        return distances(self.extractor(images), self.features) | {
-            "memorised": self.memorisation.share(images.numpy()),
-            "memorised, expected": MEMORISED_EXPECTED,
-            "std over samples": spread(images),
-        }
-
-    def _draw(self, count: int, seed: int, **arguments: Any) -> dict[str, Tensor]:
-        sample = self.config.sample
-        given = set(arguments.get("observed", {}))
-        denoised = self.anchor not in given and arguments.get("num_inference_steps") != 0
-        shown = denoised and "concatenation" in arguments.get("conditioning", ("concatenation",))
-        scales = sample.scales(given & set(self.model.observable)) if shown else {}
-        return draw(self.pipeline, count, sample.batch_size, seed, guidance_scale=scales, **arguments)
-
-
-def _asked(setting: dict[str, Any]) -> dict[str, Any]:
-    """The pipeline's arguments of a row's setting."""
-    return {k: sorted(methods_of_text(v)) if k == "conditioning" else v for k, v in setting.items()}
-
-
-def _numbers(scores: dict[str, Any]) -> dict[str, float]:
-    """Without intervals and lists, to four digits."""
-    return {name: round(value, 4) for name, value in scores.items() if isinstance(value, float)}

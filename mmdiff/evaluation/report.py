@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import platform
 import sys
@@ -19,6 +18,8 @@ import torch
 from mmdiff.config import Config
 from mmdiff.data import Table
 from mmdiff.errors import InputError
+from mmdiff.evaluation import tables
+from mmdiff.evaluation.tables import facts, grouped
 from mmdiff.pipeline import MTDiffusionPipeline
 
 _BROKEN = "is no whole evaluation and stays as it is; move it away"
@@ -76,17 +77,22 @@ def circumstances(device: torch.device) -> dict[str, Any]:
 
 def table(evaluation: Evaluation) -> str:
     """The evaluation as text, seeds averaged."""
-    groups: dict[tuple, list[Row]] = {}
-    for row in evaluation.rows:
-        key = (row.direction, row.of, *(f"{k}={v}" for k, v in row.setting.items() if k != "seed"))
-        groups.setdefault(key, []).append(row)
-    lines = [f"{k}: {v}" for k, v in evaluation.manifest.items()]
-    for (direction, of, *setting), rows in groups.items():
-        lines.append(f"\n{direction}: {of}  ({', '.join([*setting, f'{len(rows)} seed' + 's' * (len(rows) > 1)])})")
-        for name in rows[0].scores:
-            if not name.endswith(", 95 %"):
-                between = _interval([row.scores.get(f"{name}, 95 %") for row in rows])
-                lines.append(f"  {name:<24}{_cell([row.scores[name] for row in rows])}{between}")
+    keys = [
+        (row.direction, row.of, *(f"{k}={v}" for k, v in row.setting.items() if k != "seed")) for row in evaluation.rows
+    ]
+    lines = facts(evaluation.manifest)
+    for (direction, of, *setting), rows in grouped(evaluation.rows, keys):
+        lines += ["", f"{direction}: {of}  ({', '.join([*setting, f'{len(rows)} seed' + 's' * (len(rows) > 1)])})", ""]
+        cells = [
+            [
+                name,
+                _cell([row.scores[name] for row in rows]),
+                _interval([row.scores.get(f"{name}, 95 %") for row in rows]),
+            ]
+            for name in rows[0].scores
+            if not name.endswith(", 95 %")
+        ]
+        lines += tables.table(["score", "mean", "95 %"], cells)
     return "\n".join(lines)
 
 
@@ -140,19 +146,12 @@ def _key(result: dict[str, Any]) -> str:
     return result["manifest"].get("settings") or _digits(result["manifest"], result["rows"])
 
 
-def make_room(path: Path) -> None:
-    """A file that stands there is kept under a number."""
-    if path.exists():
-        numbers = (path.with_stem(f"{path.stem}-{k}") for k in itertools.count(1))
-        path.rename(next(candidate for candidate in numbers if not candidate.exists()))
-
-
 def _interval(values: list[Any]) -> str:
     """Mean ends of the seeds' intervals."""
     if values[0] is None:
         return ""
     low, high = np.mean(values, axis=0)
-    return f"  [{low:.3f}, {high:.3f}]"
+    return f"[{low:.3f}, {high:.3f}]"
 
 
 def _cell(values: list[Any]) -> str:

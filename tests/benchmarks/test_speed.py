@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mmdiff.benchmarks.speed import compare
+from mmdiff.benchmarks.speed import Request, run
 from mmdiff.config import Config, parse_config
 from mmdiff.errors import InputError
 from mmdiff.schedulers import SCHEDULERS
@@ -47,7 +47,7 @@ def shapes(tiny: dict[str, Any]) -> Config:
 @pytest.mark.parametrize("against", ["bare", "anchor"])
 def test_the_other_side_can_be_chosen(shapes: Config, against: str) -> None:
     before = shapes.model_dump()
-    text = compare(shapes, rounds=1, steps=1, against=against)
+    text = run(Request(shapes, rounds=1, steps=1, against=against))
     names = re.findall(r"^(\w+) +[\d.]+ ms CPU per step \(median of 1\)$", text, re.MULTILINE)
     assert names == ["mmdiff", against]
     (ratio,) = re.findall(r"^ratio +([\d.]+)  \(rounds \1 … \1\)$", text, re.MULTILINE)  # of one round
@@ -57,7 +57,7 @@ def test_the_other_side_can_be_chosen(shapes: Config, against: str) -> None:
 
 def test_another_side_is_refused(shapes: Config, cli: Cli, tiny_file: Path) -> None:
     with pytest.raises(InputError, match="--against = 'nothing': choose bare, anchor or solver"):
-        compare(shapes, rounds=1, steps=1, against="nothing")
+        run(Request(shapes, rounds=1, steps=1, against="nothing"))
     answer = cli("benchmark", "speed", tiny_file, "--against", "nothing")
     assert answer.code == 2 and "choose bare, anchor or solver" in answer.complaint
 

@@ -22,7 +22,7 @@ from mmdiff.errors import InputError
 from mmdiff.evaluation import evaluate as evaluators
 from mmdiff.evaluation import report as records
 from mmdiff.evaluation.draws import PICTURED, draw
-from mmdiff.evaluation.evaluate import Evaluator
+from mmdiff.evaluation.evaluator import Evaluator
 from mmdiff.evaluation.report import Evaluation, Row
 from mmdiff.grids import FONT_SIZE
 from mmdiff.metrics.neighbours import Judge

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmdiff.build import Experiment, build
 from mmdiff.config import parse_config
-from mmdiff.evaluation.evaluate import Evaluator
+from mmdiff.evaluation.evaluator import Evaluator
 from mmdiff.evaluation.report import Evaluation, Row, table
 from mmdiff.evaluation.scorers import scorer
 from mmdiff.modalities import Dense, Embedding, Image, Label, Mask, MaskedImage, Modality, Shape

@@ -13,8 +13,9 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
+from mmdiff.benchmarks.cache import stored
 from mmdiff.benchmarks.fusion.image_sets import Photos, front_views, one_large, square
-from mmdiff.benchmarks.fusion.learning import BEST, FINE_TUNED, SINGLE, ZERO_SHOT, Answers, Cell, Way, fit
+from mmdiff.benchmarks.fusion.learning import BEST, FINE_TUNED, SINGLE, ZERO_SHOT, Answers, Cell, Learner, fit
 from mmdiff.benchmarks.fusion.settings import Settings
 from mmdiff.modalities.encoders import build_encoder
 from mmdiff.modalities.fusion import FUSIONS, Fused, Fusion, build_fusion
@@ -59,7 +60,7 @@ class Sets:
         return fusion(found.new_zeros(*mask.shape, found.shape[1]).masked_scatter(mask[..., None], found), mask)
 
 
-class Classifiers(Way):
+class Classifiers(Learner):
     """Pretrained on single photos for each seed; then the fusion learns on sets, and what `Settings.learns` adds.
 
     All photos in one large image are reduced to the size of one, as by a vision-language model's processor; encoder and
@@ -113,17 +114,17 @@ class Classifiers(Way):
             model = Classifier(self.settings.encoder, self.settings.data.size, len(self._classes))
         model.encoder.load_initial_weights()
         path = self.folder / f"classifier-{seed}.safetensors"
-        if not path.is_file():
+
+        def write(partial: Path) -> None:
             images, targets = Sets(self.single.photos).images, self._targets(self.single.answers)
 
             def loss(rows: Tensor) -> Tensor:
                 return cross_entropy(model.head(model.features(images[rows])), targets[rows])
 
             fit(model.parameters(), loss, len(targets), self.settings.pretraining, seed)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_model(model, str(path.with_suffix(".partial")))
-            path.with_suffix(".partial").replace(path)
-        load_model(model, str(path))
+            save_model(model, str(partial))
+
+        load_model(model, str(stored(path, write)))
         return model.eval()
 
     def _fused(self, model: Classifier, kind: str, seed: int) -> Fusion:

@@ -28,7 +28,7 @@ class Answers(NamedTuple):
     weights: Tensor | None = None
 
 
-class Way(ABC):
+class Learner(ABC):
     """Learns from image sets and answers what is asked about others.
 
     Args:

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mmdiff.benchmarks.cache import stored
 from mmdiff.benchmarks.fusion.image_sets import ImageSets, Photos, one_large
-from mmdiff.benchmarks.fusion.learning import FINE_TUNED, SINGLE, ZERO_SHOT, Answers, Cell, Way, fit
+from mmdiff.benchmarks.fusion.learning import FINE_TUNED, SINGLE, ZERO_SHOT, Answers, Cell, Learner, fit
 from mmdiff.modalities.fusion import FUSIONS
 from mmdiff.vlm import Inputs, Reader, VisionLanguageModel
 from mmdiff.vlm.small import Sizes, make_small
@@ -19,7 +20,7 @@ from mmdiff.vlm.small import Sizes, make_small
 _CHUNK = 100  # sets that are answered at once
 
 
-class LanguageModels(Way):
+class LanguageModels(Learner):
     """A small model is pretrained on single photos and all tasks, once per seed; or a published one is taken as it is.
 
     A fusion learns alone, with all else frozen; mean and max have nothing to learn. The concatenated photos are
@@ -52,21 +53,18 @@ class LanguageModels(Way):
         return model, Reader(model)
 
     def _small(self, seed: int) -> Path:
-        folder, settings = self.folder / f"model-{seed}", self.settings
-        if folder.is_dir():
-            return folder
-        partial = folder.with_suffix(".partial")
+        return stored(self.folder / f"model-{seed}", lambda partial: self._make_small(partial, seed))
+
+    def _make_small(self, partial: Path, seed: int) -> None:
         shutil.rmtree(partial, ignore_errors=True)  # of an earlier call that was interrupted
+        settings, small = self.settings, self.settings.small
         texts = [text for answers in self.single.answers.values() for text in answers]
         questions = [task.question for task in settings.tasks.values()]
-        small = settings.small
         sizes = Sizes(settings.data.size, small.patch, small.width, small.layers, small.heads, small.queries)
         make_small(partial, small.kind, [*texts, *questions], sizes, seed)
         model = VisionLanguageModel.from_pretrained(partial, "mean")
         self._learn(model, Reader(model), "all", self.single, seed)
         model.model.save_pretrained(partial)
-        partial.replace(folder)
-        return folder
 
     def _learn(self, model: VisionLanguageModel, reader: Reader, part: str, image_sets: ImageSets, seed: int) -> None:
         """Row k is asked the k-th of all tasks, in turn."""

@@ -1,14 +1,9 @@
-"""Ways to fill the holes of images: mmdiff's own, RePaint, SDEdit, and floors that need no model."""
+"""Ways to fill the holes of images: mmdiff's own, RePaint, SDEdit, and baselines that need no model."""
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,13 +11,11 @@ from diffusers import RePaintScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from mmdiff.build import state_probabilities
-from mmdiff.config import Config
-from mmdiff.modalities import MaskedImage
+from mmdiff.benchmarks.reconstruction.trained import Trained
+from mmdiff.errors import InputError
 from mmdiff.modalities.masked_image import mean_fill, smooth_fill
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.sampling.guidance import branches_of
-from mmdiff.schedulers import MTDiffusionScheduler
 from mmdiff.schedulers.predictions import PREDICTIONS
 
 Generators = list[torch.Generator]
@@ -39,67 +32,6 @@ class Options(NamedTuple):
 
 
 DEFAULTS = Options()
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A finished run; ``name`` stands in tables, ``folder`` holds what was trained."""
-
-    name: str
-    config: Config
-    pipeline: MTDiffusionPipeline
-    folder: Path
-
-    @cached_property
-    def digest(self) -> str:
-        """Of every file of the pipeline: another training, solver or schedule is another digest."""
-        found = hashlib.sha256()
-        for path in sorted((self.folder / "pipeline").rglob("*")):
-            if path.is_file():
-                found.update(path.name.encode() + path.read_bytes())
-        return found.hexdigest()
-
-    @property
-    def masked(self) -> str | None:
-        """The name of its masked image."""
-        modalities = self.pipeline.model.modalities
-        return next((n for n in self.pipeline.model.auxiliary if isinstance(modalities[n], MaskedImage)), None)
-
-    @property
-    def shown(self) -> float:
-        """How often training showed the masked image."""
-        return state_probabilities(self.config, self.masked).observed if self.masked else 0.0
-
-    @property
-    def denoises(self) -> bool:
-        """Whether training ever denoised the anchor."""
-        return (
-            self.config.states.anchor_hidden < 1 and state_probabilities(self.config, self.config.anchor).observed < 1
-        )
-
-    @property
-    def has_head(self) -> bool:
-        """Whether training read the anchor from the masked image in one evaluation."""
-        weighted = self.masked is not None and self.config.modalities[self.masked].loss_weight > 0
-        return weighted and self.shown > 0 and self.config.states.anchor_hidden > 0
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is an ordinary diffusion of pixels, which knows nothing of masks."""
-        pipeline = self.pipeline
-        variance_preserving = isinstance(pipeline.scheduler, MTDiffusionScheduler)
-        return self.masked is None and self.denoises and variance_preserving and pipeline.autoencoder is None
-
-    @contextmanager
-    def counting(self) -> Iterator[list[int]]:
-        """Within the context a list grows by the batch of every evaluation of the backbone."""
-        batches: list[int] = []
-        backbone = self.pipeline.model.backbone
-        hook = backbone.register_forward_pre_hook(lambda _, arguments: batches.append(len(arguments[0])))
-        try:
-            yield batches
-        finally:
-            hook.remove()
 
 
 class Method(NamedTuple):
@@ -122,7 +54,7 @@ class Method(NamedTuple):
         return [dict(zip(self.candidates, chosen)) for chosen in itertools.product(*self.candidates.values())]
 
 
-# ------------------------------------------------------------------------------------------------------------- floors
+# ---------------------------------------------------------------------------------------------------------- baselines
 
 
 def masked_input(run: None, pixels: Tensor, known: Tensor, generators: Generators) -> Tensor:
@@ -152,11 +84,11 @@ def navier_stokes(run: None, pixels: Tensor, known: Tensor, generators: Generato
 def _opencv(pixels: Tensor, known: Tensor, flag: int) -> Tensor:
     import cv2
 
-    shown = ((pixels * known).clamp(-1, 1).add(1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    levels = ((pixels * known).clamp(-1, 1).add(1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     holes = (1 - known[:, 0]).mul(255).byte().cpu().numpy()
-    filled = [cv2.inpaint(image, hole, 3, flag).reshape(image.shape) for image, hole in zip(shown, holes)]
-    found = torch.stack([torch.from_numpy(image) for image in filled]).permute(0, 3, 1, 2)  # (n, C, H, W) uint8
-    return found.to(pixels) / 127.5 - 1
+    filled = [cv2.inpaint(image, hole, 3, flag).reshape(image.shape) for image, hole in zip(levels, holes)]
+    images = torch.stack([torch.from_numpy(image) for image in filled]).permute(0, 3, 1, 2)  # (n, C, H, W) uint8
+    return images.to(pixels) / 127.5 - 1
 
 
 # -------------------------------------------------------------------------------------------------------- mmdiff's own
@@ -168,15 +100,21 @@ def head(run: Trained, pixels: Tensor, known: Tensor, generators: Generators) ->
 
 
 def draws(
-    run: Trained, pixels: Tensor, known: Tensor, generators: Generators, ways: str, steps: int, guidance: float = 1.0
+    run: Trained,
+    pixels: Tensor,
+    known: Tensor,
+    generators: Generators,
+    conditioning: str,
+    steps: int,
+    guidance: float = 1.0,
 ) -> Tensor:
-    """One draw by the pipeline; ``ways`` are names of `mmdiff.sampling.conditioning.METHODS` with plus signs."""
+    """One draw by the pipeline; ``conditioning`` has names of `sampling.conditioning.METHODS` with plus signs."""
     return _asked(
         run,
         pixels,
         known,
         num_inference_steps=steps,
-        conditioning=ways.split("+"),
+        conditioning=conditioning.split("+"),
         guidance_scale=guidance,
         resampling=(1, 1),
         generator=generators,
@@ -191,11 +129,11 @@ def _asked(run: Trained, pixels: Tensor, known: Tensor, **arguments: Any) -> Ten
     return output.samples[run.config.anchor]
 
 
-def _drawn(ways: str, trained: Callable[[Trained], bool]) -> Method:
+def _drawn(conditioning: str, trained: Callable[[Trained], bool]) -> Method:
     def settings(run: Trained, options: Options) -> list[Setting]:
-        guided = options.guidance if "concatenation" in ways and run.shown < 1 else (1.0,)
+        guided = options.guidance if "concatenation" in conditioning and run.observed < 1 else (1.0,)
         return [
-            {"ways": ways, "steps": steps} | ({"guidance": scale} if scale != 1 else {})
+            {"conditioning": conditioning, "steps": steps} | ({"guidance": scale} if scale != 1 else {})
             for steps in options.steps
             for scale in guided
         ]
@@ -288,9 +226,9 @@ METHODS: dict[str, Method] = {
     "telea": Method(telea, seeded=False),
     "navier-stokes": Method(navier_stokes, seeded=False),
     "head": Method(head, lambda run: run.has_head, seeded=False),
-    "concatenation": _drawn("concatenation", lambda run: run.shown > 0),
-    "replacement": _drawn("replacement", lambda run: run.shown < 1),
-    "concatenation+replacement": _drawn("concatenation+replacement", lambda run: run.shown > 0),
+    "concatenation": _drawn("concatenation", lambda run: run.observed > 0),
+    "replacement": _drawn("replacement", lambda run: run.observed < 1),
+    "concatenation+replacement": _drawn("concatenation+replacement", lambda run: run.observed > 0),
     "repaint": Method(
         repaint,
         lambda run: run.is_plain,
@@ -304,3 +242,41 @@ METHODS: dict[str, Method] = {
         {"strength": (0.2, 0.4, 0.6, 0.8, 1.0), "eta": (0.0, 1.0)},
     ),
 }
+
+
+class Entry(NamedTuple):
+    """A row of the table: a method with its setting, of a run or of none."""
+
+    run: Trained | None
+    method: str
+    setting: Setting
+
+    @property
+    def label(self) -> str:
+        """ "cifar10_multitask: channels (steps 20)"."""
+        text = ", ".join(f"{key} {_short(value)}" for key, value in self.setting.items() if key != "conditioning")
+        return f"{f'{self.run.name}: ' if self.run else ''}{self.method}{f' ({text})' if text else ''}"
+
+
+def entries(runs: Sequence[Trained], options: Options, names: Sequence[str] | None = None) -> list[Entry]:
+    """The baselines, and what each run was trained for.
+
+    Raises:
+        InputError: for an unknown name, and one that no run can do.
+    """
+    for name in names or ():
+        if name not in METHODS:
+            raise InputError("--methods", name, f"choose from {', '.join(METHODS)}")
+    chosen = {name: METHODS[name] for name in METHODS if names is None or name in names}
+    able = [Entry(None, name, {}) for name, method in chosen.items() if method.able is None]
+    for run in runs:
+        for name, method in chosen.items():
+            if method.able is not None and method.able(run):
+                able += [Entry(run, name, setting) for setting in method.settings(run, options)]
+    for name in set(names or ()) - {entry.method for entry in able}:
+        raise InputError("--methods", name, f"none of {', '.join(run.name for run in runs)} was trained for it")
+    return able
+
+
+def _short(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else f"{value:g}"

@@ -13,10 +13,12 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
-from mmdiff.benchmarks.reconstruction.methods import Trained
-from mmdiff.benchmarks.reconstruction.run import RAW, Benchmark, Entry, Result
+from mmdiff.benchmarks.reconstruction.benchmark import RAW, Benchmark, Result
+from mmdiff.benchmarks.reconstruction.methods import Entry
+from mmdiff.benchmarks.reconstruction.trained import Trained
 from mmdiff.errors import InputError
 from mmdiff.evaluation.report import circumstances
+from mmdiff.evaluation.tables import facts, grouped, table
 from mmdiff.metrics.bootstrap import interval, scored
 
 ALL = "all"  # patterns together: means over them, image by image
@@ -57,42 +59,41 @@ def tree(benchmark: Benchmark, results: Sequence[Result], reference: str | None 
     }
 
 
-def text(found: dict[str, Any], each_pattern: bool = True) -> str:
-    """The table, and the differences; long lines.
+def text(tree: dict[str, Any], each_pattern: bool = True) -> str:
+    """The tables of scores and of differences; long lines.
 
     Args:
-        found: of `tree`.
-        each_pattern: tell every pattern by itself, too, where there are several.
+        tree: of `tree`.
+        each_pattern: whether a pattern has tables of its own where there are several.
     """
-    if not each_pattern and any(row["pattern"] == ALL for row in found["rows"]):
-        kept = {name: [row for row in found[name] if row["pattern"] == ALL] for name in ("rows", "differences")}
-        found = {**found, **kept}
-    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in found["manifest"].items()]
-    for (ratio, pattern), rows in _by_place(found["rows"]):
-        title = f"holes {pattern}, {ratio:g} of the pixels, {rows[0]['images']} images"
-        seeds = max(len(row["seeds"]) for row in rows)
-        cells = [["method", *SHOWN, "diversity", "s/image", "evaluations"], *map(_cells, rows)]
-        lines += ["", f"{title}, {seeds} seed{'s' * (seeds > 1)}; ± half of the 95 % interval", *_aligned(cells)]
-    for (ratio, pattern), rows in _by_place(found["differences"]):
-        cells = [["method", *(f"{name}: difference" for name in PAIRED)]]
-        cells += [[row["method"], *(_difference(row[name]) for name in PAIRED)] for row in rows]
-        title = f"minus {found['manifest']['compared with']}, image by image: holes {pattern}, {ratio:g}"
-        lines += ["", title, *_aligned(cells)]
+    rows, differences = tree["rows"], tree["differences"]
+    if not each_pattern and any(row["pattern"] == ALL for row in rows):
+        rows, differences = ([row for row in each if row["pattern"] == ALL] for each in (rows, differences))
+    lines = facts(tree["manifest"])
+    for (ratio, pattern), own in _by_place(rows):
+        seeds = max(len(row["seeds"]) for row in own)
+        title = f"holes {pattern}, {ratio:g} of the pixels, {own[0]['images']} images, {seeds} seed{'s' * (seeds > 1)}"
+        lines += ["", f"{title}; ± half of the 95 % interval", ""]
+        lines += table(["method", *SHOWN, "diversity", "s/image", "evaluations"], [_cells(row) for row in own])
+    for (ratio, pattern), own in _by_place(differences):
+        title = f"minus {tree['manifest']['compared with']}, image by image: holes {pattern}, {ratio:g}"
+        cells = [[row["method"], *(_difference(row[name]) for name in PAIRED)] for row in own]
+        lines += ["", title, "", *table(["method", *(f"{name}: difference" for name in PAIRED)], cells)]
     return "\n".join(lines)
 
 
 def pictures(benchmark: Benchmark, results: Sequence[Result]) -> dict[str, list[PILImage.Image]]:
     """Columns by title: source, masked, and the pasted fill of each entry; a row shows one set of holes, and the rows
     show different images."""
-    sets, truth = benchmark.masks, benchmark.truth
+    sets, truth = benchmark.holes, benchmark.truth
     image = benchmark.runs[0].pipeline.model.modalities[benchmark.config.anchor]
-    by = {(result.entry.label, result.masks.pattern, result.masks.ratio): result.cells[0] for result in results}
+    by = {(result.entry.label, result.holes.pattern, result.holes.ratio): result.cells[0] for result in results}
     labels = list(dict.fromkeys(result.entry.label for result in results if result.entry.method != "masked"))
     rows = []
     for row in range(max(PICTURED, len(sets))):
-        masks, index = sets[row * len(sets) // max(PICTURED, len(sets))], row % len(truth)
-        known = masks.known[index]  # (1, H, W)
-        fills = (by[label, masks.pattern, masks.ratio].fills[index].float() / 127.5 - 1 for label in labels)
+        holes, index = sets[row * len(sets) // max(PICTURED, len(sets))], row % len(truth)
+        known = holes.known[index]  # (1, H, W)
+        fills = (by[label, holes.pattern, holes.ratio].fills[index].float() / 127.5 - 1 for label in labels)
         filled = [torch.where(known > 0, truth[index], fill) for fill in fills]
         rows.append(image.postprocess(torch.stack([truth[index], truth[index] * known, *filled])))
     return dict(zip(["source", "masked", *labels], map(list, zip(*rows, strict=True)), strict=True))
@@ -103,16 +104,12 @@ def pictures(benchmark: Benchmark, results: Sequence[Result]) -> dict[str, list[
 
 def _groups(results: Sequence[Result]) -> Iterable[tuple[str, Group]]:
     """(pattern, results) of every ratio and entry: each pattern, and where there are several all of them together."""
-    order = {}
-    for result in results:
-        order.setdefault(result.masks.ratio, {}).setdefault(result.entry.label, []).append(result)
-    for by_entry in order.values():
-        patterns = [result.masks.pattern for result in next(iter(by_entry.values()))]
-        for group in by_entry.values() if len(patterns) > 1 else ():
-            yield ALL, group
-        for index, pattern in enumerate(patterns):
-            for group in by_entry.values():
-                yield pattern, [group[index]]
+    for _, of_ratio in grouped(results, [(result.holes.ratio,) for result in results]):
+        by_pattern = [own for _, own in grouped(of_ratio, [(result.holes.pattern,) for result in of_ratio])]
+        if len(by_pattern) > 1:
+            yield from ((ALL, list(group)) for group in zip(*by_pattern, strict=True))
+        for own in by_pattern:
+            yield from ((result.holes.pattern, [result]) for result in own)
 
 
 def _scores(group: Group, name: str) -> np.ndarray:
@@ -135,7 +132,7 @@ def _row(pattern: str, group: Group) -> dict[str, Any]:
         "setting": entry.setting,
         "images": len(cells[0].fills),
         "seeds": list(range(len(group[0].cells))),
-        "hidden share": float(np.mean([1 - result.masks.known.mean() for result in group])),
+        "hidden share": float(np.mean([1 - result.holes.known.mean() for result in group])),
         **scores,
         "diversity": _mean_or_none([diversity(result) for result in group]),
         "seconds per image": float(np.mean([cell.seconds for cell in cells])),
@@ -144,7 +141,7 @@ def _row(pattern: str, group: Group) -> dict[str, Any]:
 
 
 def _place(pattern: str, group: Group) -> dict[str, Any]:
-    return {"method": group[0].entry.label, "pattern": pattern, "ratio": group[0].masks.ratio}
+    return {"method": group[0].entry.label, "pattern": pattern, "ratio": group[0].holes.ratio}
 
 
 def diversity(result: Result) -> float | None:
@@ -152,7 +149,7 @@ def diversity(result: Result) -> float | None:
     pairs = list(itertools.combinations([cell.fills.float() / 127.5 for cell in result.cells], 2))
     if not pairs:
         return None
-    hole = 1 - result.masks.known  # (n, 1, H, W)
+    hole = 1 - result.holes.known  # (n, 1, H, W)
     return float(np.mean([_mean_on((one - other) ** 2, hole) for one, other in pairs]))
 
 
@@ -169,15 +166,15 @@ def _mean_or_none(values: list[float | None]) -> float | None:
 def _differences(groups: list[tuple[str, Group]], reference: str) -> Iterable[dict[str, Any]]:
     """Every entry minus the reference, image by image, with a bootstrap interval of the mean over images."""
     of_reference = {
-        (pattern, group[0].masks.ratio): group for pattern, group in groups if group[0].entry.label == reference
+        (pattern, group[0].holes.ratio): group for pattern, group in groups if group[0].entry.label == reference
     }
     for pattern, group in groups:
         if group[0].entry.label != reference:
-            base, found = of_reference[pattern, group[0].masks.ratio], _place(pattern, group)
+            base, row = of_reference[pattern, group[0].holes.ratio], _place(pattern, group)
             for name in PAIRED:
                 values = _scores(group, name).mean(axis=0) - _scores(base, name).mean(axis=0)  # (n,)
-                found[name] = {"mean": float(values.mean()), "95 %": list(interval(values))}
-            yield found
+                row[name] = {"mean": float(values.mean()), "95 %": list(interval(values))}
+            yield row
 
 
 def _reference(entries: list[Entry], asked: str | None) -> str:
@@ -199,7 +196,7 @@ def _manifest(benchmark: Benchmark, results: Sequence[Result]) -> dict[str, Any]
     return circumstances(benchmark.device) | {
         "data": benchmark.config.data.source,
         "images": f"the first {len(benchmark.truth)} held-out rows, sha256 {benchmark.images_digest}",
-        "masks": {f"{masks.pattern} {masks.ratio:g}": masks.facts() for masks in benchmark.masks},
+        "holes": {f"{holes.pattern} {holes.ratio:g}": holes.facts() for holes in benchmark.holes},
         "sampling seeds": list(benchmark.seeds),
         **benchmark.perceptual.facts(),
         "LPIPS on the hole": "the spatial map, upsampled to the (enlarged) image, averaged over the hole's pixels",
@@ -242,11 +239,8 @@ def _training_seconds(path: Path, batch_size: int) -> float | None:
 # --------------------------------------------------------------------------------------------------------------- text
 
 
-def _by_place(rows: list[dict[str, Any]]) -> Iterable[tuple[tuple[float, str], list[dict[str, Any]]]]:
-    places: dict[tuple[float, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        places.setdefault((row["ratio"], row["pattern"]), []).append(row)
-    return places.items()
+def _by_place(rows: list[dict[str, Any]]) -> Iterable[tuple[tuple, list[dict[str, Any]]]]:
+    return grouped(rows, [(row["ratio"], row["pattern"]) for row in rows])
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -259,20 +253,15 @@ def _cells(row: dict[str, Any]) -> list[str]:
         low, high = row[f"{name}, 95 %"]
         digits = 2 if name.startswith("PSNR") else 3
         cells.append(f"{row[name]:.{digits}f} ±{(high - low) / 2:.{digits}f}")
-    shown = row["diversity"]
+    diverse = row["diversity"]
     return [
         *cells,
-        "–" if shown is None else f"{shown:.4f}",
+        "–" if diverse is None else f"{diverse:.4f}",
         f"{row['seconds per image']:.3f}",
         f"{row['evaluations per image']:g}",
     ]
 
 
-def _difference(found: dict[str, Any]) -> str:
-    low, high = found["95 %"]
-    return f"{found['mean']:+.4f} [{low:+.4f}, {high:+.4f}]"
-
-
-def _aligned(cells: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells]
+def _difference(score: dict[str, Any]) -> str:
+    low, high = score["95 %"]
+    return f"{score['mean']:+.4f} [{low:+.4f}, {high:+.4f}]"

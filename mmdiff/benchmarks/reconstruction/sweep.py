@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
+from mmdiff.benchmarks.cache import stored_json
 from mmdiff.build import build_model, build_objective, build_scheduler, build_table, open_rows
 from mmdiff.config import Config, load_config
 from mmdiff.errors import InputError, TrainingError
@@ -47,10 +49,7 @@ def swept(config: Config, factors: Sequence[float], folder: Path, progress: bool
     losses = {}
     for rate in rates if len(rates) > 1 else ():
         short = _trained(config, rate, steps, folder / "sweeps" / config.name / f"rate-{rate:g}", progress)
-        known = short / "validation.json"
-        if not known.is_file():
-            known.write_text(json.dumps({"loss": validation_loss(short)}) + "\n")
-        losses[rate] = json.loads(known.read_text())["loss"]
+        losses[rate] = stored_json(short / "validation.json", partial(validation_loss, short))
     best = min(losses, key=losses.__getitem__) if losses else rates[0]
     chosen = over_steps(best, steps, config.train.steps) if losses else best
     run = _trained(config, chosen, config.train.steps, folder / "runs" / config.name, progress)

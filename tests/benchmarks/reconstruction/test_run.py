@@ -15,9 +15,10 @@ from networks import alive
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from mmdiff.benchmarks.reconstruction import report as standings
-from mmdiff.benchmarks.reconstruction.methods import METHODS, Options, Trained
-from mmdiff.benchmarks.reconstruction.run import RAW, Benchmark, MaskSet, digest, entries
+from mmdiff.benchmarks.reconstruction import report
+from mmdiff.benchmarks.reconstruction.benchmark import RAW, Benchmark, HoleSet, digest
+from mmdiff.benchmarks.reconstruction.methods import METHODS, Options, entries
+from mmdiff.benchmarks.reconstruction.trained import Trained
 from mmdiff.build import build
 from mmdiff.config import load_config, parse_config, save_config
 from mmdiff.errors import InputError
@@ -28,7 +29,7 @@ from mmdiff.pipeline import MTDiffusionPipeline
 Cli = Callable[..., Any]
 SIZE = 16
 OPTIONS = Options(steps=(2,), repaint=((2, 2, 4),), sdedit=(3,))
-FLOORS = ("masked", "mean", "blur", "telea", "navier-stokes")
+BASELINES = ("masked", "mean", "blur", "telea", "navier-stokes")
 
 
 def tree(name: str, backbone: Path, masked: bool = True) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def loaded(folder: Path, *names: str) -> list[Trained]:
     return found
 
 
-def benchmark(runs: list[Trained], out: Path, **settings: Any) -> Benchmark:
+def benchmark_of(runs: list[Trained], out: Path, **settings: Any) -> Benchmark:
     return Benchmark(runs, out, **{"images": 4, "seeds": 2, "ratios": (0.25, 0.5), "options": OPTIONS} | settings)
 
 
@@ -86,18 +87,18 @@ def parts(out: Path) -> dict[str, int]:
 class Whole(NamedTuple):
     """A benchmark that ran through."""
 
-    scene: Benchmark
+    benchmark: Benchmark
     results: list[Any]
-    found: dict[str, Any]
+    tree: dict[str, Any]
     out: Path
 
 
 @pytest.fixture(scope="module")
 def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
     out = tmp_path_factory.mktemp("whole")
-    scene = benchmark(loaded(folder), out)
-    results = scene.results(progress=False)
-    yield Whole(scene, results, standings.tree(scene, results), out)
+    benchmark = benchmark_of(loaded(folder), out)
+    results = benchmark.results(progress=False)
+    yield Whole(benchmark, results, report.tree(benchmark, results), out)
 
 
 def numbers(found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -109,15 +110,15 @@ def numbers(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_masks_and_images_are_fixed_by_their_seed(whole: Whole, folder: Path, tmp_path: Path) -> None:
-    other = benchmark(loaded(folder, "plain"), tmp_path, ratios=(0.5,), images=4, methods=["mean"])
-    assert torch.equal(other.truth, whole.scene.truth)
-    (same,) = (masks for masks in whole.scene.masks if masks.ratio == 0.5)
-    assert other.masks[0].facts() == same.facts() and same.facts()["seed"] == 0
-    assert other.images_digest == whole.scene.images_digest
-    hashes = [masks.facts()["sha256"] for masks in whole.scene.masks]
-    more = benchmark(loaded(folder, "plain"), tmp_path, patterns=("box",), images=4, methods=["mean"]).masks
-    assert len({*hashes, *(masks.facts()["sha256"] for masks in more)}) == 4
-    changed = MaskSet(same.pattern, same.ratio, same.known.clone())
+    other = benchmark_of(loaded(folder, "plain"), tmp_path, ratios=(0.5,), images=4, methods=["mean"])
+    assert torch.equal(other.truth, whole.benchmark.truth)
+    (same,) = (holes for holes in whole.benchmark.holes if holes.ratio == 0.5)
+    assert other.holes[0].facts() == same.facts() and same.facts()["seed"] == 0
+    assert other.images_digest == whole.benchmark.images_digest
+    hashes = [holes.facts()["sha256"] for holes in whole.benchmark.holes]
+    more = benchmark_of(loaded(folder, "plain"), tmp_path, patterns=("box",), images=4, methods=["mean"]).holes
+    assert len({*hashes, *(holes.facts()["sha256"] for holes in more)}) == 4
+    changed = HoleSet(same.pattern, same.ratio, same.known.clone())
     changed.known[3, 0, 5, 7] = 1 - changed.known[3, 0, 5, 7]
     assert changed.facts()["sha256"] != same.facts()["sha256"]
     assert digest(same.known.bool()) != digest(same.known.bool().reshape(4, 1, SIZE // 2, SIZE * 2))
@@ -125,14 +126,14 @@ def test_masks_and_images_are_fixed_by_their_seed(whole: Whole, folder: Path, tm
 
 def test_every_method_is_there_and_costs_what_it_costs(whole: Whole) -> None:
     own = ["head", "concatenation", "replacement", "concatenation+replacement"]
-    labels = [entry.label for entry in whole.scene.entries]
+    labels = [entry.label for entry in whole.benchmark.entries]
     assert [label.split(" (")[0] for label in labels] == [
-        *FLOORS,
+        *BASELINES,
         *(f"both: {name}" for name in own),
         "plain: repaint",
         "plain: sdedit",
     ]
-    rows = {(row["method"].split(" (")[0], row["ratio"]): row for row in whole.found["rows"]}
+    rows = {(row["method"].split(" (")[0], row["ratio"]): row for row in whole.tree["rows"]}
     assert len(rows) == 2 * len(labels)
     expected = {"mean": 0, "both: head": 1, "both: concatenation": 2, "plain: repaint": 6, "plain: sdedit": 3}
     for name, evaluations in expected.items():
@@ -152,40 +153,40 @@ def test_every_method_is_there_and_costs_what_it_costs(whole: Whole) -> None:
 
 def test_stored_scores_are_those_of_the_stored_fills(whole: Whole) -> None:
     for result in whole.results[-8:]:
-        truth, known = whole.scene.truth, result.masks.known
+        truth, known = whole.benchmark.truth, result.holes.known
         for cell in result.cells:
             images = cell.fills.float() / 127.5 - 1
-            restored = pasted(images, truth, known)
-            assert torch.equal(restored * known, truth * known)
-            for name, values in per_image(restored, truth, known, whole.scene.perceptual).items():
+            filled = pasted(images, truth, known)
+            assert torch.equal(filled * known, truth * known)
+            for name, values in per_image(filled, truth, known, whole.benchmark.perceptual).items():
                 assert torch.allclose(values, cell.scores[name])
             seen = torch.where(known > 0, torch.rand(truth.shape) * 2 - 1, images)  # known pixels do not count
-            again = per_image(pasted(seen, truth, known), truth, known, whole.scene.perceptual)
+            again = per_image(pasted(seen, truth, known), truth, known, whole.benchmark.perceptual)
             assert torch.equal(
-                again["LPIPS, hole"], per_image(restored, truth, known, whole.scene.perceptual)["LPIPS, hole"]
+                again["LPIPS, hole"], per_image(filled, truth, known, whole.benchmark.perceptual)["LPIPS, hole"]
             )
 
 
 def test_differences_are_image_by_image(whole: Whole) -> None:
-    reference = whole.found["manifest"]["compared with"]
+    reference = whole.tree["manifest"]["compared with"]
     assert reference == "both: concatenation (steps 2)"
-    by = {(result.entry.label, result.masks.ratio): result for result in whole.results}
-    assert len(whole.found["differences"]) == 2 * (len(whole.scene.entries) - 1)
-    for found in whole.found["differences"]:
+    by = {(result.entry.label, result.holes.ratio): result for result in whole.results}
+    assert len(whole.tree["differences"]) == 2 * (len(whole.benchmark.entries) - 1)
+    for found in whole.tree["differences"]:
         pair = [by[label, found["ratio"]] for label in (found["method"], reference)]
         other, base = (
             torch.stack([cell.scores["LPIPS, hole"] for cell in result.cells]).double().mean(0) for result in pair
         )
         assert found["LPIPS, hole"]["mean"] == pytest.approx(float((other - base).mean()))
         assert found["LPIPS, hole"]["95 %"] == pytest.approx(list(interval((other - base).numpy())))
-    own = standings.tree(whole.scene, whole.results, "telea")
-    assert {row["method"] for row in own["differences"]} == {e.label for e in whole.scene.entries} - {"telea"}
+    own = report.tree(whole.benchmark, whole.results, "telea")
+    assert {row["method"] for row in own["differences"]} == {e.label for e in whole.benchmark.entries} - {"telea"}
     with pytest.raises(InputError, match="--reference = 'mine': choose one of masked; mean"):
-        standings.tree(whole.scene, whole.results, "mine")
+        report.tree(whole.benchmark, whole.results, "mine")
 
 
 def test_settings_are_chosen_on_training_images(whole: Whole) -> None:
-    chosen = whole.found["manifest"]["chosen on training images"]
+    chosen = whole.tree["manifest"]["chosen on training images"]
     assert set(chosen) == {"blur", "plain: repaint", "plain: sdedit"}
     for found in chosen.values():
         best = min(found["trials"], key=lambda trial: trial["LPIPS, hole"])
@@ -194,28 +195,28 @@ def test_settings_are_chosen_on_training_images(whole: Whole) -> None:
 
 
 def test_the_manifest_and_the_table(whole: Whole) -> None:
-    manifest = json.loads(json.dumps(whole.found["manifest"]))
+    manifest = json.loads(json.dumps(whole.tree["manifest"]))
     assert manifest["LPIPS sizes"].startswith("smaller images enlarged to 64 px")
     assert "upsampled" in manifest["LPIPS on the hole"] and "squeeze" in manifest["LPIPS"]
     assert manifest["runs"]["both"]["samples seen"] == 16
-    text = standings.text(whole.found)
-    for entry in whole.scene.entries:
+    text = report.text(whole.tree)
+    for entry in whole.benchmark.entries:
         assert text.count(entry.label) >= 4 or entry.label == manifest["compared with"]
-    columns = standings.pictures(whole.scene, whole.results)
+    columns = report.pictures(whole.benchmark, whole.results)
     assert list(columns)[:2] == ["source", "masked"]
     assert all(len(column) == 8 and column[0].size == (SIZE, SIZE) for column in columns.values())
 
 
-def test_laws_together_are_means_over_laws(folder: Path, tmp_path: Path) -> None:
-    scene = benchmark(
+def test_patterns_together_are_means_over_patterns(folder: Path, tmp_path: Path) -> None:
+    benchmark = benchmark_of(
         loaded(folder, "both"), tmp_path, patterns=("squares", "half"), ratios=(0.5,), methods=["mean", "concatenation"]
     )
-    results = scene.results(progress=False)
-    found = standings.tree(scene, results)
+    results = benchmark.results(progress=False)
+    found = report.tree(benchmark, results)
     assert [row["pattern"] for row in found["rows"]] == ["all"] * 2 + ["squares"] * 2 + ["half"] * 2
     scores = [row["LPIPS, hole"] for row in found["rows"] if row["by"] == "concatenation"]
     assert scores[0] == pytest.approx(np.mean(scores[1:]))
-    assert "holes half" in standings.text(found) and "holes half" not in standings.text(found, each_pattern=False)
+    assert "holes half" in report.text(found) and "holes half" not in report.text(found, each_pattern=False)
 
 
 # ------------------------------------------------------------------------------------------------ taken up, never mixed
@@ -223,17 +224,15 @@ def test_laws_together_are_means_over_laws(folder: Path, tmp_path: Path) -> None
 
 def test_an_interrupted_benchmark_goes_on(whole: Whole, folder: Path, tmp_path: Path) -> None:
     few = {"ratios": (0.5,), "methods": ["mean", "concatenation", "repaint"]}
-    first = benchmark(loaded(folder), tmp_path, **few)
+    first = benchmark_of(loaded(folder), tmp_path, **few)
     for entry in first.entries[:2]:  # and then the power fails
-        first.cell(entry, first.masks[0], 0)
+        first.cell(entry, first.holes[0], 0)
     half = tmp_path / "parts" / "half-written.partial"
     half.write_bytes(b"\0")
     before = parts(tmp_path)
-    scene = benchmark(loaded(folder), tmp_path, **few)
-    found = standings.tree(scene, scene.results(progress=False))
-    assert numbers(found) == [
-        row for row in numbers(whole.found) if row["ratio"] == 0.5 and row["by"] in few["methods"]
-    ]
+    benchmark = benchmark_of(loaded(folder), tmp_path, **few)
+    found = report.tree(benchmark, benchmark.results(progress=False))
+    assert numbers(found) == [row for row in numbers(whole.tree) if row["ratio"] == 0.5 and row["by"] in few["methods"]]
     assert {name: parts(tmp_path)[name] for name in before} == before
     assert len(before) == 3 and set(parts(tmp_path)) - {half.name} < set(parts(whole.out))
 
@@ -241,10 +240,10 @@ def test_an_interrupted_benchmark_goes_on(whole: Whole, folder: Path, tmp_path: 
 def test_nothing_is_computed_twice(whole: Whole, folder: Path) -> None:
     before, runs = parts(whole.out), loaded(folder)
     with runs[0].counting() as both, runs[1].counting() as plain:
-        scene = benchmark(runs, whole.out)
-        found = standings.tree(scene, scene.results(progress=False))
+        benchmark = benchmark_of(runs, whole.out)
+        found = report.tree(benchmark, benchmark.results(progress=False))
     assert not both and not plain and parts(whole.out) == before
-    assert found["rows"] == whole.found["rows"] and found["differences"] == whole.found["differences"]
+    assert found["rows"] == whole.tree["rows"] and found["differences"] == whole.tree["differences"]
 
 
 def test_other_weights_are_not_mixed(whole: Whole, folder: Path, tmp_path: Path) -> None:
@@ -256,19 +255,19 @@ def test_other_weights_are_not_mixed(whole: Whole, folder: Path, tmp_path: Path)
     save_file({**state, name: state[name] + 0.01}, file, metadata={"format": "pt"})
     runs = loaded(tmp_path / "runs")
     with runs[0].counting() as both, runs[1].counting() as plain:
-        scene = benchmark(runs, tmp_path / "out")
-        found = standings.tree(scene, scene.results(progress=False))
+        benchmark = benchmark_of(runs, tmp_path / "out")
+        found = report.tree(benchmark, benchmark.results(progress=False))
     assert both and not plain
-    changed = [now["method"] for now, then in zip(numbers(found), numbers(whole.found), strict=True) if now != then]
+    changed = [now["method"] for now, then in zip(numbers(found), numbers(whole.tree), strict=True) if now != then]
     assert changed and {method.split(":")[0] for method in changed} == {"both"}
 
 
 def test_a_part_under_a_false_name_is_refused(whole: Whole, folder: Path, tmp_path: Path) -> None:
     shutil.copytree(whole.out, tmp_path / "out")
-    one, other = sorted((tmp_path / "out" / "parts").glob("floor-mean-*"))
+    one, other = sorted((tmp_path / "out" / "parts").glob("baseline-mean-*"))
     shutil.copy(one, other)
     with pytest.raises(InputError, match="holds another part than its name says"):
-        benchmark(loaded(folder), tmp_path / "out").results(progress=False)
+        benchmark_of(loaded(folder), tmp_path / "out").results(progress=False)
 
 
 def test_what_does_not_fit_is_named(folder: Path, tmp_path: Path, backbone: Path) -> None:
@@ -276,11 +275,11 @@ def test_what_does_not_fit_is_named(folder: Path, tmp_path: Path, backbone: Path
     cases: list[tuple[str, Callable[[], Any]]] = [
         ("--methods = 'magic'", lambda: entries([both], OPTIONS, ["magic"])),
         ("--methods = 'repaint': none of both was trained for it", lambda: entries([both], OPTIONS, ["repaint"])),
-        ("RUN = 'both': is the name of two runs", lambda: benchmark([both, both], tmp_path)),
-        ("pattern = 'ring'", lambda: benchmark([both], tmp_path, patterns=["ring"], methods=["mean"])),
+        ("RUN = 'both': is the name of two runs", lambda: benchmark_of([both, both], tmp_path)),
+        ("pattern = 'ring'", lambda: benchmark_of([both], tmp_path, patterns=["ring"], methods=["mean"])),
     ]
     plain.config.data.options["rows"] = 5
-    cases.append(("RUN = 'plain': has other data than both", lambda: benchmark([both, plain], tmp_path)))
+    cases.append(("RUN = 'plain': has other data than both", lambda: benchmark_of([both, plain], tmp_path)))
     for start, call in cases:
         with pytest.raises(InputError) as caught:
             call()
