@@ -151,10 +151,10 @@ def test_rows_follow_the_options() -> None:
 
 COUNTS = [
     (head, {}, True, 1),
-    (draws, {"ways": "concatenation", "steps": 4}, True, 4),
-    (draws, {"ways": "concatenation", "steps": 3, "guidance": 2.0}, True, 6),
-    (draws, {"ways": "replacement", "steps": 4}, True, 4),
-    (draws, {"ways": "concatenation+replacement", "steps": 4}, True, 4),
+    (draws, {"conditioning": "concatenation", "steps": 4}, True, 4),
+    (draws, {"conditioning": "concatenation", "steps": 3, "guidance": 2.0}, True, 6),
+    (draws, {"conditioning": "replacement", "steps": 4}, True, 4),
+    (draws, {"conditioning": "concatenation+replacement", "steps": 4}, True, 4),
     (repaint, {"jumps": [2, 3, 6], "eta": 0.0}, False, 14),
     (repaint, {"jumps": [1, 1, 6], "eta": 1.0}, False, 6),
     (sdedit, {"steps": 7, "strength": 0.6, "eta": 1.0}, False, 7),
