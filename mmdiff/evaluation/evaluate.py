@@ -111,7 +111,7 @@ def evaluate(
         return Evaluation(manifest(pipeline, config, train, validation) | facts, rows)
     evaluator = Evaluator(pipeline, config, train, validation, trust_custom_modalities, conditioning)
     reads = state_probabilities(config, config.anchor).observed > 0 and not subsets
-    rows = [*(evaluator.reads() if reads else ()), *(() if subsets else evaluator.floors())]
+    rows = [*(evaluator.reads() if reads else ()), *(() if subsets else evaluator.baselines())]
     draws = evaluator.subsets if subsets else evaluator.samples
     for count in steps or (config.sample.steps,):
         for seed in config.evaluate.seeds:

@@ -16,7 +16,7 @@ from mmdiff.config import Config
 from mmdiff.data import Table
 from mmdiff.errors import InputError
 from mmdiff.evaluation.draws import draw, on_grey, pictured
-from mmdiff.evaluation.holes import FLOORS, HoleScores
+from mmdiff.evaluation.holes import UNDRAWN, HoleScores
 from mmdiff.evaluation.judges import complete, find_judge
 from mmdiff.evaluation.report import Row
 from mmdiff.evaluation.scorers import scorer
@@ -189,10 +189,10 @@ class Evaluator:
                     setting = {"observed": name in observed}
                     yield Row(f"{' + '.join(observed)} → {rest}", name, setting, {"n": count} | scores)
 
-    def floors(self) -> Iterator[Row]:
+    def baselines(self) -> Iterator[Row]:
         """masked image → anchor where nothing is drawn: the mean fill, and the head in one evaluation."""
         for name in self.restoring if state_probabilities(self.config, self.anchor).observed < 1 else ():
-            yield from self._restored(name, 0, FLOORS, {}, num_inference_steps=0)
+            yield from self._restored(name, 0, UNDRAWN, {}, num_inference_steps=0)
 
     def _restored(
         self, name: str, seed: int, by: tuple[str, ...], setting: dict[str, Any], **arguments: Any

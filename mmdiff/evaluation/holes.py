@@ -19,7 +19,7 @@ from mmdiff.metrics.lpips import Perceptual
 from mmdiff.modalities.masked_image import mean_fill
 
 SEED = 0  # of the holes: the same for every model
-FLOORS = ("mean fill", "head")  # ways that depend neither on solver steps nor on a seed
+UNDRAWN = ("mean fill", "head")  # ways that depend neither on solver steps nor on a seed
 Draw = Callable[..., dict[str, Tensor]]
 
 
@@ -53,7 +53,7 @@ class HoleScores:
         return found, found.facts()
 
     def ways(
-        self, name: str, draw: Draw, by: tuple[str, ...] = (*FLOORS, "samples")
+        self, name: str, draw: Draw, by: tuple[str, ...] = (*UNDRAWN, "samples")
     ) -> Iterator[tuple[dict[str, Any], Tensor, Tensor, Tensor]]:
         """(setting, masked value, known pixels, restored images) of every hole pattern and every way to fill it.
 

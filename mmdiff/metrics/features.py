@@ -124,11 +124,11 @@ def extractor(name: str, train: Tensor) -> Features:
 
 
 def distances(samples: np.ndarray, real: np.ndarray, splits: int = 5, seed: int = 0) -> dict[str, float]:
-    """Fréchet and kernel distance of features (n, d) and (m, d), and the floors: real against other real rows.
+    """Fréchet and kernel distance of features (n, d) and (m, d), and the same of real against other real rows.
 
     Both are means over `split_rows`; the Fréchet distance grows as the rows ("FID rows") fall and is to be compared
-    with its floor only. The kernel distance (unbiased MMD² of the kernel (x·y/d + 1)³, on at most `KID_ROWS` rows) is
-    0 on average for equal laws; "KID spread" is its standard deviation over the splits.
+    with that of real against real only. The kernel distance (unbiased MMD² of the kernel (x·y/d + 1)³, on at most
+    `KID_ROWS` rows) is 0 on average for equal distributions; "KID spread" is its standard deviation over the splits.
 
     Raises:
         InputError: fewer than 2 samples or 4 real rows.
@@ -145,11 +145,11 @@ def distances(samples: np.ndarray, real: np.ndarray, splits: int = 5, seed: int 
     kernels = [kernel(reference, drawn) for drawn, reference, _ in parts]
     return {
         "FID": float(np.mean([frechet_distance(drawn, reference) for drawn, reference, _ in parts])),
-        "FID floor": float(np.mean([frechet_distance(rest, reference) for _, reference, rest in parts])),
+        "FID, real against real": float(np.mean([frechet_distance(rest, reference) for _, reference, rest in parts])),
         "FID rows": len(parts[0][0]),
         "KID": float(np.mean(kernels)),
         "KID spread": float(np.std(kernels)),
-        "KID floor": float(np.mean([kernel(reference, rest) for _, reference, rest in parts])),
+        "KID, real against real": float(np.mean([kernel(reference, rest) for _, reference, rest in parts])),
     }
 
 

@@ -1,4 +1,4 @@
-"""Ways to fill holes: floors by hand, evaluations counted, RePaint's conversion and pattern on an exact Gaussian."""
+"""Ways to fill holes: baselines by hand, evaluations counted, RePaint's conversion and pattern on an exact Gaussian."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from mmdiff.resolve import resolve
 from mmdiff.sampling.replacement import visits
 from mmdiff.schedulers import MTDiffusionScheduler
 
-FLOORS = [name for name, method in METHODS.items() if method.able is None]
+BASELINES = [name for name, method in METHODS.items() if method.able is None]
 SIZE = 8
 IMAGE = {"kind": "image", "channels": 3, "size": SIZE}
 MASKED = {"kind": "masked_image", "channels": 3, "size": SIZE}
@@ -68,10 +68,10 @@ def generators(count: int, seed: int = 0) -> list[Generator]:
     return [Generator().manual_seed(100 * seed + row) for row in range(count)]
 
 
-# ------------------------------------------------------------------------------------------------------------- floors
+# ---------------------------------------------------------------------------------------------------------- baselines
 
 
-@pytest.mark.parametrize("name", FLOORS)
+@pytest.mark.parametrize("name", BASELINES)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_floors_know_nothing_of_the_hole_and_leave_the_rest(name: str, channels: int) -> None:
     truth, known = images(channels=channels)
@@ -84,7 +84,7 @@ def test_floors_know_nothing_of_the_hole_and_leave_the_rest(name: str, channels:
     assert torch.equal(restored * (1 - known), filled * (1 - known))
 
 
-@pytest.mark.parametrize("name", [name for name in FLOORS if name != "masked"])
+@pytest.mark.parametrize("name", [name for name in BASELINES if name != "masked"])
 def test_floors_continue_a_flat_image(name: str) -> None:
     _, known = images()
     flat = torch.full((4, 3, SIZE, SIZE), 0.2)
