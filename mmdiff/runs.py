@@ -13,7 +13,7 @@ from diffusers.utils import logging
 from PIL import Image
 
 from mmdiff.errors import InputError, at
-from mmdiff.grids import is_map, sample_grid
+from mmdiff.grids import sample_grid
 from mmdiff.model import MTDiffusionModel
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.plots import set_weights
@@ -22,6 +22,7 @@ from mmdiff.training.process import set_threads
 from mmdiff.trust import check_links, damage
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_FEW = 8  # numbers of an array that are printed
 _LONGEST = 2000  # characters of what is printed per modality
 
 
@@ -169,10 +170,10 @@ def _check_free(out: Path) -> None:
 
 
 def _as_text(values: list[Any]) -> str:
-    """What a terminal shows of samples: the shape and range of maps, the values of others."""
-    if is_map(values[0]):
+    """What a terminal shows of samples: shape and range of maps and long vectors, the values of others."""
+    if isinstance(values[0], np.ndarray) and values[0].size > _FEW:
         low, high = min(map(np.min, values)), max(map(np.max, values))
-        return f"{len(values)} maps of {values[0].shape}, {low:.4g} … {high:.4g}"
+        return f"{len(values)} arrays of shape {values[0].shape}, {low:.4g} … {high:.4g} (see --save-each)"
     text = " ".join(str(value) for value in values)
     return text if len(text) <= _LONGEST else text[:_LONGEST] + " … (see --save-each)"
 
