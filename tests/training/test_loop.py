@@ -65,7 +65,8 @@ def test_every_distribution_of_states_ends_with_a_pipeline_and_a_grid(configure:
 
 def test_the_grid_has_a_row_per_class(finished_run: Path) -> None:
     with Image.open(finished_run / "samples" / "step-12.png") as grid:
-        assert grid.size == (10 * (48 + 2) + 2, 10 * (48 + 2) + 2)  # 16 pixels three times enlarged, gaps of 2
+        width, height = grid.size  # 16 pixels three times enlarged, gaps of 2; the classes' names stand to the left
+        assert height == 10 * (48 + 2) + 2 < width < height + 50
         low, high = grid.getextrema()
         assert low < 64 and high > 192
 
