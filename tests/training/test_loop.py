@@ -67,7 +67,7 @@ def test_the_grid_has_a_row_per_class(finished_run: Path) -> None:
     with Image.open(finished_run / "samples" / "step-12.png") as grid:
         width, height = grid.size  # 16 pixels three times enlarged, gaps of 2; the classes' names stand to the left
         assert height == 10 * (48 + 2) + 2 < width < height + 50
-        low, high = grid.getextrema()
+        low, high = grid.convert("L").getextrema()
         assert low < 64 and high > 192
 
 
