@@ -103,8 +103,8 @@ def _sampling(config: Config, rounds: int, steps: int, hub: bool) -> str:
         f"CPU time, median of {rounds} rounds × {steps} steps"
     ]
     for title, observed in (("joint", {}), ("given the rest", given)):
-        found = sampler_overhead(pipeline, size, observed, rounds, steps)
-        text = ", ".join(f"{name} {1e6 * seconds:.0f} µs" for name, seconds in found._asdict().items())
+        overhead = sampler_overhead(pipeline, size, observed, rounds, steps)
+        text = ", ".join(f"{name} {1e6 * seconds:.0f} µs" for name, seconds in overhead._asdict().items())
         lines.append(f"{title}: {text} per step")
     return "\n".join(lines)
 
@@ -133,14 +133,14 @@ def sampler_overhead(
         rounds: the medians are over these.
         steps: solver steps.
     """
-    found = []
+    overheads = []
     for index in range(rounds + 1):
         once, twice = (_timed(pipeline, size, observed, count) for count in (steps, 2 * steps))
         loop, network = ((b - a) / steps for a, b in zip(once, twice, strict=True))
         solver = _bare_solver(pipeline, size, steps)
         if index > 0:  # the first round warms up
-            found.append(SamplerOverhead(loop, network, solver, loop - network - solver))
-    return SamplerOverhead(*map(statistics.median, zip(*found, strict=True)))
+            overheads.append(SamplerOverhead(loop, network, solver, loop - network - solver))
+    return SamplerOverhead(*map(statistics.median, zip(*overheads, strict=True)))
 
 
 def _timed(pipeline: MTDiffusionPipeline, size: int, observed: dict[str, Tensor], steps: int) -> tuple[float, float]:

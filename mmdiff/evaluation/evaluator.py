@@ -56,8 +56,8 @@ class Evaluator:
         self.memorisation = MemorisationTest(images.numpy(), complete(self.held_out, self.anchor)[0].numpy())
         modalities = self.model.modalities
         self.read_out = [n for n in self.model.auxiliary if scorer(modalities[n]) and n not in self.model.filling]
-        found = {name: find_judge(config, self.model, name, real, trust) for name in self.read_out}
-        self.judges = {name: judge for name, judge in found.items() if judge is not None}
+        judges = {name: find_judge(config, self.model, name, real, trust) for name in self.read_out}
+        self.judges = {name: judge for name, judge in judges.items() if judge is not None}
         self.restoring = self.model.filling
         self.conditions = [n for n in self.model.auxiliary if n not in self.model.generated]
         used = {"training": len(images), "held out": int(self.held_out.present[self.anchor].sum())}
@@ -79,11 +79,13 @@ class Evaluator:
         """{modality: the ways to compare that it can use}; a way that none can use is refused."""
         names = [*self.read_out, *self.restoring]
         able = {name: usable_methods(self.model, name, self._weighted()) for name in names}
-        found = {name: [way for way in conditioning if methods_of_text(way) <= able[name]] for name in names}
-        for way in conditioning:
-            if not any(way in ways for ways in found.values()):
-                raise InputError("--conditioning", way, f"none of {', '.join(names) or 'no modality'} can use it here")
-        return found
+        usable = {name: [method for method in conditioning if methods_of_text(method) <= able[name]] for name in names}
+        for method in conditioning:
+            if not any(method in methods for methods in usable.values()):
+                raise InputError(
+                    "--conditioning", method, f"none of {', '.join(names) or 'no modality'} can use it here"
+                )
+        return usable
 
     def _weighted(self) -> set[str]:
         return {name for name, peak in self.pipeline.peak_weights().items() if peak > 0}
@@ -101,15 +103,13 @@ class Evaluator:
         for name in self.read_out:
             modality = self.model.modalities[name]
             images, truth = complete(self.held_out, self.anchor, name)
-            found = self._draw(len(images), 0, observed={self.anchor: images})[name]
-            yield Row(
-                f"{self.anchor} → {name}", name, {}, {"n": len(images)} | scorer(modality)(modality, found, truth)
-            )
+            read = self._draw(len(images), 0, observed={self.anchor: images})[name]
+            yield Row(f"{self.anchor} → {name}", name, {}, {"n": len(images)} | scorer(modality)(modality, read, truth))
             chosen = pictured(len(images))
-            shown = [modality.postprocess(values[chosen]) for values in (truth, found)]
-            if isinstance(shown[0][0], PILImage.Image) or is_map(shown[0][0]):
+            columns = [modality.postprocess(values[chosen]) for values in (truth, read)]
+            if isinstance(columns[0][0], PILImage.Image) or is_map(columns[0][0]):
                 pictures = self.model.modalities[self.anchor].postprocess(images[chosen])
-                self.pictures[name] = {self.anchor: pictures, "truth": shown[0], "read": shown[1]}
+                self.pictures[name] = {self.anchor: pictures, "truth": columns[0], "read": columns[1]}
             if isinstance(modality, Label) and self.config.evaluate.zero_shot is not None:
                 yield self._zero_shot(name, images, truth)
 
@@ -134,13 +134,15 @@ class Evaluator:
         for aggregate in aggregates:
             setting = {"aggregate": aggregate}
             yield from self._scored("joint", setting, self._draw(count, seed, aggregate=aggregate, **arguments), {})
-        settings = {name: [{"conditioning": way} for way in ways] for name, ways in self.conditioning.items()}
+        settings = {
+            name: [{"conditioning": method} for method in methods] for name, methods in self.conditioning.items()
+        }
         for name in self.read_out:
-            given = self._given(name, count)
+            condition = self._given(name, count)
             default = [{"aggregate": aggregate} for aggregate in aggregates]
             for setting in settings[name] or (default if not any(settings.values()) else []):
-                drawn = self._draw(count, seed, observed={name: given}, **_asked(setting), **arguments)
-                yield from self._scored(f"{name} → {self.anchor}", setting, drawn, {name: given})
+                drawn = self._draw(count, seed, observed={name: condition}, **_asked(setting), **arguments)
+                yield from self._scored(f"{name} → {self.anchor}", setting, drawn, {name: condition})
         for name in self.conditions:
             yield from self._conditioned(name, count, seed, **arguments)
         for name in self.restoring:
@@ -150,9 +152,9 @@ class Evaluator:
     def _conditioned(self, name: str, count: int, seed: int, **arguments: Any) -> Iterator[Row]:
         """What only conditions → the rest, from held-out rows: what is drawn, and what judges read off the anchor,
         against the row's own values."""
-        given, *truths = complete(self.held_out, name, *self.read_out)
-        chosen = torch.arange(count) % len(given)
-        drawn = self._draw(count, seed, observed={name: given[chosen]}, **arguments)
+        condition, *truths = complete(self.held_out, name, *self.read_out)
+        chosen = torch.arange(count) % len(condition)
+        drawn = self._draw(count, seed, observed={name: condition[chosen]}, **arguments)
         images, direction = drawn[self.anchor].float(), f"{name} → {self.anchor}"
         yield Row(direction, self.anchor, {}, {"n": count} | self._image_scores(images))
         for other, truth in zip(self.read_out, truths, strict=True):
@@ -177,14 +179,14 @@ class Evaluator:
         truth = {name: values[chosen] for name, values in held_out.items()}
         for size in range(1, len(names)):
             for observed in itertools.combinations(names, size):
-                given = {name: truth[name] for name in observed}
-                drawn = self._draw(count, seed, observed=given, num_inference_steps=steps, feedback=feedback)
-                found, read = drawn | given, self.anchor in observed
+                conditions = {name: truth[name] for name in observed}
+                drawn = self._draw(count, seed, observed=conditions, num_inference_steps=steps, feedback=feedback)
+                known, read = drawn | conditions, self.anchor in observed
                 rest = " + ".join(name for name in names if name not in {*observed, *self.conditions})
                 for name in sorted(set(self.read_out) - set(observed)) if read else self.judges:
-                    pair = found[name], truth[name]
+                    pair = known[name], truth[name]
                     if not read:
-                        pair = self.judges[name].read(drawn[self.anchor].float()), found[name]
+                        pair = self.judges[name].read(drawn[self.anchor].float()), known[name]
                     scores = scorer(self.model.modalities[name])(self.model.modalities[name], *pair)
                     setting = {"observed": name in observed}
                     yield Row(f"{' + '.join(observed)} → {rest}", name, setting, {"n": count} | scores)
@@ -198,17 +200,17 @@ class Evaluator:
         self, name: str, seed: int, by: tuple[str, ...], setting: dict[str, Any], **arguments: Any
     ) -> Iterator[Row]:
         """masked image → anchor for every set of masks; the picture is of the last set, a column for every way."""
-        shown = self._columns.setdefault(name, {})
+        columns = self._columns.setdefault(name, {})
         image, masked = self.model.modalities[self.anchor], self.model.modalities[name]
-        ways = self.holes.ways(name, lambda count, **more: self._draw(count, seed, **arguments | more), by)
-        for about, value, known, restored in ways:
+        fills = self.holes.fills(name, lambda count, **more: self._draw(count, seed, **arguments | more), by)
+        for about, value, known, restored in fills:
             yield Row(f"{name} → {self.anchor}", self.anchor, about | setting, self.holes.scores(restored, known))
             chosen = pictured(len(value))
-            shown["truth"] = image.postprocess(self.holes.truth[chosen])
-            shown["masked"] = [on_grey(picture) for picture in masked.postprocess(value[chosen])]
-            shown[setting.get("conditioning", about["by"])] = image.postprocess(restored[chosen])
-        if shown:
-            self.pictures[name] = dict(shown)
+            columns["truth"] = image.postprocess(self.holes.truth[chosen])
+            columns["masked"] = [on_grey(picture) for picture in masked.postprocess(value[chosen])]
+            columns[setting.get("conditioning", about["by"])] = image.postprocess(restored[chosen])
+        if columns:
+            self.pictures[name] = dict(columns)
 
     def _given(self, name: str, count: int) -> Tensor:
         """Values to condition on: the gallery's in turn where there is one, else those of held-out rows."""
@@ -217,17 +219,17 @@ class Evaluator:
         return values[torch.arange(count) % len(values)]
 
     def _scored(
-        self, direction: str, setting: dict, drawn: dict[str, Tensor], given: dict[str, Tensor]
+        self, direction: str, setting: dict, drawn: dict[str, Tensor], conditions: dict[str, Tensor]
     ) -> Iterator[Row]:
         """The images by themselves, and each modality that a judge can read off them against the model's own value."""
         images = drawn[self.anchor].float()
         yield Row(direction, self.anchor, dict(setting), {"n": len(images)} | self._image_scores(images))
         for name, judge in self.judges.items():
             modality, judged = self.model.modalities[name], judge.read(images)
-            found = scorer(modality)(modality, judged, given.get(name, drawn[name]))
+            outcome = scorer(modality)(modality, judged, conditions.get(name, drawn[name]))
             # no truth is at hand: the judge and the model agree or not
-            scores = {"n": len(images)} | {key.replace("accuracy", "agreement"): x for key, x in found.items()}
-            if f"{name}/last" in drawn and name not in given:
+            scores = {"n": len(images)} | {key.replace("accuracy", "agreement"): x for key, x in outcome.items()}
+            if f"{name}/last" in drawn and name not in conditions:
                 last = scorer(modality)(modality, judged, drawn[f"{name}/last"])
                 scores["of last draw"] = next(iter(last.values()))
             if isinstance(modality, Label):
@@ -243,10 +245,10 @@ class Evaluator:
 
     def _draw(self, count: int, seed: int, **arguments: Any) -> dict[str, Tensor]:
         sample = self.config.sample
-        given = set(arguments.get("observed", {}))
-        denoised = self.anchor not in given and arguments.get("num_inference_steps") != 0
-        shown = denoised and "concatenation" in arguments.get("conditioning", ("concatenation",))
-        scales = sample.scales(given & set(self.model.observable)) if shown else {}
+        conditions = set(arguments.get("observed", {}))
+        denoised = self.anchor not in conditions and arguments.get("num_inference_steps") != 0
+        guidable = denoised and "concatenation" in arguments.get("conditioning", ("concatenation",))
+        scales = sample.scales(conditions & set(self.model.observable)) if guidable else {}
         return draw(self.pipeline, count, sample.batch_size, seed, guidance_scale=scales, **arguments)
 
 

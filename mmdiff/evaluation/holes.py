@@ -45,14 +45,14 @@ class HoleScores:
     def _perceptual(self) -> tuple[Perceptual | None, dict[str, Any]]:
         lpips = self.config.evaluate.lpips
         try:
-            found = Perceptual(lpips.net, lpips.backbone, lpips.heads)
+            perceptual = Perceptual(lpips.net, lpips.backbone, lpips.heads)
         except InputError as error:
             if lpips.backbone or lpips.heads:
                 raise
             return None, {"LPIPS": f"not measured: {error.remedy}"}  # torchvision's weights are not here
-        return found, found.facts()
+        return perceptual, perceptual.facts()
 
-    def ways(
+    def fills(
         self, name: str, draw: Draw, by: tuple[str, ...] = (*UNDRAWN, "samples")
     ) -> Iterator[tuple[dict[str, Any], Tensor, Tensor, Tensor]]:
         """(setting, masked value, known pixels, restored images) of every hole pattern and every way to fill it.
@@ -66,15 +66,15 @@ class HoleScores:
         for title, masking in (self.config.evaluate.masking or {name: own}).items():
             known = self._known(f"evaluate.masking.{title}", masking)
             value = torch.cat([self.truth * known, known], dim=1)
-            ways = {}
+            fills = {}
             if "mean fill" in by:
-                ways["mean fill"] = mean_fill(self.truth, known)
+                fills["mean fill"] = mean_fill(self.truth, known)
             if "head" in by and states.anchor_hidden > 0:
-                ways["head"] = draw(len(value), observed={name: value}, num_inference_steps=0)[self.anchor]
+                fills["head"] = draw(len(value), observed={name: value}, num_inference_steps=0)[self.anchor]
             if "samples" in by and states.anchor_hidden < 1:
-                ways["samples"] = draw(len(value), observed={name: value})[self.anchor]
-            for way, images in ways.items():
-                about = {"holes": title, "pattern": masking.pattern, "ratio": list(masking.ratio), "by": way}
+                fills["samples"] = draw(len(value), observed={name: value})[self.anchor]
+            for by_name, images in fills.items():
+                about = {"holes": title, "pattern": masking.pattern, "ratio": list(masking.ratio), "by": by_name}
                 yield about, value, known, pasted(images, self.truth, known)
 
     def _known(self, key: str, masking: MaskingConfig) -> Tensor:
@@ -84,10 +84,10 @@ class HoleScores:
 
     def scores(self, restored: Tensor, known: Tensor) -> dict[str, Any]:
         """LPIPS, PSNR and SSIM, in the hole and on the whole (of which all but the hidden share is the truth)."""
-        found = {"n": len(restored), "hidden share": float(1 - known.mean())}
+        result = {"n": len(restored), "hidden share": float(1 - known.mean())}
         for name, values in per_image(restored, self.truth, known, self.perceptual).items():
-            found |= scored(name, values)
-        return found
+            result |= scored(name, values)
+        return result
 
 
 def pasted(images: Tensor, truth: Tensor, known: Tensor) -> Tensor:
@@ -105,11 +105,11 @@ def per_image(restored: Tensor, truth: Tensor, known: Tensor, perceptual: Percep
         known: (n, 1, H, W), 0 in the hole.
         perceptual: the LPIPS to use, or None.
     """
-    hole, found = 1 - known, {}
+    hole, scores = 1 - known, {}
     if perceptual is not None:
-        found["LPIPS, hole"] = perceptual.hole(restored, truth, hole)
-        found["LPIPS, whole"] = perceptual.whole(restored, truth)
+        scores["LPIPS, hole"] = perceptual.hole(restored, truth, hole)
+        scores["LPIPS, whole"] = perceptual.whole(restored, truth)
     for title, mask in (("hole", hole), ("whole", None)):
-        found[f"PSNR, {title}"] = psnr(restored, truth, mask)
-        found[f"SSIM, {title}"] = ssim(restored, truth, mask)
-    return found
+        scores[f"PSNR, {title}"] = psnr(restored, truth, mask)
+        scores[f"SSIM, {title}"] = ssim(restored, truth, mask)
+    return scores

@@ -122,13 +122,13 @@ def read(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise InputError("evaluation.json", str(path), f"{_BROKEN} ({error})") from None
-    whole = isinstance(found, dict) and isinstance(found.get("manifest"), dict) and isinstance(found.get("rows"), list)
-    if not whole or not isinstance(found.get("earlier", {}), dict):
+    whole = isinstance(tree, dict) and isinstance(tree.get("manifest"), dict) and isinstance(tree.get("rows"), list)
+    if not whole or not isinstance(tree.get("earlier", {}), dict):
         raise InputError("evaluation.json", str(path), f"{_BROKEN} (no manifest and rows)")
-    return found
+    return tree
 
 
 def settings_hash(config: Config, *asked: Any) -> str:

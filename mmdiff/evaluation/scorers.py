@@ -16,31 +16,31 @@ from mmdiff.modalities import Condition, Dense, Embedding, Image, Label, Mask
 Scorer = Callable[[Condition, Tensor, Tensor], dict[str, Any]]
 
 
-def label(modality: Label, found: Tensor, truth: Tensor) -> dict[str, Any]:
+def label(modality: Label, predicted: Tensor, truth: Tensor) -> dict[str, Any]:
     """Accuracy, macro precision and macro recall."""
-    return classification(found, truth, modality.num_classes)
+    return classification(predicted, truth, modality.num_classes)
 
 
-def mask(modality: Mask, found: Tensor, truth: Tensor) -> dict[str, Any]:
+def mask(modality: Mask, predicted: Tensor, truth: Tensor) -> dict[str, Any]:
     """mIoU and pixel accuracy over labelled pixels, and the IoU of each class by its name, or else its raw id."""
-    scores = segmentation(found, truth, modality.num_classes, modality.ignore)
+    scores = segmentation(predicted, truth, modality.num_classes, modality.ignore)
     names = modality.names or list(map(str, modality.shown_ids))
     return scores | {"IoU per class": dict(zip(names, scores["IoU per class"], strict=True))}
 
 
-def embedding(modality: Embedding, found: Tensor, truth: Tensor) -> dict[str, Any]:
+def embedding(modality: Embedding, predicted: Tensor, truth: Tensor) -> dict[str, Any]:
     """Cosine and retrieval@1."""
-    return retrieval(found, truth)
+    return retrieval(predicted, truth)
 
 
-def dense(modality: Dense, found: Tensor, truth: Tensor) -> dict[str, Any]:
+def dense(modality: Dense, predicted: Tensor, truth: Tensor) -> dict[str, Any]:
     """Root mean squared error per sample, in the data's own units."""
-    return scored("RMSE", (found - truth).square().flatten(1).mean(dim=1).sqrt())
+    return scored("RMSE", (predicted - truth).square().flatten(1).mean(dim=1).sqrt())
 
 
-def image(modality: Image, found: Tensor, truth: Tensor) -> dict[str, Any]:
+def image(modality: Image, predicted: Tensor, truth: Tensor) -> dict[str, Any]:
     """PSNR and SSIM."""
-    return scored("PSNR", psnr(found, truth)) | scored("SSIM", ssim(found, truth))
+    return scored("PSNR", psnr(predicted, truth)) | scored("SSIM", ssim(predicted, truth))
 
 
 SCORERS: dict[type[Condition], Scorer] = {Label: label, Mask: mask, Embedding: embedding, Dense: dense, Image: image}

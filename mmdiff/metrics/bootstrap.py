@@ -13,10 +13,10 @@ from scipy.stats import bootstrap
 def interval(correct: np.ndarray, seed: int = 0, draws: int = 2000) -> tuple[float, float]:
     """95 % bootstrap interval (percentiles) of a mean over samples (n,)."""
     values = np.asarray(correct, dtype=np.float64)
-    found = bootstrap(
+    ends = bootstrap(
         (values,), np.mean, n_resamples=draws, batch=100, method="percentile", rng=seed
     ).confidence_interval
-    return float(found.low), float(found.high)
+    return float(ends.low), float(ends.high)
 
 
 def statistic_interval(
@@ -33,10 +33,10 @@ def statistic_interval(
         values = [statistic(*(array[one] for array in arrays)) for one in rows.reshape(-1, rows.shape[axis])]
         return np.reshape(values, rows.shape[:-1])
 
-    found = bootstrap(
+    ends = bootstrap(
         (np.arange(len(arrays[0])),), drawn, n_resamples=draws, batch=100, method="percentile", rng=seed
     ).confidence_interval
-    return float(found.low), float(found.high)
+    return float(ends.low), float(ends.high)
 
 
 def scored(name: str, per_sample: ArrayLike) -> dict[str, Any]:
@@ -45,5 +45,5 @@ def scored(name: str, per_sample: ArrayLike) -> dict[str, Any]:
     return with_interval(name, values.mean(), interval(values))
 
 
-def with_interval(name: str, value: float, found: tuple[float, float]) -> dict[str, Any]:
-    return {name: float(value), f"{name}, 95 %": list(found)}
+def with_interval(name: str, value: float, ends: tuple[float, float]) -> dict[str, Any]:
+    return {name: float(value), f"{name}, 95 %": list(ends)}

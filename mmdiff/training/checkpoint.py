@@ -59,8 +59,8 @@ def checkpoints(folder: Path) -> list[Path]:
     """Folders named `step-<digits>`, oldest first; nothing else is ours."""
     if not folder.is_dir():
         return []
-    found = (path for path in folder.iterdir() if _OURS.fullmatch(path.name))
-    return sorted((path for path in found if path.is_dir() and not path.is_symlink()), key=step_of)
+    paths = (path for path in folder.iterdir() if _OURS.fullmatch(path.name))
+    return sorted((path for path in paths if path.is_dir() and not path.is_symlink()), key=step_of)
 
 
 def step_of(path: Path) -> int:
@@ -217,13 +217,13 @@ def newest(folder: Path, say: Any) -> Checkpoint | None:
     damaged = []
     for path in reversed(checkpoints(folder)):
         try:
-            found = read_checkpoint(path)
+            checkpoint = read_checkpoint(path)
         except DamagedError as error:
             damaged.append(f"{path.name} ({error})")
         else:
             for line in damaged:
                 say(f"{folder}: {line} is damaged; {path.name} is used instead")
-            return found
+            return checkpoint
     if damaged:
         remedy = "restore one of them, or remove them all to begin anew"
         raise InputError("train.resume", str(folder), f"every checkpoint is damaged: {', '.join(damaged)}; {remedy}")
@@ -251,10 +251,10 @@ def find_checkpoint(path: Path, key: str, say: Any) -> Checkpoint:
             return read_checkpoint(path)
         except DamagedError as error:
             raise InputError(key, str(path), f"is damaged: {error}; name another checkpoint") from None
-    found = newest(path / "checkpoints", say)
-    if found is None:
+    checkpoint = newest(path / "checkpoints", say)
+    if checkpoint is None:
         raise InputError(key, str(path), "holds no checkpoint; name a run folder or one of its checkpoints/step-N")
-    return found
+    return checkpoint
 
 
 def load_checkpoint(checkpoint: Checkpoint, module: nn.Module, averages: Any, optimizer: torch.optim.Optimizer) -> None:

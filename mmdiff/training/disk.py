@@ -117,10 +117,10 @@ def faults(folder: Path) -> Iterator[None]:
 
 def _said(error: Exception, folder: Path) -> str | None:
     """The line for an error of the machine; None for any other."""
-    found = _WORKER.search(str(error))
-    if isinstance(error, RuntimeError) and found:
+    match = _WORKER.search(str(error))
+    if isinstance(error, RuntimeError) and match:
         why = "a process that reads data was killed, mostly because memory ran out; lower data.workers or the batch"
-        return f"{folder}: {why}; train.resume=auto continues ({' '.join(found.group().split())})"
+        return f"{folder}: {why}; train.resume=auto continues ({' '.join(match.group().split())})"
     if isinstance(error, SafetensorError):
         code = _CODE.search(str(error))
         error = OSError(int(code.group(1)), os.strerror(int(code.group(1)))) if code else error

@@ -71,8 +71,8 @@ def _axes(one: MTDiffusionModel, other: MTDiffusionModel) -> tuple[dict[str, Axe
     """{name in the objective: axes} of both, whose classes go by name where both have names."""
     shared = set(one.names) & set(other.names)
     named = {name for name in shared if one.modalities[name].names and other.modalities[name].names}
-    found = [{f"model.{name}": axes for name, axes in model.slots(named).items()} for model in (one, other)]
-    return found[0], found[1]
+    both = [{f"model.{name}": axes for name, axes in model.slots(named).items()} for model in (one, other)]
+    return both[0], both[1]
 
 
 def _other_kinds(one: MTDiffusionModel, other: MTDiffusionModel) -> set[str]:

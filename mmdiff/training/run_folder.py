@@ -124,9 +124,9 @@ def check_started_alike(folder: Path, config: Config, may_change: set[str] = RES
     except InputError as error:
         remedy = f"its {CONFIG} is damaged ({error}); restore it, or continue in a new folder: train.resume={folder}"
         raise InputError("output", str(folder), remedy) from None
-    found = first_difference(started, config, ignore=may_change)
-    if found:
-        key, before, now = found
+    difference = first_difference(started, config, ignore=may_change)
+    if difference:
+        key, before, now = difference
         raise InputError(
             key,
             now,

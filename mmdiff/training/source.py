@@ -66,14 +66,16 @@ def _of_pipeline(home: Path, own: Mapping[str, Any], trust: bool) -> Source:
 
 
 def _of_checkpoint(path: Path, own: Mapping[str, Any], say: Callable[[str], object], trust: bool) -> Source:
-    found = find_checkpoint(path, KEY, say)
+    checkpoint = find_checkpoint(path, KEY, say)
     try:
-        settings = model_settings(parse_config(found.state.get("config")))
+        settings = model_settings(parse_config(checkpoint.state.get("config")))
     except InputError as error:
-        raise InputError(KEY, str(found.path / STATE), f"its config is damaged: {error}") from None
-    weights = _finite(found.path / "weights.safetensors", found.weights)
-    averages = _finite(found.path / "ema.safetensors", found.ema)
-    return _checked(found.path, Source({**weights, **averages}, _model(found.path / STATE, settings, own, trust)))
+        raise InputError(KEY, str(checkpoint.path / STATE), f"its config is damaged: {error}") from None
+    weights = _finite(checkpoint.path / "weights.safetensors", checkpoint.weights)
+    averages = _finite(checkpoint.path / "ema.safetensors", checkpoint.ema)
+    return _checked(
+        checkpoint.path, Source({**weights, **averages}, _model(checkpoint.path / STATE, settings, own, trust))
+    )
 
 
 def _weight_files(home: Path) -> list[Path]:
@@ -114,36 +116,36 @@ def _finite(file: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         InputError: naming the file and the first tensor that is not finite.
     """
-    found = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    for name, tensor in found.items():
+    floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    for name, tensor in floats.items():
         if not bool(tensor.isfinite().all()):
             raise InputError(KEY, str(file), f"{name} is not finite; name another checkpoint or pipeline")
-    return found
+    return floats
 
 
 def _schedules(file: Path) -> dict[str, Tensor]:
     """Learned weight schedules of a pipeline's scheduler, by their names in the objective."""
     weights = _json(file).get("weights") if file.is_file() else None
-    found: dict[str, Tensor] = {}
+    schedules: dict[str, Tensor] = {}
     for name, entry in weights.items() if isinstance(weights, dict) else ():
         if isinstance(entry, dict) and entry.get("schedule") == "learned":
             try:
                 entry = checked_weight(name, entry)
             except InputError as error:
                 raise InputError(KEY, str(file), f"is damaged: {error}") from None
-            found[f"schedule_shapes.{name}"] = torch.tensor(entry["parameters"])
-            found[f"schedule_scales.{name}"] = torch.tensor(entry.get("log_scale", 0.0))
-    return found
+            schedules[f"schedule_shapes.{name}"] = torch.tensor(entry["parameters"])
+            schedules[f"schedule_scales.{name}"] = torch.tensor(entry.get("log_scale", 0.0))
+    return schedules
 
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text())
+        tree = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(KEY, str(file), f"cannot be read: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(tree, dict):
         raise InputError(KEY, str(file), "is no mapping of settings")
-    return found
+    return tree
 
 
 def _read(file: Path) -> dict[str, Tensor]:

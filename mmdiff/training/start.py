@@ -76,17 +76,17 @@ def _described(data: Any) -> str:
 
 def _continue_from(trainer: Trainer, config: Config, folder: Path) -> tuple[int, Window]:
     """Continue another run's checkpoint in this folder."""
-    found = find_checkpoint(Path(config.train.resume), "train.resume", trainer.accelerator.print)
-    _check_model(found, config)
-    done, _ = trainer.load(found)
+    checkpoint = find_checkpoint(Path(config.train.resume), "train.resume", trainer.accelerator.print)
+    _check_model(checkpoint, config)
+    done, _ = trainer.load(checkpoint)
     origin = {
-        "resume": str(found.path.resolve()),
+        "resume": str(checkpoint.path.resolve()),
         "step": done,
-        "weights": _hash(found),
-        "data": found.state.get("data"),
+        "weights": _hash(checkpoint),
+        "data": checkpoint.state.get("data"),
     }
     on_main(trainer.accelerator, lambda: write_origin(folder, origin))
-    trainer.accelerator.print(f"continues {found.path} at step {done}")
+    trainer.accelerator.print(f"continues {checkpoint.path} at step {done}")
     return done, Window()
 
 
@@ -103,8 +103,8 @@ def _check_model(checkpoint: Checkpoint, config: Config) -> None:
         )
     before = parse_config(checkpoint.state.get("config"))
     train = {f"train.{key}" for key in type(config.train).model_fields} - {"train.optimizer"}
-    found = first_difference(before, config, ignore=_CONTINUABLE | train)
-    if found:
-        key, then, now = found
+    difference = first_difference(before, config, ignore=_CONTINUABLE | train)
+    if difference:
+        key, then, now = difference
         remedy = f"{checkpoint.path} has {then!r}; restore it, or take its weights alone with train.initialize_from"
         raise InputError(key, now, remedy)

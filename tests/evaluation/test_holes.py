@@ -70,7 +70,7 @@ def restored(*others: str, seed: int = 0, hidden: float = 0.2, **evaluate: Any) 
     def drawn(count: int, **arguments: Any) -> dict[str, Tensor]:
         return draw(pipeline, count, 8, 0, **{"num_inference_steps": 2} | arguments)
 
-    return Restored(holes, list(holes.ways("masked_image", drawn)), experiment)
+    return Restored(holes, list(holes.fills("masked_image", drawn)), experiment)
 
 
 @pytest.fixture(scope="module")

@@ -56,8 +56,10 @@ class Sets:
     def encode_and_fuse(self, model: Classifier, fusion: Fusion, rows: Tensor) -> Fused:
         """The same with an encoder that learns."""
         mask = self.mask[rows]
-        found = model.features(self.images[self.places[rows][mask]])  # (members, d)
-        return fusion(found.new_zeros(*mask.shape, found.shape[1]).masked_scatter(mask[..., None], found), mask)
+        features = model.features(self.images[self.places[rows][mask]])  # (members, d)
+        return fusion(
+            features.new_zeros(*mask.shape, features.shape[1]).masked_scatter(mask[..., None], features), mask
+        )
 
 
 class Classifiers(Learner):
@@ -80,8 +82,8 @@ class Classifiers(Learner):
         ((task, _),) = self.settings.tasks.items()
         with torch.no_grad():
             for cell in self.cells:
-                found = self._by_fusion(model, fusion, cell, seed) if fusion else self._by_image(model, entry, cell)
-                yield cell, {task: found}
+                outcome = self._by_fusion(model, fusion, cell, seed) if fusion else self._by_image(model, entry, cell)
+                yield cell, {task: outcome}
 
     @cached_property
     def _classes(self) -> list[str]:

@@ -48,12 +48,12 @@ def front_views(settings: Settings) -> dict[str, PILImage.Image]:
     ((_, task),) = settings.tasks.items()
     rows, features = _rows(data, data.options, held_out=True)
     _check_columns(rows, (data.front, *task.columns))
-    chosen, found = rows.select_columns(sorted({data.front, *task.columns})), {}
+    chosen, views = rows.select_columns(sorted({data.front, *task.columns})), {}
     for index in range(min(settings.test.rows, len(chosen))):
         row = chosen[index]
         if None not in row.values():
-            found.setdefault(_answer(row, task, features), square(row[data.front], data.size))
-    return found
+            views.setdefault(_answer(row, task, features), square(row[data.front], data.size))
+    return views
 
 
 def one_large(photos: Photos) -> PILImage.Image:
@@ -91,11 +91,11 @@ def _read(settings: Settings, rows: Rows, features: Any, limit: int | None = Non
     _check_columns(rows, (data.photos, *sorted(columns)))
     marked = data.distractors in rows.column_names
     chosen = rows.select_columns(sorted({data.photos, *columns, *([data.distractors] if marked else [])}))
-    found = [chosen[index] for index in range(len(chosen) if limit is None else min(limit, len(chosen)))]
-    found = [row for row in found if row[data.photos] and None not in (row[name] for name in columns)]
-    photos = [[square(photo, data.size) for photo in row[data.photos]] for row in found]
-    distractors = [row[data.distractors] if marked else [False] * len(row[data.photos]) for row in found]
-    answers = {name: [_answer(row, task, features) for row in found] for name, task in settings.tasks.items()}
+    picked = [chosen[index] for index in range(len(chosen) if limit is None else min(limit, len(chosen)))]
+    picked = [row for row in picked if row[data.photos] and None not in (row[name] for name in columns)]
+    photos = [[square(photo, data.size) for photo in row[data.photos]] for row in picked]
+    distractors = [row[data.distractors] if marked else [False] * len(row[data.photos]) for row in picked]
+    answers = {name: [_answer(row, task, features) for row in picked] for name, task in settings.tasks.items()}
     return ImageSets(photos, distractors, answers)
 
 

@@ -130,17 +130,17 @@ def _computed(learner: Learner, entry: str, seed: int) -> Part:
     rows = []
     for (views, share), answers in learner.answers(entry, seed):
         image_sets = learner.test((views, share))
-        for task, given in answers.items():
+        for task, answer in answers.items():
             kind = learner.settings.tasks[task].kind
             row = {"task": task, "views": views, "distractors": share, "sets": len(image_sets.photos)}
             row["answers"] = len(set(image_sets.answers[task]))
-            row |= score(kind, best(kind, given.texts, image_sets.answers[task]), image_sets.answers[task])
-            rows.append(row | _mass(given, image_sets.distractors))
+            row |= score(kind, best(kind, answer.texts, image_sets.answers[task]), image_sets.answers[task])
+            rows.append(row | _mass(answer, image_sets.distractors))
     return {"entry": entry, "seed": seed, "seconds": time.perf_counter() - started, "scores": rows}
 
 
-def _mass(given: Answers, distractors: list[list[bool]]) -> dict[str, float]:
-    return {} if given.weights is None else mass(given.weights, distractors)
+def _mass(answers: Answers, distractors: list[list[bool]]) -> dict[str, float]:
+    return {} if answers.weights is None else mass(answers.weights, distractors)
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows

@@ -26,7 +26,7 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def scores(kind: str, found: Sequence[str], truth: Sequence[str]) -> dict[str, float]:
+def scores(kind: str, answers: Sequence[str], truth: Sequence[str]) -> dict[str, float]:
     """Accuracy (all items right and none more), precision and recall of answers.
 
     Macro means are over the classes or attributes that are true of some set; other answers only count as wrong.
@@ -36,7 +36,7 @@ def scores(kind: str, found: Sequence[str], truth: Sequence[str]) -> dict[str, f
         found, truth: answers, equally many.
     """
     items, average = KINDS[kind]
-    pairs = [(items(one), items(other)) for one, other in zip(found, truth, strict=True)]
+    pairs = [(items(one), items(other)) for one, other in zip(answers, truth, strict=True)]
     real = sorted(set().union(*(right for _, right in pairs)))
     known = real if average == "macro" else sorted(set(real).union(*(own for own, _ in pairs)))
     table = MultiLabelBinarizer(classes=known).fit([])

@@ -54,20 +54,20 @@ def fusion_speed(
         "bare": lambda: [_BARE[kind](module, members[k, :n]) for k, n in enumerate(counts)],
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
-    found: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
     with torch.set_grad_enabled(backward):
         for index in range(rounds + 1):
             for name, way in ways.items():
                 start = _now(device)
                 results = way()
-                found[name] = torch.cat([one.embedding.reshape(-1, dim) for one in results])  # (B, d)
+                outputs[name] = torch.cat([one.embedding.reshape(-1, dim) for one in results])  # (B, d)
                 if backward:
-                    found[name].square().sum().backward()
+                    outputs[name].square().sum().backward()
                 seconds = _now(device) - start
                 if index > 0:
                     times[name].append(1000 * seconds)
                 members.grad = None
-    difference = max(float((found["batch"] - found[name]).detach().abs().max()) for name in ("loop", "bare"))
+    difference = max(float((outputs["batch"] - outputs[name]).detach().abs().max()) for name in ("loop", "bare"))
     return FusionSpeed(**{name: statistics.median(values) for name, values in times.items()}, difference=difference)
 
 
@@ -91,10 +91,10 @@ def compare_fusions(
         ]
         for kind in FUSIONS:
             for name, backward in ((kind, False), (f"{kind}, gradients", True)):
-                found = fusion_speed(kind, sets, largest, dim, rounds, backward, device)
+                times = fusion_speed(kind, sets, largest, dim, rounds, backward, device)
                 lines.append(
-                    f"{name:<28}{found.batch:>6.2f} ms{found.loop:>8.2f} ms{found.loop / found.batch:>7.1f}×"
-                    f"{found.bare:>8.2f} ms{found.bare / found.batch:>7.1f}×{found.difference:>13.1e}"
+                    f"{name:<28}{times.batch:>6.2f} ms{times.loop:>8.2f} ms{times.loop / times.batch:>7.1f}×"
+                    f"{times.bare:>8.2f} ms{times.bare / times.batch:>7.1f}×{times.difference:>13.1e}"
                 )
     finally:
         torch.set_num_threads(before)

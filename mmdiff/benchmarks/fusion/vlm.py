@@ -111,7 +111,7 @@ class LanguageModels(Learner):
         for start in range(0, len(photos), _CHUNK):
             part = photos[start : start + _CHUNK]
             inputs: Inputs = reader(part, [question] * len(part))
-            found = model.generate(*inputs[:4], max_new_tokens=self.settings.new_tokens, do_sample=False)
-            texts += [" ".join(text.split()) for text in reader.texts(found.tokens)]
-            weights.append(torch.nn.functional.pad(found.weights, (0, most - found.weights.shape[1])))
+            generated = model.generate(*inputs[:4], max_new_tokens=self.settings.new_tokens, do_sample=False)
+            texts += [" ".join(text.split()) for text in reader.texts(generated.tokens)]
+            weights.append(torch.nn.functional.pad(generated.weights, (0, most - generated.weights.shape[1])))
         return texts, torch.cat(weights)
