@@ -58,7 +58,7 @@ class Evaluator:
         self.read_out = [n for n in self.model.auxiliary if scorer(modalities[n]) and n not in self.model.filling]
         judges = {name: find_judge(config, self.model, name, real, trust) for name in self.read_out}
         self.judges = {name: judge for name, judge in judges.items() if judge is not None}
-        self.restoring = self.model.filling
+        self.filled_by = self.model.filling
         self.conditions = [n for n in self.model.auxiliary if n not in self.model.generated]
         used = {"training": len(images), "held out": int(self.held_out.present[self.anchor].sum())}
         self.facts: dict[str, Any] = {"real rows used": used, "FID and KID features": self.extractor.name}
@@ -77,7 +77,7 @@ class Evaluator:
 
     def _usable(self, conditioning: Iterable[str]) -> dict[str, list[str]]:
         """{modality: the ways to compare that it can use}; a way that none can use is refused."""
-        names = [*self.read_out, *self.restoring]
+        names = [*self.read_out, *self.filled_by]
         able = {name: usable_methods(self.model, name, self._weighted()) for name in names}
         usable = {name: [method for method in conditioning if methods_of_text(method) <= able[name]] for name in names}
         for method in conditioning:
@@ -145,9 +145,9 @@ class Evaluator:
                 yield from self._scored(f"{name} → {self.anchor}", setting, drawn, {name: condition})
         for name in self.conditions:
             yield from self._conditioned(name, count, seed, **arguments)
-        for name in self.restoring:
+        for name in self.filled_by:
             for setting in settings[name] or ([{}] if not any(settings.values()) else []):
-                yield from self._restored(name, seed, ("samples",), setting, **_asked(setting), **arguments)
+                yield from self._filled(name, seed, ("samples",), setting, **_asked(setting), **arguments)
 
     def _conditioned(self, name: str, count: int, seed: int, **arguments: Any) -> Iterator[Row]:
         """What only conditions → the rest, from held-out rows: what is drawn, and what judges read off the anchor,
@@ -193,22 +193,22 @@ class Evaluator:
 
     def baselines(self) -> Iterator[Row]:
         """masked image → anchor where nothing is drawn: the mean fill, and the head in one evaluation."""
-        for name in self.restoring if state_probabilities(self.config, self.anchor).observed < 1 else ():
-            yield from self._restored(name, 0, UNDRAWN, {}, num_inference_steps=0)
+        for name in self.filled_by if state_probabilities(self.config, self.anchor).observed < 1 else ():
+            yield from self._filled(name, 0, UNDRAWN, {}, num_inference_steps=0)
 
-    def _restored(
+    def _filled(
         self, name: str, seed: int, by: tuple[str, ...], setting: dict[str, Any], **arguments: Any
     ) -> Iterator[Row]:
         """masked image → anchor for every set of masks; the picture is of the last set, a column for every way."""
         columns = self._columns.setdefault(name, {})
         image, masked = self.model.modalities[self.anchor], self.model.modalities[name]
         fills = self.holes.fills(name, lambda count, **more: self._draw(count, seed, **arguments | more), by)
-        for about, value, known, restored in fills:
-            yield Row(f"{name} → {self.anchor}", self.anchor, about | setting, self.holes.scores(restored, known))
+        for about, value, known, filled in fills:
+            yield Row(f"{name} → {self.anchor}", self.anchor, about | setting, self.holes.scores(filled, known))
             chosen = pictured(len(value))
             columns["truth"] = image.postprocess(self.holes.truth[chosen])
             columns["masked"] = [on_grey(picture) for picture in masked.postprocess(value[chosen])]
-            columns[setting.get("conditioning", about["by"])] = image.postprocess(restored[chosen])
+            columns[setting.get("conditioning", about["by"])] = image.postprocess(filled[chosen])
         if columns:
             self.pictures[name] = dict(columns)
 

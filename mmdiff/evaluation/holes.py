@@ -24,7 +24,7 @@ Draw = Callable[..., dict[str, Tensor]]
 
 
 class HoleScores:
-    """Scores of restored held-out images.
+    """Scores of filled held-out images.
 
     Args:
         config: `evaluate.masking` (default: the modality's own holes), `evaluate.num_samples`, `evaluate.lpips`.
@@ -40,7 +40,7 @@ class HoleScores:
         for title, masking in config.evaluate.masking.items():  # refused before anything is sampled
             self._known(f"evaluate.masking.{title}", masking)
         self.perceptual, self.facts = self._perceptual()
-        self.facts |= {"mask seed": SEED, "restored images": len(self.truth)}
+        self.facts |= {"mask seed": SEED, "filled images": len(self.truth)}
 
     def _perceptual(self) -> tuple[Perceptual | None, dict[str, Any]]:
         lpips = self.config.evaluate.lpips
@@ -55,7 +55,7 @@ class HoleScores:
     def fills(
         self, name: str, draw: Draw, by: tuple[str, ...] = (*UNDRAWN, "samples")
     ) -> Iterator[tuple[dict[str, Any], Tensor, Tensor, Tensor]]:
-        """(setting, masked value, known pixels, restored images) of every hole pattern and every way to fill it.
+        """(setting, masked value, known pixels, filled images) of every hole pattern and every way to fill it.
 
         Args:
             name: of the masked image.
@@ -82,34 +82,34 @@ class HoleScores:
         with at(key):
             return known_masks(masking.pattern, masking.ratio, *self.truth.shape[2:], SEED, self.positions)
 
-    def scores(self, restored: Tensor, known: Tensor) -> dict[str, Any]:
+    def scores(self, filled: Tensor, known: Tensor) -> dict[str, Any]:
         """LPIPS, PSNR and SSIM, in the hole and on the whole (of which all but the hidden share is the truth)."""
-        result = {"n": len(restored), "hidden share": float(1 - known.mean())}
-        for name, values in per_image(restored, self.truth, known, self.perceptual).items():
+        result = {"n": len(filled), "hidden share": float(1 - known.mean())}
+        for name, values in per_image(filled, self.truth, known, self.perceptual).items():
             result |= scored(name, values)
         return result
 
 
 def pasted(images: Tensor, truth: Tensor, known: Tensor) -> Tensor:
     """Images (n, C, H, W) of any method, clipped to [−1, 1], with the known pixels of the truth bit by bit."""
-    restored = torch.where(known > 0, truth, images.to(truth.dtype).clamp(-1, 1))
-    assert torch.equal(restored * known, truth * known)
-    return restored
+    filled = torch.where(known > 0, truth, images.to(truth.dtype).clamp(-1, 1))
+    assert torch.equal(filled * known, truth * known)
+    return filled
 
 
-def per_image(restored: Tensor, truth: Tensor, known: Tensor, perceptual: Perceptual | None) -> dict[str, Tensor]:
+def per_image(filled: Tensor, truth: Tensor, known: Tensor, perceptual: Perceptual | None) -> dict[str, Tensor]:
     """{"LPIPS, hole": (n,), …}: LPIPS (where there are weights), PSNR and SSIM, on the hole and on the whole.
 
     Args:
-        restored, truth: (n, C, H, W) in [−1, 1].
+        filled, truth: (n, C, H, W) in [−1, 1].
         known: (n, 1, H, W), 0 in the hole.
         perceptual: the LPIPS to use, or None.
     """
     hole, scores = 1 - known, {}
     if perceptual is not None:
-        scores["LPIPS, hole"] = perceptual.hole(restored, truth, hole)
-        scores["LPIPS, whole"] = perceptual.whole(restored, truth)
+        scores["LPIPS, hole"] = perceptual.hole(filled, truth, hole)
+        scores["LPIPS, whole"] = perceptual.whole(filled, truth)
     for title, mask in (("hole", hole), ("whole", None)):
-        scores[f"PSNR, {title}"] = psnr(restored, truth, mask)
-        scores[f"SSIM, {title}"] = ssim(restored, truth, mask)
+        scores[f"PSNR, {title}"] = psnr(filled, truth, mask)
+        scores[f"SSIM, {title}"] = ssim(filled, truth, mask)
     return scores

@@ -41,7 +41,7 @@ class Restored(NamedTuple):
     experiment: Experiment
 
     def of(self, masks: str, by: str) -> tuple[Tensor, Tensor, Tensor]:
-        """(masked value, known pixels, restored images)."""
+        """(masked value, known pixels, filled images)."""
         return next(rest for setting, *rest in self.found if (setting["holes"], setting["by"]) == (masks, by))
 
 
@@ -176,7 +176,7 @@ def test_bad_sets_of_masks_are_refused_by_name(offline: None) -> None:
 def test_without_weights_the_manifest_says_so(one: Restored, tmp_path: Path) -> None:
     assert one.holes.perceptual is None
     assert one.holes.facts["LPIPS"].startswith("not measured: torchvision's weights cannot be had")
-    assert {"mask seed": 0, "restored images": 12}.items() <= one.holes.facts.items()
+    assert {"mask seed": 0, "filled images": 12}.items() <= one.holes.facts.items()
 
 
 @pytest.mark.parametrize("part", ["backbone", "heads"])
