@@ -78,15 +78,6 @@ def pictures(count: int = 12, channels: int = 3, size: int = 16, seed: int = 0) 
     return nn.functional.interpolate(coarse, (size, size), mode="bilinear")
 
 
-@pytest.fixture(scope="module")
-def trunk_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random SqueezeNet 1.1 with torchvision's names."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "mine.pth"
-    torch.save(squeezenet1_1(weights=None).state_dict(), path)
-    return path
-
-
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Nothing is on disk, and every download goes to a port on which nobody listens. The folder of the weights."""
@@ -107,10 +98,10 @@ class AsModule(nn.Module):
         return torch.from_numpy(self.features(images))
 
 
-def test_fid_is_that_of_torchmetrics(trunk_file: Path) -> None:
+def test_fid_is_that_of_torchmetrics(backbone: Path) -> None:
     """Fewer rows than features, and more rows than features."""
     real, fake = pictures(seed=0), pictures(seed=1) ** 2
-    trunk, pixels = Trunk(trunk_file), Pixels(pictures(40, seed=2), components=5)
+    trunk, pixels = Trunk(backbone), Pixels(pictures(40, seed=2), components=5)
     for features, size in ((trunk, 512), (pixels, 5)):
         metric = FrechetInceptionDistance(AsModule(features, size))
         metric.set_dtype(torch.float64)
@@ -202,12 +193,12 @@ def test_pixels_are_principal_components_of_the_training_rows() -> None:
     assert (few.name, few(images).shape) == ("pixels, PCA 3", (6, 3))
 
 
-def test_trunk_features_are_means_over_the_last_fire_module(trunk_file: Path) -> None:
-    trunk, images = Trunk(trunk_file), pictures(70)  # more than one batch
+def test_trunk_features_are_means_over_the_last_fire_module(backbone: Path) -> None:
+    trunk, images = Trunk(backbone), pictures(70)  # more than one batch
     found = trunk(images)
     assert (trunk.name, found.shape, found.dtype) == ("squeezenet1_1 mine", (70, 512), np.float64)
     network = squeezenet1_1(weights=None).eval()
-    network.load_state_dict(torch.load(trunk_file, weights_only=True))
+    network.load_state_dict(torch.load(backbone, weights_only=True))
     mean, std = (torch.tensor(x).reshape(3, 1, 1) for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     large = nn.functional.interpolate(images[65:], (SMALLEST, SMALLEST), mode="bilinear")
     with torch.no_grad():
@@ -215,8 +206,8 @@ def test_trunk_features_are_means_over_the_last_fire_module(trunk_file: Path) ->
     assert np.allclose(found[65:], expected.numpy(), atol=1e-6)
 
 
-def test_grey_images_are_grey_rgb_images(trunk_file: Path) -> None:
-    trunk, images = Trunk(trunk_file), pictures(channels=1)
+def test_grey_images_are_grey_rgb_images(backbone: Path) -> None:
+    trunk, images = Trunk(backbone), pictures(channels=1)
     assert np.array_equal(trunk(images), trunk(images.repeat(1, 3, 1, 1)))
 
 
@@ -226,8 +217,8 @@ def test_small_images_are_enlarged_in_proportion() -> None:
     assert at_least(large, 64) is large
 
 
-def test_a_file_may_lack_the_classifier_but_nothing_else(trunk_file: Path, tmp_path: Path) -> None:
-    state = torch.load(trunk_file, weights_only=True)
+def test_a_file_may_lack_the_classifier_but_nothing_else(backbone: Path, tmp_path: Path) -> None:
+    state = torch.load(backbone, weights_only=True)
     features = {name: value for name, value in state.items() if name.startswith("features.")}
 
     def saved(content: object) -> Path:
@@ -235,7 +226,7 @@ def test_a_file_may_lack_the_classifier_but_nothing_else(trunk_file: Path, tmp_p
         return tmp_path / "other.pth"
 
     images = pictures(2)
-    assert np.array_equal(Trunk(saved(features))(images), Trunk(trunk_file)(images))
+    assert np.array_equal(Trunk(saved(features))(images), Trunk(backbone)(images))
     features.pop("features.12.squeeze.bias")
     for strange in (features, alexnet(weights=None).state_dict(), {"conv1.weight": torch.zeros(1)}, [1, 2], {"a": 1}):
         with pytest.raises(InputError, match="evaluate.features = .*other.pth"):
@@ -246,11 +237,11 @@ def test_a_file_may_lack_the_classifier_but_nothing_else(trunk_file: Path, tmp_p
             Trunk(file)
 
 
-def test_features_by_name(trunk_file: Path, offline: Path) -> None:
+def test_features_by_name(backbone: Path, offline: Path) -> None:
     train = pictures(20)
     assert extractor("pixels", train).name == "pixels, PCA 20"
     assert extractor("auto", train).name == "pixels, PCA 20"  # no inception on disk
-    assert extractor(str(trunk_file), train).name == "squeezenet1_1 mine"
+    assert extractor(str(backbone), train).name == "squeezenet1_1 mine"
     with pytest.raises(InputError, match="evaluate.features = 'inceptoin'"):
         extractor("inceptoin", train)
     with pytest.raises(InputError, match=r"evaluate.features = 'inception': its weights cannot be had.*6726825d.pth"):
