@@ -1,5 +1,7 @@
 """The config of an experiment: its schema, reading and writing. Nothing here imports torch."""
 
+from mmdiff.config.data import DataConfig, MaskingConfig
+from mmdiff.config.evaluation import EvaluateConfig, SampleConfig
 from mmdiff.config.load import (
     as_yaml,
     first_difference,
@@ -10,17 +12,9 @@ from mmdiff.config.load import (
     read_plain,
     save_config,
 )
-from mmdiff.config.schema import (
-    Config,
-    DataConfig,
-    EvaluateConfig,
-    MaskingConfig,
-    ModalityConfig,
-    SampleConfig,
-    StatesConfig,
-    TrainConfig,
-    WeightConfig,
-)
+from mmdiff.config.model import ModalityConfig, WeightConfig
+from mmdiff.config.schema import Config
+from mmdiff.config.training import StatesConfig, TrainConfig
 
 __all__ = [
     "Config",

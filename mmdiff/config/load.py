@@ -12,7 +12,8 @@ import pydantic
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mmdiff.config.schema import Config, Strict
+from mmdiff.config.base import Strict
+from mmdiff.config.schema import Config
 from mmdiff.config.tree import check_literal, check_references, plain, read_tree
 from mmdiff.errors import InputError, at
 

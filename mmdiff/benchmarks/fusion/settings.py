@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from mmdiff.config import parse_arguments, read_plain
-from mmdiff.config.schema import FolderName
+from mmdiff.config.base import FolderName
 from mmdiff.errors import InputError
 
 Count = Annotated[int, Field(ge=1)]

@@ -1,0 +1,87 @@
+"""States, loss terms and the training run."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from mmdiff.config.base import Decay, Seed, Strict
+
+
+class StatesConfig(Strict):
+    """The distribution of each modality's state in training (docs/theory.md, section 4)."""
+
+    # how the flags of all modalities are drawn together
+    distribution: Literal["independent", "each_alone", "half_alone", "source", "heads"] = "independent"
+    aggregated: float = Field(0.5, ge=0, le=1)  # probability of the flag, for auxiliary modalities
+    observed: float = Field(0.3, ge=0, le=1)  # probability of the flag, for auxiliary modalities
+    # probability that the anchor is observed and the heads read from it
+    anchor_observed: float = Field(0.15, ge=0, le=1)
+    # probability that nothing is denoised and the heads read from the other conditions
+    anchor_hidden: float = Field(0.0, ge=0, le=1)
+
+
+class LossConfig(Strict):
+    """Weights of the loss terms."""
+
+    min_snr_gamma: float | None = Field(None, gt=0, le=1e9)  # cap of the SNR weight of L1; none: no weight
+    uncertainty: bool = False  # L1 as a Gaussian likelihood whose σ the network predicts, instead of a squared error
+    terminal: float = Field(1.0, ge=0, le=1e6)  # coefficient of L0
+
+    @field_validator("uncertainty")
+    @classmethod
+    def _one_weighting(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("min_snr_gamma") is not None:
+            raise ValueError("one weighting of L1 is enough; leave this or min_snr_gamma out")
+        return value
+
+
+class TrainConfig(Strict):
+    """One training run."""
+
+    steps: int = Field(1000, ge=1, le=10**9)  # optimizer steps
+    batch_size: int = Field(64, ge=1, le=10**7)  # global: over all processes and accumulated parts
+    accumulate: int = Field(1, ge=1, le=10**7)  # parts into which each process splits its share of a batch
+    # muon: orthogonalised momentum for the backbone's matrices, AdamW for the rest
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = Field(1e-3, gt=0, le=1e9)  # the highest value
+    # what follows the warm-up; constant has no warm-up
+    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
+    warmup: int = Field(50, ge=0, le=10**9)  # steps of linear warm-up
+    min_learning_rate: float = Field(0.0, ge=0, le=1e9)  # final value of linear and cosine
+    betas: tuple[Decay, Decay] = (0.9, 0.99)  # of AdamW
+    weight_decay: float = Field(0.01, ge=0, le=100)  # decoupled, as in AdamW
+    max_grad_norm: float = Field(1.0, gt=0, le=1e9)  # gradients are clipped to this norm
+    ema_decay: float = Field(0.999, ge=0, lt=1)  # of the averaged weights; step n uses min(decay, (1 + n) / (10 + n))
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # precision of the forward and backward pass
+    seed: Seed = 0  # of weights, noise, times, states and the order of rows
+    threads: int = Field(0, ge=0, le=1024)  # CPU threads; 0: as many as the CPU affinity allows
+    log_every: int = Field(10, ge=1, le=10**9)  # steps between lines of metrics.jsonl
+    checkpoint_every: int = Field(0, ge=0, le=10**9)  # steps between checkpoints; 0: only the last
+    keep_checkpoints: int = Field(2, ge=1, le=10**9)  # how many of the newest are kept
+    sample_every: int = Field(0, ge=0, le=10**9)  # steps between sample grids; 0: only at the end
+    # never; auto: continue the newest checkpoint; a run or checkpoint folder: continue it in a new run folder
+    resume: str = "never"
+    initialize_from: str | None = None  # a pipeline, run or checkpoint folder; weights that fit are taken from it
+
+    @field_validator("min_learning_rate")
+    @classmethod
+    def _below_the_highest(cls, value: float, info: ValidationInfo) -> float:
+        if value and str(info.data.get("lr_scheduler_type")).startswith("constant"):
+            raise ValueError("a constant learning rate never gets there; choose lr_scheduler_type linear or cosine")
+        if value > info.data.get("learning_rate", value):
+            raise ValueError(f"is above learning_rate = {info.data['learning_rate']}")
+        return value
+
+    @field_validator("initialize_from")
+    @classmethod
+    def _one_origin(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.data.get("resume") not in ("never", "auto"):
+            raise ValueError("a run starts from one folder; leave this or resume=FOLDER out")
+        return value
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _yaml_no(cls, value: Any) -> Any:
+        return "no" if value is False else value  # YAML reads a bare no as False
