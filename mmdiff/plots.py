@@ -150,10 +150,10 @@ def accuracy_by_photos(rows: list[dict[str, Any]], path: Path) -> Path:
     for (task, share), lines in panels.items():
         axis = axes[tasks.index(task)][shares.index(share)]
         for index, (entry, points) in enumerate(lines.items()):
-            found = [point["accuracy"] for point in points]
-            halves = [0.0 if one["95 %"] is None else one["95 %"][1] - one["mean"] for one in found]
+            scores = [point["accuracy"] for point in points]
+            halves = [0.0 if one["95 %"] is None else one["95 %"][1] - one["mean"] for one in scores]
             beside = 0.05 * (index - (len(lines) - 1) / 2)  # entries that agree would hide each other
-            photos, means = [point["photos"] + beside for point in points], [one["mean"] for one in found]
+            photos, means = [point["photos"] + beside for point in points], [one["mean"] for one in scores]
             axis.errorbar(photos, means, yerr=halves, label=entry, capsize=2, linewidth=1)
         axis.set(title=f"{task}, {share:.0%} distractors", xlabel="photos", ylabel="accuracy", ylim=(-0.03, 1.03))
     axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small")

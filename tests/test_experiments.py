@@ -15,8 +15,8 @@ from mmdiff.training import train
 from mmdiff.training.dry_run import dry_run
 
 ROOT = Path(__file__).parents[1]
-# those of `mmdiff benchmark fusion` train no diffusion model: tests/evaluation/test_fusion_accuracy.py
-EXPERIMENTS = sorted(path for path in (ROOT / "experiments").rglob("*.yaml") if "\nway: " not in path.read_text())
+# others are of `mmdiff benchmark fusion`: tests/benchmarks/fusion
+EXPERIMENTS = sorted(path for path in (ROOT / "experiments").rglob("*.yaml") if "\nmodalities:" in path.read_text())
 RESTORATION = ("multitask", "reconstruct", "unconditional", "conditional")
 DATA = ROOT.parent / "shared" / "data"
 TOY = {

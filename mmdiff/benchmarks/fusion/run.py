@@ -85,7 +85,7 @@ def results(settings: Settings, folder: Path, progress: bool = True) -> list[Par
         progress: whether to show progress bars.
     """
     room = folder / f"{settings.name}-{key_of(_facts(settings))[:12]}"
-    learner = LEARNERS[settings.way](settings, room)
+    learner = LEARNERS[settings.learner](settings, room)
     parts = []
     wanted = [(entry, seed) for seed in range(settings.seeds) for entry in ENTRIES]
     with tqdm(wanted, disable=not progress, unit="part") as bar:

@@ -33,7 +33,7 @@ def scores(kind: str, answers: Sequence[str], truth: Sequence[str]) -> dict[str,
 
     Args:
         kind: a key of `KINDS`.
-        found, truth: answers, equally many.
+        answers, truth: equally many.
     """
     items, average = KINDS[kind]
     pairs = [(items(one), items(other)) for one, other in zip(answers, truth, strict=True)]

@@ -28,7 +28,7 @@ class SetData(_Strict):
     validation_split: str = "validation"
     photos: str = "photos"
     distractors: str = "distractors"  # lists of bool
-    front: str = "image"  # one more photo of each, in no set, by which it is found (way: retrieval)
+    front: str = "image"  # one more photo of each, in no set, by which it is found (learner: retrieval)
     size: Count = 24  # side of a photo in pixels
 
 
@@ -72,7 +72,7 @@ class Settings(_Strict):
 
     name: FolderName
     # encoder → fusion → linear layer; the same, but the nearest front view answers; or a vision-language model
-    way: Literal["classifier", "retrieval", "vlm"] = "classifier"
+    learner: Literal["classifier", "retrieval", "vlm"] = "classifier"
     seeds: Count = 5
     data: SetData
     tasks: Annotated[dict[str, Task], Field(min_length=1)]
@@ -109,6 +109,6 @@ def parse_settings(tree: Any) -> Settings:
     fields = Settings.model_fields.items()
     arguments = {name: (field.annotation, ... if field.is_required() else field.default) for name, field in fields}
     settings = Settings(**parse_arguments("fusion", arguments, tree))
-    if settings.way != "vlm" and len(settings.tasks) > 1:
-        raise InputError("fusion.tasks", list(settings.tasks), "a classifier has one task; way: vlm has several")
+    if settings.learner != "vlm" and len(settings.tasks) > 1:
+        raise InputError("fusion.tasks", list(settings.tasks), "a classifier has one task; learner: vlm has several")
     return settings

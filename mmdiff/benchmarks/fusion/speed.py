@@ -31,7 +31,7 @@ class FusionSpeed(NamedTuple):
 def fusion_speed(
     kind: str, sets: int, largest: int, dim: int, rounds: int, backward: bool, device: str = "cpu"
 ) -> FusionSpeed:
-    """Time one fusion, the three ways in turn in every round; medians over the rounds.
+    """Time one fusion, the three sides in turn in every round; medians over the rounds.
 
     Args:
         kind: a key of `FUSIONS`.
@@ -48,18 +48,18 @@ def fusion_speed(
     counts = [1 + (index * largest) // sets for index in range(sets)]
     mask = (torch.arange(largest) < torch.tensor(counts)[:, None]).to(device)
     members = torch.randn(sets, largest, dim, generator=generator).to(device).requires_grad_(backward)
-    ways: dict[str, Callable[[], list[Fused]]] = {
+    sides: dict[str, Callable[[], list[Fused]]] = {
         "batch": lambda: [module(members, mask)],
         "loop": lambda: [module(members[k : k + 1, :n], mask[k : k + 1, :n]) for k, n in enumerate(counts)],
         "bare": lambda: [_BARE[kind](module, members[k, :n]) for k, n in enumerate(counts)],
     }
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    times: dict[str, list[float]] = {name: [] for name in sides}
     outputs: dict[str, Tensor] = {}
     with torch.set_grad_enabled(backward):
         for index in range(rounds + 1):
-            for name, way in ways.items():
+            for name, fuse in sides.items():
                 start = _now(device)
-                results = way()
+                results = fuse()
                 outputs[name] = torch.cat([one.embedding.reshape(-1, dim) for one in results])  # (B, d)
                 if backward:
                     outputs[name].square().sum().backward()

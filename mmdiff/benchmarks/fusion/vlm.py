@@ -78,9 +78,9 @@ class LanguageModels(Learner):
         inputs = reader(image_sets.photos, [self.settings.tasks[task].question for task in tasks], answers)
 
         def loss(picks: Tensor) -> Tensor:
-            found = model(*(tensor[picks] for tensor in inputs)).loss
-            assert found is not None
-            return found
+            error = model(*(tensor[picks] for tensor in inputs)).loss
+            assert error is not None  # answers were given
+            return error
 
         fit(learned, loss, len(rows), schedule, seed)
 

@@ -138,10 +138,10 @@ def test_attention_learns_to_leave_distractors_out() -> None:
 
 @pytest.mark.parametrize(("learns", "parts"), [("fusion", ""), ("head", "head"), ("all", "encoder head")])
 def test_besides_the_fusion_only_what_shall_learns(tmp_path: Path, learns: str, parts: str) -> None:
-    way = Classifiers(toy("accuracy_shapes", f"learns={learns}"), tmp_path)
-    model = way._pretrained(0)
+    learner = Classifiers(toy("accuracy_shapes", f"learns={learns}"), tmp_path)
+    model = learner._pretrained(0)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    way._fused(model, "attention", 0)
+    learner._fused(model, "attention", 0)
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert {name.partition(".")[0] for name in moved} == set(parts.split())
 
@@ -154,10 +154,10 @@ def test_an_object_never_seen_is_found_by_its_front_view(tmp_path: Path) -> None
     assert not set(fronts) & set(training_sets(settings).answers["object"])
     shown = {photo.tobytes() for photos in held_out_sets(settings, 4, 0.5).photos for photo in photos}
     assert not shown & {front.tobytes() for front in fronts.values()}
-    model, pixels = way._pretrained(0), [torch.from_numpy(np.array(front)) for front in fronts.values()]
+    model, pixels = learner._pretrained(0), [torch.from_numpy(np.array(front)) for front in fronts.values()]
     with torch.no_grad():
         features = model.features(torch.stack(pixels).permute(0, 3, 1, 2)).flip(0)
-        assert way._named(model, 3.0 * features) == list(fronts)[::-1]
+        assert learner._named(model, 3.0 * features) == list(fronts)[::-1]
 
 
 @pytest.mark.parametrize("stem", ["accuracy_shapes_llava", "accuracy_shapes_blip2"])
@@ -165,11 +165,11 @@ def test_a_language_model_learns_its_answers(tmp_path: Path, stem: str) -> None:
     """It says by heart what it has seen often: three sets, a task each."""
     more = ["data.options.rows=3", "data.options.image_sets.views=1", "data.options.image_sets.distractors=0"]
     more += ["pretraining.steps=60", "pretraining.learning_rate=5e-3", *SMALL]
-    way = LanguageModels(toy(stem, *more), tmp_path)
-    model, reader = way._pretrained("attention", 0)
-    for row, task in enumerate(way.settings.tasks):
-        found = way._asked(model, reader, "attention", task, way.single.photos[row : row + 1])
-        assert found.texts == [[way.single.answers[task][row]]]
+    learner = LanguageModels(toy(stem, *more), tmp_path)
+    model, reader = learner._pretrained("attention", 0)
+    for row, task in enumerate(learner.settings.tasks):
+        found = learner._asked(model, reader, "attention", task, learner.single.photos[row : row + 1])
+        assert found.texts == [[learner.single.answers[task][row]]]
 
 
 # ------------------------------------------------------------------------------------------------------------ the whole
@@ -243,9 +243,9 @@ def test_means_and_gains_are_of_the_parts(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ("test.veiws=[1]", "did you mean views"),
-        ("way=retrieval data.front=back", "fusion.data = 'back': the source has the columns"),
+        ("learner=retrieval data.front=back", "fusion.data = 'back': the source has the columns"),
         ("data.photos=pictures", "fusion.data = 'pictures': the source has the columns"),
-        ("way=oracle", "way"),
+        ("learner=oracle", "learner"),
         ("tasks.more.columns=[label]", "a classifier has one task"),
         ("test.distractors=[1.0]", "test.distractors"),
     ],
