@@ -149,7 +149,7 @@ def test_besides_the_fusion_only_what_shall_learns(tmp_path: Path, learns: str, 
 def test_an_object_never_seen_is_found_by_its_front_view(tmp_path: Path) -> None:
     """Each front view finds itself, in whatever order; training has none of these objects, no set a front view."""
     settings = toy("retrieval_coil", "test.rows=8")
-    way, fronts = Retrieval(settings, tmp_path), front_views(settings)
+    learner, fronts = Retrieval(settings, tmp_path), front_views(settings)
     assert set(fronts) == set(held_out_sets(settings, 1, 0.0).answers["object"]) and len(fronts) > 1
     assert not set(fronts) & set(training_sets(settings).answers["object"])
     shown = {photo.tobytes() for photos in held_out_sets(settings, 4, 0.5).photos for photo in photos}
