@@ -44,6 +44,8 @@ class DataConfig(Strict):
     holdout: int | None = Field(None, ge=2, lt=2**31)  # k: hold out every k-th row of `split` instead
     cache_mib: float = Field(512.0, ge=0, le=1e9)  # keep decoded rows in memory if they fit into this many MiB
     workers: int = Field(0, ge=0, le=1024)  # processes that read rows
+    streaming: bool = False  # read parquet, arrow and tar shards where they lie: nothing is copied or kept in memory
+    streams: int = Field(32, ge=1, le=65_536)  # of a streamed data set: a batch comes from at most so many places of it
     on_error: Literal["raise", "skip"] = "raise"  # skip: a value that cannot be used counts as missing
     max_errors: Share = 0.01  # largest share of rows with such a value; more stop the run
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmdiff.data.files import ROW
 from mmdiff.data.masking import known_masks
-from mmdiff.data.order import Visit
+from mmdiff.data.order import Order, Visit
 from mmdiff.errors import InputError, at
 from mmdiff.randomness import uniform
 
@@ -63,6 +63,15 @@ class Batch(NamedTuple):
             {name: mask.to(**move) for name, mask in self.present.items()},
             self.unusable,
         )
+
+    @classmethod
+    def joined(cls, pieces: Sequence[Batch]) -> Batch:
+        """Pieces of a batch, one after the other."""
+        if len(pieces) == 1:
+            return pieces[0]
+        values, present, unusable = zip(*pieces, strict=True)
+        whole = ({name: torch.cat([piece[name] for piece in part]) for name in part[0]} for part in (values, present))
+        return cls(*whole, tuple(line for lines in unusable for line in lines))
 
 
 class Unusable:
@@ -144,6 +153,12 @@ class Table(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def order(self, seed: int, streams: int, batch_size: int) -> Order:
+        """The order in which training visits the rows; arguments as of `Order`."""
+        if shards := getattr(self.rows, "shards", None):  # streamed
+            return Order(shards, seed, streams, batch_size)
+        return Order(len(self), seed)
 
     def __getitem__(self, index: int) -> Batch:
         return self.batch([index])
@@ -239,6 +254,10 @@ class StandIn(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return self.rows
+
+    def order(self, seed: int, streams: int, batch_size: int) -> Order:
+        """As of `Table.order`."""
+        return Order(self.rows, seed)
 
     def __getitems__(self, visits: Sequence[Visit]) -> Batch:
         generator = torch.Generator().manual_seed(visits[0].sample)

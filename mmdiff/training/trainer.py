@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from mmdiff import plots
 from mmdiff.build import Experiment
 from mmdiff.config import SampleConfig, TrainConfig
-from mmdiff.data import Batch, Order
+from mmdiff.data import Batch
 from mmdiff.data.order import MicroBatches
 from mmdiff.errors import InputError, TrainingError, at
 from mmdiff.objective import BatchPosition, MTObjective
@@ -30,7 +30,8 @@ from mmdiff.training.muon import Muon
 from mmdiff.training.process import on_main
 from mmdiff.training.tracking import Window
 
-MicroBatch = tuple[range, Batch | InputError]  # positions in the global batch, and what was read for them
+#: Positions in the global batch, and what was read for them, in pieces.
+MicroBatch = tuple[range, tuple[Batch | InputError, ...]]
 
 
 class Trainer:
@@ -38,7 +39,7 @@ class Trainer:
 
     def __init__(self, experiment: Experiment, accelerator: Accelerator) -> None:
         self.config, self.accelerator, self.table = experiment.config.train, accelerator, experiment.train
-        self.workers, self.full_config = experiment.config.data.workers, experiment.config
+        self.full_config = experiment.config
         self.data: dict[str, Any] | None = None  # the data's fingerprint
         per_part = accelerator.num_processes * self.config.accumulate
         if self.config.batch_size % per_part:
@@ -55,9 +56,12 @@ class Trainer:
 
     def batches(self, first_step: int) -> MicroBatches:
         """The rows of this process from a step on."""
-        order, config, accelerator = Order(len(self.table), self.config.seed), self.config, self.accelerator
+        config, data, accelerator = self.config, self.full_config.data, self.accelerator
+        order = self.table.order(config.seed, data.streams, config.batch_size)
         share = accelerator.process_index, accelerator.num_processes
-        return MicroBatches(order, first_step, config.steps, config.batch_size, config.accumulate, *share)
+        size = config.batch_size // (config.accumulate * accelerator.num_processes)
+        pieces = math.gcd(size, data.workers) if data.streaming and data.workers else 1  # a worker reads its streams
+        return MicroBatches(order, first_step, config.steps, config.batch_size, config.accumulate, *share, pieces)
 
     def loader(self, first_step: int) -> Generator[tuple[int, Iterator[MicroBatch]], None, None]:
         """(step, its micro-batches) of this process from a step on, read ahead by `data.workers` processes."""
@@ -65,13 +69,13 @@ class Trainer:
         loader = DataLoader(
             self.table,
             batch_sampler=batches,
-            num_workers=self.workers,
+            num_workers=self.full_config.data.workers,
             collate_fn=_as_read,
             pin_memory=self.accelerator.device.type == "cuda",
             generator=torch.Generator(),  # leaves the global one, which dropout draws from, alone
         )
         positions = [batches.positions(part) for part in range(self.config.accumulate)]
-        read = iter(loader)
+        read = zip(*[iter(loader)] * batches.pieces, strict=True)
         for step in batches.steps:
             yield step, zip(positions, read, strict=False)  # takes as many batches as a step has parts
 
@@ -87,15 +91,12 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         total: dict[str, torch.Tensor] = {}
-        for part, (share, batch) in enumerate(micro_batches, start=1):
-            if isinstance(batch, InputError):
-                with at(everywhere=False):  # only this process has read the row
-                    raise batch
-            self.table.unusable.add(batch.unusable)
+        for part, (share, pieces) in enumerate(micro_batches, start=1):
+            batch = self._received(pieces)
             positions = torch.arange(share.start, share.stop, device=accelerator.device)
             position = BatchPosition(step, positions, config.batch_size)
             with contextlib.nullcontext() if part == config.accumulate else accelerator.no_sync(self.objective):
-                output = self.objective(batch.to(accelerator.device), position)
+                output = self.objective(batch, position)
                 accelerator.backward(output.loss / config.accumulate)
             for name, term in output.terms.items():
                 total[name] = total.get(name, 0.0) + term / config.accumulate
@@ -104,6 +105,15 @@ class Trainer:
         self.optimizer.zero_grad()
         self.ema.update(step)
         return total
+
+    def _received(self, pieces: Sequence[Batch | InputError]) -> Batch:
+        """What was read, on the device."""
+        for piece in pieces:
+            if isinstance(piece, InputError):
+                with at(everywhere=False):  # only this process has read the row
+                    raise piece
+            self.table.unusable.add(piece.unusable)
+        return Batch.joined([piece.to(self.accelerator.device) for piece in pieces])
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint must state to be continued bit-equally."""
