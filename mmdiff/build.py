@@ -11,6 +11,7 @@ import torch
 
 from mmdiff.config import Config
 from mmdiff.data import Holes, Rows, StandIn, Table, open_splits
+from mmdiff.data.augment import Augment, build_augment
 from mmdiff.data.embeddings import add_embeddings
 from mmdiff.data.files import undecoded, with_images
 from mmdiff.data.sources import folder_of
@@ -51,7 +52,8 @@ def build(config: Config, hub: bool = True) -> Experiment:
     scheduler = build_scheduler(config)
     model = build_model(config)
     objective = build_objective(config, model, scheduler)
-    train = build_table(config, model, rows, missing=config.data.missing)
+    augment = build_augment(config.data, model.modalities, model.anchor, config.train.seed)
+    train = build_table(config, model, rows, config.data.missing, augment)
     validation = build_table(config, model, held_out)
     return Experiment(config, train, validation, model, scheduler, objective)
 
@@ -187,7 +189,11 @@ def state_probabilities(config: Config, name: str) -> StateProbabilities:
 
 
 def build_table(
-    config: Config, model: MTDiffusionModel, rows: Rows, missing: Mapping[str, float] | None = None
+    config: Config,
+    model: MTDiffusionModel,
+    rows: Rows,
+    missing: Mapping[str, float] | None = None,
+    augment: Augment | None = None,
 ) -> Table:
     """Rows as batches of the model's values.
 
@@ -196,6 +202,7 @@ def build_table(
         model: its modalities read the values.
         rows: of the source.
         missing: {modality: share of rows whose value is hidden}.
+        augment: changes the rows that training visits.
     """
     masking = config.data.masking
     return Table(
@@ -213,4 +220,5 @@ def build_table(
         source=config.data.source,
         on_error=config.data.on_error,
         max_errors=config.data.max_errors,
+        augment=augment,
     )

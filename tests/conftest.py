@@ -265,6 +265,7 @@ SIXTY_STEPS = [
     "train.accumulate=2",
     "train.resume=auto",
     "loss.uncertainty=true",
+    "data.augment={flip: 0.5, crop: [0.5, 1.0], contrast: 0.3}",
 ]
 
 

@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 LAYERS = {
     **dict.fromkeys(("errors", "randomness", "likelihoods", "config", "slots", "trust", "states"), 0),
-    **dict.fromkeys(("values", "image_files", "clip"), 0),
+    **dict.fromkeys(("values", "image_files", "clip", "augmentation"), 0),
     **dict.fromkeys(("data", "modalities", "schedulers", "backbones", "losses", "metrics"), 1),
     **dict.fromkeys(("model", "vlm"), 2),
     **dict.fromkeys(("objective", "sampling"), 3),

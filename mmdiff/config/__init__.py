@@ -1,6 +1,6 @@
 """The config of an experiment: its schema, reading and writing. Nothing here imports torch."""
 
-from mmdiff.config.data import DataConfig, MaskingConfig
+from mmdiff.config.data import AugmentConfig, DataConfig, MaskingConfig
 from mmdiff.config.evaluation import EvaluateConfig, SampleConfig
 from mmdiff.config.load import (
     as_yaml,
@@ -17,6 +17,7 @@ from mmdiff.config.schema import Config
 from mmdiff.config.training import StatesConfig, TrainConfig
 
 __all__ = [
+    "AugmentConfig",
     "Config",
     "DataConfig",
     "EvaluateConfig",

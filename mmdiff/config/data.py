@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from mmdiff.config.base import Share, Strict
+
+Range = tuple[float, float]
+_BOUNDS = {"crop": (1e-3, 1.0), "crop_ratio": (0.1, 10.0), "hue": (-0.5, 0.5)}
+_BOUNDS |= dict.fromkeys(("brightness", "contrast", "saturation"), (0.0, 10.0))
 
 
 class MaskingConfig(Strict):
@@ -18,7 +22,7 @@ class MaskingConfig(Strict):
     @field_validator("ratio", mode="before")
     @classmethod
     def _one_number(cls, value: Any) -> Any:
-        return (value, value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+        return (value, value) if _is_number(value) else value
 
 
 class EmbeddingConfig(Strict):
@@ -27,6 +31,54 @@ class EmbeddingConfig(Strict):
     model: str = "ViT-B-32"  # name of the model in open_clip
     pretrained: str | None = "laion2b_s34b_b79k"  # tag of its weights in open_clip, or a local checkpoint
     column: str = "image"  # column of the images
+
+
+class AugmentConfig(Strict):
+    """Random changes of training rows, the same for the image and all that has a place in it; none by default."""
+
+    flip: Share = 0.0  # probability that left and right are exchanged
+    vertical_flip: Share = 0.0  # probability that top and bottom are exchanged
+    crop: Range = (1.0, 1.0)  # share of the area that is kept and brought back to the size, a range or one number
+    crop_ratio: Range = (1.0, 1.0)  # width over height of what is kept, relative to the image's; 1: no distortion
+    brightness: Range = (1.0, 1.0)  # factor, a range or one number x for 1 ± x
+    contrast: Range = (1.0, 1.0)  # the same
+    saturation: Range = (1.0, 1.0)  # the same
+    hue: Range = (0.0, 0.0)  # turn of the colours as a part of the colour circle, a range or one number x for ± x
+    unchanged: list[str] = []  # modalities that stay as they are
+
+    @field_validator("crop", "crop_ratio", mode="before")
+    @classmethod
+    def _one_number(cls, value: Any) -> Any:
+        return (value, value) if _is_number(value) else value
+
+    @field_validator("brightness", "contrast", "saturation", mode="before")
+    @classmethod
+    def _around_one(cls, value: Any) -> Any:
+        return (max(0, 1 - value), 1 + value) if _is_number(value) and value >= 0 else value
+
+    @field_validator("hue", mode="before")
+    @classmethod
+    def _around_zero(cls, value: Any) -> Any:
+        return (-value, value) if _is_number(value) and value >= 0 else value
+
+    @field_validator("crop", "crop_ratio", "brightness", "contrast", "saturation", "hue")
+    @classmethod
+    def _in_bounds(cls, value: Range, info: ValidationInfo) -> Range:
+        least, most = _BOUNDS[info.field_name or ""]
+        if not least <= value[0] <= value[1] <= most:
+            raise ValueError(f"needs a range low ≤ high from {least:g} to {most:g}")
+        return value
+
+    @property
+    def moves(self) -> bool:
+        """Whether anything changes its place."""
+        return self.flip > 0 or self.vertical_flip > 0 or self.crop != (1.0, 1.0)
+
+    @property
+    def colours(self) -> list[str]:
+        """The colours that change."""
+        still = {"brightness": (1.0, 1.0), "contrast": (1.0, 1.0), "saturation": (1.0, 1.0), "hue": (0.0, 0.0)}
+        return [name for name, value in still.items() if getattr(self, name) != value]
 
 
 class DataConfig(Strict):
@@ -38,6 +90,7 @@ class DataConfig(Strict):
     columns: dict[str, str] = {}  # {modality: column}; default: the column of the modality's name
     masking: dict[str, MaskingConfig] = {}  # {modality: holes}: made from the anchor, not read from a column
     embeddings: dict[str, EmbeddingConfig] = {}  # {modality: encoder}: computed if the source lacks the column
+    augment: AugmentConfig = AugmentConfig()
     missing: dict[str, Share] = {}  # {modality: share of training rows whose value is hidden}
     split: str = "train"  # name of the training split
     validation_split: str = "validation"  # name of the held-out split
@@ -56,3 +109,7 @@ class DataConfig(Strict):
         if not all(isinstance(one, str) and one.strip() for one in several):
             raise ValueError("name a source, or a list of files")
         return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

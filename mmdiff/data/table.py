@@ -11,6 +11,7 @@ import datasets
 import torch
 from torch import Tensor
 
+from mmdiff.data.augment import Augment
 from mmdiff.data.files import ROW
 from mmdiff.data.masking import known_masks
 from mmdiff.data.order import Order, Visit
@@ -118,6 +119,7 @@ class Table(torch.utils.data.Dataset):
         on_error: "raise", or "skip": a value that cannot be used counts as absent.
         max_errors: largest share of rows with such a value; more stop the run.
         is_missing: {modality: whether a raw value means missing}; None always does.
+        augment: changes rows when training visits them.
     """
 
     def __init__(
@@ -134,6 +136,7 @@ class Table(torch.utils.data.Dataset):
         on_error: str = "raise",
         max_errors: float = 0.01,
         is_missing: Mapping[str, Callable[[object], bool]] | None = None,
+        augment: Augment | None = None,
     ) -> None:
         for name, column in columns.items():
             if column not in rows.column_names:
@@ -141,7 +144,7 @@ class Table(torch.utils.data.Dataset):
                 raise InputError(f"data.columns.{name}", column, f"the source has {known}")
         self.rows = rows.select_columns(sorted({*columns.values(), ROW} & set(rows.column_names)))
         self.columns, self.preprocess, self.placeholders = dict(columns), dict(preprocess), dict(placeholders)
-        self.is_missing = dict(is_missing or {})
+        self.is_missing, self.augment = dict(is_missing or {}), augment
         self.holes, self.missing, self.seed = dict(holes or {}), dict(missing or {}), seed
         self.source = origin(source, rows)
         self.skip, self.unusable = on_error == "skip", Unusable(len(rows), max_errors)
@@ -175,14 +178,18 @@ class Table(torch.utils.data.Dataset):
 
         Args:
             indices: of the rows.
-            samples: sample numbers of the random holes; by default the indices, so that a row keeps its hole.
+            samples: sample numbers in the run, from which holes and changes are drawn; by default the rows stay
+                unchanged and keep their holes.
         """
         chosen = torch.as_tensor(indices, dtype=torch.int64)
         if self._cache is None:
             read = self._read(indices)
         else:
             read = Batch(*({name: tensor[chosen] for name, tensor in part.items()} for part in self._cache[:2]))
-        batch = self._with_holes(read, chosen if samples is None else torch.as_tensor(samples, dtype=torch.int64))
+        numbers = chosen if samples is None else torch.as_tensor(samples, dtype=torch.int64)
+        if samples is not None and self.augment is not None:
+            read = read._replace(values=self.augment(read.values, numbers))
+        batch = self._with_holes(read, numbers)
         hidden = {
             name: batch.present[name] & (uniform(self.seed, 0, f"missing/{name}", chosen) >= share)
             for name, share in self.missing.items()

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from mmdiff.augmentation import Change
 from mmdiff.errors import InputError
 from mmdiff.modalities.files import open_file, save_file
 from mmdiff.modalities.tied import TiedState
@@ -120,6 +121,19 @@ class Value(ABC):
     @abstractmethod
     def examples(self, count: int, generator: Generator) -> Tensor:
         """Random valid values (count, *value_shape) with the statistics that E expects of the data."""
+
+    def follow(self, value: Tensor, change: Change) -> Tensor:
+        """A value (*value_shape) after a change of its row. By default a number or a vector stays what it is.
+
+        Override it where a value has a place in space, and where it means another thing after a flip ("left").
+
+        Raises:
+            InputError: this value cannot follow.
+        """
+        if len(self.value_shape) > 1:
+            remedy = "does not say how it follows a change (its method follow); name the modality here to leave it"
+            raise InputError("unchanged", type(self).__name__, remedy)
+        return value
 
     def gallery(self) -> Tensor | None:
         """A few values, each worth a row of a sample grid, or None where none stand out: (R, *value_shape)."""

@@ -14,10 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 
+from mmdiff.augmentation import Change
+from mmdiff.errors import InputError
 from mmdiff.modalities.base import Condition, Modality, Shape
 from mmdiff.modalities.expectations import ROWS, Fault, equal, examples_of, expect, expect_shape, noise_of, params_of
 from mmdiff.modalities.head_contract import HEAD_LAWS
 
+FLIP = Change(flip=True)
 Build = Callable[[Shape], Condition]
 
 
@@ -93,6 +96,20 @@ def observation(build: Build, shape: Shape) -> None:
     wanted = (ROWS, modality.observation_channels, *shape.space[1:])
     expect_shape("observe(value)", modality.observe(examples_of(modality)), wanted)
     expect_shape("context(value)", modality.context(examples_of(modality)), (ROWS, modality.context_width))
+
+
+def following(build: Build, shape: Shape) -> None:
+    """A value follows a change of its row to another value of its kind; two flips undo each other."""
+    modality = build(shape)
+    for value in examples_of(modality, 4):
+        try:
+            flipped, cropped = (modality.follow(value, change) for change in (FLIP, Change(box=(0.25, 0.0, 0.5, 0.5))))
+        except InputError:  # it says that it cannot; `data.augment` refuses it
+            return
+        expect_shape("follow(value, a crop)", cropped, modality.value_shape)
+        modality.check(torch.stack([flipped, cropped]))
+        expect(equal(modality.follow(flipped, FLIP), value), "follow gives another value after two flips")
+        expect(equal(modality.follow(value, Change()), value), "follow changes a value that nothing happens to")
 
 
 def gradients(build: Build, shape: Shape) -> None:
@@ -220,6 +237,7 @@ LAWS: dict[str, Callable[[Build, Shape], None]] = {
     "encoding": encoding,
     "unit variance": unit_variance,
     "observation": observation,
+    "following": following,
     **HEAD_LAWS,
     "gradients": gradients,
     "round trip": round_trip,

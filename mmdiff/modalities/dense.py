@@ -13,6 +13,7 @@ from PIL import Image as PILImage
 from torch import Generator, Tensor
 from torch.nn.functional import adaptive_avg_pool1d
 
+from mmdiff.augmentation import NEAREST, Change, moved
 from mmdiff.errors import InputError
 from mmdiff.modalities.base import Modality, Shape
 from mmdiff.modalities.files import as_array, check_numbers, of_file, open_array, open_image
@@ -128,6 +129,10 @@ class Dense(Modality):
 
     def placeholder(self) -> Tensor:
         return torch.full(self.value_shape, self.mean)
+
+    def follow(self, value: Tensor, change: Change) -> Tensor:
+        """Numbers move and stay what they are; a subclass changes those that are parts of directions."""
+        return moved(value, change, NEAREST)
 
     def examples(self, count: int, generator: Generator) -> Tensor:
         rows, columns, factor = cells((self.height, self.width), self.shape.space)

@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL
 from PIL import Image as PILImage
 from torch import Generator, Tensor
 
+from mmdiff.augmentation import BICUBIC, Change, moved, recoloured
 from mmdiff.errors import InputError
 from mmdiff.modalities.anchor import Anchor
 from mmdiff.modalities.base import Shape
@@ -170,6 +171,9 @@ class Image(Anchor):
     @property
     def value_shape(self) -> tuple[int, ...]:
         return self.channels, self.height, self.width
+
+    def follow(self, value: Tensor, change: Change) -> Tensor:
+        return recoloured(moved(value, change, BICUBIC).clamp(-1, 1), change)
 
     def examples(self, count: int, generator: Generator) -> Tensor:
         rows, columns, factor = cells((self.height, self.width), self.shape.space)

@@ -13,6 +13,7 @@ from PIL import ImageSequence
 from torch import Generator, Tensor, nn
 from torch.nn.functional import interpolate, linear, normalize
 
+from mmdiff.augmentation import Change
 from mmdiff.errors import InputError
 from mmdiff.image_files import is_image
 from mmdiff.modalities.base import Condition, Shape
@@ -150,6 +151,11 @@ class ImageSet(Condition):
         value = torch.zeros(self.value_shape)
         value[0, -1] = 1.0
         return value
+
+    def follow(self, value: Tensor, change: Change) -> Tensor:
+        """All images alike: a mirrored or recoloured thing looks so in every photo."""
+        images, there = value[:, :-1], value[:, -1:]
+        return torch.cat([self.image.follow(images, change) * there, there], dim=1)
 
     def examples(self, count: int, generator: Generator) -> Tensor:
         value = torch.rand(count, *self.value_shape, generator=generator) * 2 - 1

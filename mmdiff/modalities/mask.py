@@ -11,6 +11,7 @@ import torch
 from PIL import Image as PILImage
 from torch import Generator, Tensor, nn
 
+from mmdiff.augmentation import NEAREST, Change, moved
 from mmdiff.errors import InputError
 from mmdiff.likelihoods import categorical_log_prob, categorical_sample, mean_logits
 from mmdiff.modalities.base import Modality, Shape
@@ -201,6 +202,9 @@ class Mask(Modality):
 
     def placeholder(self) -> Tensor:
         return torch.full(self.value_shape, self.ignore)
+
+    def follow(self, value: Tensor, change: Change) -> Tensor:
+        return moved(value, change, NEAREST)
 
     def examples(self, count: int, generator: Generator) -> Tensor:
         rows, columns, factor = cells((self.height, self.width), self.shape.space)

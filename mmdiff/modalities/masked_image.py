@@ -13,6 +13,7 @@ from PIL import ImageChops
 from torch import Generator, Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
+from mmdiff.augmentation import BICUBIC, Change, moved, recoloured
 from mmdiff.errors import InputError
 from mmdiff.modalities.anchor import Anchor, FillsAnchor, KnownPart
 from mmdiff.modalities.base import Shape
@@ -129,6 +130,15 @@ class MaskedImage(FillsAnchor):
     @property
     def value_shape(self) -> tuple[int, ...]:
         return self.channels + 1, self.height, self.width
+
+    def follow(self, value: Tensor, change: Change) -> Tensor:
+        """As the image does; known is what no hidden pixel takes part in, so that nothing leaks out of the hole."""
+        if change.contrast != 1:
+            remedy = "needs the mean of the whole image; leave it out, or make the holes by data.masking"
+            raise InputError("contrast", change.contrast, remedy)
+        hidden = moved(1 - value[-1:], change, BICUBIC).abs() > 1e-6
+        pixels = recoloured(moved(value[:-1], change, BICUBIC).clamp(-1, 1), change)
+        return torch.cat([pixels * ~hidden, (~hidden).to(pixels)])
 
     def examples(self, count: int, generator: Generator) -> Tensor:
         pixels = torch.randint(2, (count, self.channels, self.height, self.width), generator=generator) * 2.0 - 1.0

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
+from mmdiff.augmentation import Change
 from mmdiff.modalities import MODALITIES, Condition, Dense, FillsAnchor, Label, Modality, Shape
 from mmdiff.modalities.contract import LAWS, Finding, check_modality
 from mmdiff.slots import Axis, ModalitySlots, slots
@@ -46,6 +47,11 @@ class MixedEncoding(Depth):
 class Undeclared(Depth):
     def observe(self, value: Tensor) -> Tensor:
         return super().observe(value).repeat(1, 2, 1, 1)
+
+
+class Drifting(Depth):
+    def follow(self, value: Tensor, change: Change) -> Tensor:
+        return super().follow(value, change).roll(int(change.flip), -2)
 
 
 class Unreduced(Depth):
@@ -178,6 +184,7 @@ BROKEN = {
     Loud: ("unit variance", "the mean square of encode(examples) is 9"),
     MixedEncoding: ("encoding", "encode depends on the other rows of the batch"),
     Undeclared: ("observation", "observe(value) gives shape (64, 2, 8, 8), expected (64, 1, 8, 8)"),
+    Drifting: ("following", "follow gives another value after two flips"),
     Unreduced: ("likelihood", "nll(params, value) gives shape (), expected (64,)"),
     MixedLikelihood: ("likelihood", "nll depends on the other rows of the batch"),
     Infinite: ("likelihood", "nll(params, value) gives NaN or infinity"),
