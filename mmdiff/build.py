@@ -15,6 +15,7 @@ from mmdiff.data.augment import Augment, build_augment
 from mmdiff.data.embeddings import add_embeddings
 from mmdiff.data.files import undecoded, with_images
 from mmdiff.data.sources import folder_of
+from mmdiff.data.streamed import StreamedRows
 from mmdiff.errors import InputError, at
 from mmdiff.modalities import find_modality
 from mmdiff.model import MTDiffusionModel
@@ -80,9 +81,13 @@ def open_rows(config: Config, hub: bool = True) -> tuple[Rows, Rows]:
     """
     check_modalities(config)
     data = config.data
-    splits = open_splits(data.source, data.split, data.validation_split, data.holdout, data.options, hub)
+    streams = data.streams if data.streaming else 0
+    splits = open_splits(data.source, data.split, data.validation_split, data.holdout, data.options, hub, streams)
     splits = tuple(undecoded(_with_images(config, rows)) for rows in splits)
     for name, encoder in data.embeddings.items():
+        if isinstance(splits[0], StreamedRows) and config.column(name) not in splits[0].column_names:
+            remedy = "would be computed of all rows, and these are streamed; write them once with `mmdiff encode`"
+            raise InputError(f"data.embeddings.{name}", encoder.model, remedy)
         column = config.column(name)
         splits = tuple(
             rows
@@ -216,7 +221,7 @@ def build_table(
         },
         missing=missing,
         seed=config.train.seed,
-        cache_mib=config.data.cache_mib,
+        cache_mib=0.0 if config.data.streaming else config.data.cache_mib,
         source=config.data.source,
         on_error=config.data.on_error,
         max_errors=config.data.max_errors,

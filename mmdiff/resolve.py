@@ -15,6 +15,7 @@ from mmdiff.backbones import Backbone, find_backbone
 from mmdiff.config import Config, DataConfig, MaskingConfig, ModalityConfig, WeightConfig, parse_arguments
 from mmdiff.data import Rows
 from mmdiff.data.masking import known_masks
+from mmdiff.data.streamed import FIRST, StreamedRows
 from mmdiff.data.table import ROW, origin
 from mmdiff.errors import InputError, at
 from mmdiff.modalities import Anchor, Condition, find_modality
@@ -117,17 +118,20 @@ def _resolved_settings(
         columns = ", ".join(one for one in rows.column_names if one != ROW)
         remedy = f"the source has no such column, but {columns}; set data.columns.{name}=…"
         raise InputError(f"data.columns.{name}", column, remedy)
-    values = _readable(rows, column, kind, config.data)
+    if streamed := isinstance(rows, StreamedRows):
+        with at(f"modalities.{name}"):
+            settings = {**kind.settings_from_stream(rows.features[column], **settings), **settings}
+    values = _readable(rows, column, kind, config.data, FIRST if streamed else None)
     with at(f"data.columns.{name}={column}", ": "):
         return {**kind.settings_from_data(rows.features[column], values, **settings), **settings}
 
 
-def _readable(rows: Rows, column: str, kind: type[Condition], data: DataConfig) -> Iterator[Any]:
-    """The readable values of a column; others are refused or skipped, by `data.on_error`."""
+def _readable(rows: Rows, column: str, kind: type[Condition], data: DataConfig, limit: int | None) -> Iterator[Any]:
+    """The readable values of the first ``limit`` rows; others are refused or skipped, by `data.on_error`."""
     chosen = rows.select_columns(sorted({column, ROW} & set(rows.column_names)))
-    for index in range(len(chosen)):
-        row = chosen[index]
+    for index in range(len(chosen) if limit is None else min(limit, len(chosen))):
         try:
+            row = chosen[index]
             with at(f"row {row.get(ROW, index)} of {origin(data.source, rows)}", ": "):
                 if row[column] is not None:
                     kind.check_readable(row[column])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,16 @@ def undecoded(rows: Any) -> Any:
     if not isinstance(rows, datasets.Dataset):
         return rows
     info = rows.info.copy()
-    info.features = copy.deepcopy(rows.features)
-    for feature in info.features.values():
-        _switch_off(feature)
+    info.features = undecoded_features(rows.features)
     return datasets.Dataset(rows.data, info, rows.split, rows._indices, f"{rows._fingerprint}u")
+
+
+def undecoded_features(features: datasets.Features) -> datasets.Features:
+    """The same features, with images that stay encoded."""
+    features = copy.deepcopy(features)
+    for feature in features.values():
+        _switch_off(feature)
+    return features
 
 
 def _switch_off(feature: Any) -> None:
@@ -36,7 +43,7 @@ def with_images(rows: Any, key: str, column: str, folder: Path | None) -> Any:
     """The same rows with a column of paths, of whole files, or of lists of these as a column of images.
 
     Args:
-        rows: of a source; other rows and other types of column are returned unchanged.
+        rows: of a source; generated rows and other types of column are returned unchanged.
         key: of the config, for errors.
         column: its name.
         folder: of relative paths; None: the source has no folder or several.
@@ -44,20 +51,21 @@ def with_images(rows: Any, key: str, column: str, folder: Path | None) -> Any:
     Raises:
         InputError: for a URL, and for a relative path without a folder, naming the row.
     """
-    feature = rows.features.get(column) if isinstance(rows, datasets.Dataset) else None
+    streamed = getattr(rows, "converted", None)
+    feature = rows.features.get(column) if isinstance(rows, datasets.Dataset) or streamed else None
     many = isinstance(feature, datasets.List | datasets.LargeList)
     if not _holds_files(feature.feature if many else feature):
         return rows
 
+    one = functools.partial(_converted, f"{key}={column}", many, folder)  # can be pickled
+
     def convert(values: list[Any], numbers: list[int]) -> dict[str, list[Any]]:
-        images = []
-        for value, number in zip(values, numbers):
-            place = f"{key}={column}, row {number}"
-            images.append([_file(place, v, folder) for v in value or ()] if many else _file(place, value, folder))
-        return {column: images}
+        return {column: list(map(one, values, numbers))}
 
     features = rows.features.copy()
     features[column] = datasets.List(STORED) if many else STORED
+    if streamed:
+        return streamed(column, features[column], one)
     counted = ROW in rows.column_names
     inputs = {"input_columns": [column, ROW]} if counted else {"input_columns": [column], "with_indices": True}
     return rows.map(convert, batched=True, features=features, keep_in_memory=True, desc=f"Files of {column}", **inputs)
@@ -69,6 +77,11 @@ def _holds_files(feature: Any) -> bool:
         return bool({"bytes", "path"} & set(feature))
     kind = feature.dtype.removeprefix("large_").removesuffix("_view") if isinstance(feature, datasets.Value) else ""
     return kind in ("string", "binary")
+
+
+def _converted(place: str, many: bool, folder: Path | None, value: Any, row: int | str) -> Any:
+    place = f"{place}, row {row}"
+    return [_file(place, one, folder) for one in value or ()] if many else _file(place, value, folder)
 
 
 def _file(place: str, text: Any, folder: Path | None) -> dict[str, Any] | None:

@@ -11,13 +11,19 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from mmdiff.data.streamed import StreamedRows
 from mmdiff.data.table import ROW, Rows
 
 SAMPLE = 256  # rows that are read, evenly spaced
 
 
 def fingerprint(rows: Rows) -> dict[str, Any]:
-    """{"rows": their number, "columns": their names, "hash": of a sample of rows}; nothing is decoded."""
+    """{"rows": their number, "columns": their names, "hash": of a sample of rows}; nothing is decoded.
+
+    Of streamed rows the hash is that of the files' names, sizes, metadata and some of their content.
+    """
+    if isinstance(rows, StreamedRows):
+        return rows.fingerprint()
     columns = sorted(set(rows.column_names) - {ROW})
     digest = hashlib.sha256()
     rows = rows.with_format("arrow") if isinstance(rows, datasets.Dataset) else rows

@@ -53,12 +53,18 @@ def check_arguments(source: str, loader: Callable[..., Any], options: Mapping[st
             raise InputError(f"data.options.{name}", value, remedy)
 
 
-def check_files(source: str | list[str], files: Iterable[Path]) -> None:
-    """Refuse a script or a pickle beside data, and a tar with a pickle, a link or a path out of it."""
+def check_files(source: str | list[str], files: Iterable[Path], members: bool = True) -> None:
+    """Refuse a script or a pickle beside data, and a tar with a member that `check_member` refuses.
+
+    Args:
+        source: of the data.
+        files: it has.
+        members: look into tars.
+    """
     for file in files:
         if file.suffix.lower() in _CODE_BESIDE:
             raise InputError("data.source", source, f"holds {file.name}; scripts and pickles are never run, remove it")
-        if file.suffix.lower() == ".tar":
+        if members and file.suffix.lower() == ".tar":
             _check_members(file)
 
 
@@ -69,13 +75,18 @@ def _check_members(file: Path) -> None:
     except (tarfile.TarError, OSError, EOFError) as error:
         raise InputError("data.source", str(file), f"is no tar that can be read ({error})") from None
     for member in members:
-        name = member.name
-        if ".." in Path(name).parts or "\\" in name or name.startswith("/"):
-            raise InputError("data.source", str(file), f"names {name}, which leaves its folder; pack it again")
-        if not (member.isfile() or member.isdir()):
-            raise InputError("data.source", str(file), f"holds {name}, which is no file; pack the files themselves")
-        if Path(name).suffix.lower() in _CODE_MEMBERS:
-            raise InputError("data.source", str(file), f"holds the pickle {name}; pickles are never run, remove it")
+        check_member(str(file), member)
+
+
+def check_member(file: str, member: tarfile.TarInfo) -> None:
+    """Refuse a pickle, a link or a path out of the tar."""
+    name = member.name
+    if ".." in Path(name).parts or "\\" in name or name.startswith("/"):
+        raise InputError("data.source", file, f"names {name}, which leaves its folder; pack it again")
+    if not (member.isfile() or member.isdir()):
+        raise InputError("data.source", file, f"holds {name}, which is no file; pack the files themselves")
+    if Path(name).suffix.lower() in _CODE_MEMBERS:
+        raise InputError("data.source", file, f"holds the pickle {name}; pickles are never run, remove it")
 
 
 def check_saved(folder: Path) -> None:

@@ -16,6 +16,7 @@ from pandas.errors import EmptyDataError
 from mmdiff.data import abo, digits, folders, image_sets
 from mmdiff.data.shapes import image_sets as shape_sets
 from mmdiff.data.source_checks import check_arguments, check_files, check_options, check_saved
+from mmdiff.data.streamed import Rest, StreamedRows, open_streamed
 from mmdiff.data.table import ROW, Rows
 from mmdiff.errors import InputError
 from mmdiff.image_files import is_image
@@ -38,7 +39,7 @@ _EMPTY = (StopIteration, EmptyDataError)  # errors of the builders for an empty 
 _ASKED = "is a hub name, not a local path; to load it pass --trust-custom-modalities"
 _REFUSED = {  # options of `datasets.load_dataset`
     "split": "set data.split instead",
-    "streaming": "is not supported yet; leave it out",
+    "streaming": "set data.streaming instead",
     "trust_remote_code": "code of a data set is never run; leave it out",
     "num_proc": "is not needed; leave it out",
 }
@@ -75,6 +76,7 @@ def open_splits(
     holdout: int | None = None,
     options: Mapping[str, Any] | None = None,
     hub: bool = True,
+    streams: int = 0,
 ) -> tuple[Rows, Rows]:
     """The training rows and the held-out rows of a source.
 
@@ -85,14 +87,15 @@ def open_splits(
         holdout: k; instead of a validation split hold out the training rows with index % k == k − 1.
         options: arguments of the embedded set, or of `datasets.load_dataset`.
         hub: whether a name that is no local path may be loaded from the hub.
+        streams: of `mmdiff.data.streamed.StreamedRows`; 0: rows are not streamed.
 
     Raises:
-        InputError: naming data.source, data.options, data.split, data.validation_split or data.holdout.
+        InputError: naming data.source, data.options, data.streaming, data.split, data.validation_split or data.holdout.
     """
-    splits = load(source, dict(options or {}), hub)
+    splits = load(source, dict(options or {}), hub, streams)
     if split not in splits:
         raise InputError("data.split", split, f"the source has the splits {', '.join(splits)}")
-    if isinstance(splits[split], datasets.Dataset) and ROW in splits[split].column_names:
+    if isinstance(splits[split], datasets.Dataset | StreamedRows) and ROW in splits[split].features:
         raise InputError("data.source", source, f"has a column {ROW}, a name that mmdiff uses itself; rename it")
     if holdout is not None:
         _refuse_empty("split", split, splits)
@@ -112,21 +115,24 @@ def _refuse_empty(key: str, name: str, splits: Mapping[str, Rows]) -> None:
 
 
 def _held_out(rows: Rows, holdout: int) -> tuple[Rows, Rows]:
-    held_out = [i for i in range(len(rows)) if i % holdout == holdout - 1]
-    kept = [i for i in range(len(rows)) if i % holdout != holdout - 1]
-    if not held_out or not kept:
+    held_out, kept = range(holdout - 1, len(rows), holdout), Rest(len(rows), holdout)
+    if not len(held_out) or not len(kept):
         remedy = f"leaves {len(held_out)} held-out rows of {len(rows)}; take a number from 2 to {len(rows)}"
         raise InputError("data.holdout", holdout, remedy)
+    if isinstance(rows, StreamedRows):
+        return rows.select(kept), rows.select(held_out)
     if isinstance(rows, datasets.Dataset):
         rows = rows.add_column(ROW, list(range(len(rows))))  # errors name a row by its number in the source
-    return rows.select(kept), rows.select(held_out)
+    return rows.select(list(kept)), rows.select(list(held_out))
 
 
-def load(source: Source, options: dict[str, Any], hub: bool = True) -> Mapping[str, Rows]:
+def load(source: Source, options: dict[str, Any], hub: bool = True, streams: int = 0) -> Mapping[str, Rows]:
     """{split: rows} of a source; arguments and errors as of `open_splits`."""
     embedded = {**EMBEDDED, "image_sets": functools.partial(_image_sets, hub)}
     if isinstance(source, str) and source in embedded:
         check_arguments(source, embedded[source], options)
+        if streams:
+            raise InputError("data.streaming", True, f"is for files and hub names; leave it out for {source}")
         try:
             return embedded[source](**options)
         except TypeError as error:
@@ -137,7 +143,7 @@ def load(source: Source, options: dict[str, Any], hub: bool = True) -> Mapping[s
     _refuse_urls("data.options", options)
     _refuse_urls("data.source", source)
     local = isinstance(source, list) or is_path(source)
-    opened = _open_path(source, options) if local else _open_hub(source, options, hub)
+    opened = _open_path(source, options, streams) if local else _open_hub(source, options, hub, streams)
     return opened if isinstance(opened, Mapping) else {str(opened.split or "train"): opened}
 
 
@@ -184,9 +190,9 @@ def _refuse_urls(key: str, value: Any) -> None:
             raise InputError(key, text, "is a URL; download it and name the file")
 
 
-def _open_path(source: Source, options: dict[str, Any]) -> Any:
+def _open_path(source: Source, options: dict[str, Any], streams: int) -> Any:
     if isinstance(source, str) and Path(source).expanduser().is_dir():
-        return _open_folder(source, Path(source).expanduser(), options)
+        return _open_folder(source, Path(source).expanduser(), options, streams)
     kinds = " or folder" if isinstance(source, str) else " (a list names files and globs)"
     for one in source if isinstance(source, list) else [source]:
         if not _files_of(one):
@@ -201,13 +207,15 @@ def _open_path(source: Source, options: dict[str, Any]) -> Any:
         raise InputError("data.source", source, f"holds files of {kinds}; one kind of {_KINDS} is read")
     builder, arguments = BUILDERS[suffixes.pop()]
     check_options(builder, options)
-    check_files(source, files)
-    return _datasets(source, builder, options, data_files=[str(file) for file in files], **{**arguments, **options})
+    check_files(source, files, members=not streams)
+    return _datasets(
+        source, builder, options, streams, data_files=[str(file) for file in files], **{**arguments, **options}
+    )
 
 
-def _open_folder(source: str, path: Path, options: dict[str, Any]) -> Any:
+def _open_folder(source: str, path: Path, options: dict[str, Any], streams: int) -> Any:
     files = sorted(file for file in path.rglob("*") if file.is_file())
-    check_files(source, files)
+    check_files(source, files, members=not streams)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         check_options("saved", options)
         check_saved(path)
@@ -215,7 +223,7 @@ def _open_folder(source: str, path: Path, options: dict[str, Any]) -> Any:
     suffixes = {file.suffix.lower() for file in files}
     if any(map(is_image, files)):
         check_options("imagefolder", options)
-        return _datasets(source, "imagefolder", options, data_dir=str(path))
+        return _datasets(source, "imagefolder", options, 0, data_dir=str(path))  # rows are paths, streamed or not
     tables = suffixes & set(BUILDERS)
     if len(tables) != 1:
         kinds = ", ".join(sorted(suffixes - {""})) or "no files"
@@ -223,10 +231,10 @@ def _open_folder(source: str, path: Path, options: dict[str, Any]) -> Any:
     suffix = tables.pop()
     builder, arguments = BUILDERS[suffix]
     check_options(builder, options)
-    return _datasets(source, builder, options, data_dir=str(path), **{**arguments, **options})
+    return _datasets(source, builder, options, streams, data_dir=str(path), **{**arguments, **options})
 
 
-def _open_hub(source: str, options: dict[str, Any], hub: bool) -> Any:
+def _open_hub(source: str, options: dict[str, Any], hub: bool, streams: int) -> Any:
     if not _HUB_NAME.fullmatch(source):
         raise InputError("data.source", source, f"cannot be opened: neither a path nor a hub name; {_KNOWN}")
     if not hub:
@@ -235,16 +243,19 @@ def _open_hub(source: str, options: dict[str, Any], hub: bool) -> Any:
     kind = type(builder).__module__.removeprefix("datasets.packaged_modules.").split(".")[0]
     if kind not in _HUB_BUILDERS:
         raise InputError("data.source", source, f"is read by the builder {kind}, which is not among those allowed")
-    return _datasets(source, source, options, **options)
+    return _datasets(source, source, options, streams, **options)
 
 
-def _datasets(source: Source, path: str, options: dict[str, Any], **arguments: Any) -> Any:
-    return _call(source, lambda: datasets.load_dataset(path, **arguments), options)
+def _datasets(source: Source, path: str, options: dict[str, Any], streams: int, **arguments: Any) -> Any:
+    load_all = functools.partial(open_streamed, streams) if streams else datasets.load_dataset
+    return _call(source, lambda: load_all(path, **arguments), options)
 
 
 def _call(source: Source, call: Callable[[], Any], options: Mapping[str, Any], known: str = "") -> Any:
     try:
         return call()
+    except InputError:
+        raise
     except Exception as error:  # the hub client and the builders raise many kinds
         cause = error.__cause__ or error
         if isinstance(cause, _EMPTY) or "corresponds to no data" in str(cause):

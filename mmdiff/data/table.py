@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-import datasets
 import torch
 from torch import Tensor
 
@@ -217,7 +216,7 @@ class Table(torch.utils.data.Dataset):
         present: dict[str, list[bool]] = {name: [] for name in self.columns}
         unusable: list[str] = []
         for index in indices:
-            row = self.rows[int(index)]
+            row = self._row(int(index), unusable)
             for name, column in self.columns.items():
                 value = self._value(name, row.get(column), row.get(ROW, index), unusable)
                 present[name].append(value is not None)
@@ -227,6 +226,16 @@ class Table(torch.utils.data.Dataset):
             {name: torch.tensor(mask) for name, mask in present.items()},
             tuple(unusable),
         )
+
+    def _row(self, index: int, unusable: list[str]) -> Mapping[str, Any]:
+        """Nothing for a row that cannot be read if such rows are skipped."""
+        try:
+            return self.rows[index]
+        except InputError as error:
+            if not self.skip:
+                raise
+            unusable.append(str(error))
+            return {}
 
     def _value(self, name: str, raw: object, row: int, unusable: list[str]) -> Tensor | None:
         """None for a missing value, and for one that cannot be used if such values are skipped."""
@@ -245,7 +254,8 @@ class Table(torch.utils.data.Dataset):
 def origin(source: str | Sequence[str], rows: Rows) -> str:
     """A source and the split of its rows, for errors."""
     source = source if isinstance(source, str) else ", ".join(source)
-    return f"{source} ({rows.split})" if isinstance(rows, datasets.Dataset) and rows.split else source
+    split = getattr(rows, "split", None)
+    return f"{source} ({split})" if split else source
 
 
 class StandIn(torch.utils.data.Dataset):

@@ -22,6 +22,8 @@ from mmdiff.modalities.files import open_file, save_file
 from mmdiff.modalities.tied import TiedState
 from mmdiff.slots import ModalitySlots, slots
 
+ONLY_ALL_ROWS = "is read off all rows, and of streamed rows only the first are looked at; set it"
+
 
 class Shape(NamedTuple):
     """What a modality must know of its surroundings."""
@@ -61,6 +63,17 @@ class Value(ABC):
             feature: the column's `datasets` feature.
             values: its values, read lazily.
             settings: what the config sets.
+        """
+        return {}
+
+    @classmethod
+    def settings_from_stream(cls, feature: Any, **settings: Any) -> dict[str, Any]:
+        """Constructor arguments that otherwise all rows determine, of a column whose first rows alone are looked at.
+
+        `settings_from_data` is called with the first rows then; arguments as there.
+
+        Raises:
+            InputError: naming the setting that the config must hold.
         """
         return {}
 

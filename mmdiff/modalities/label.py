@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 
 from mmdiff.errors import InputError
 from mmdiff.likelihoods import categorical_log_prob, categorical_sample, mean_logits
-from mmdiff.modalities.base import Modality, Shape
+from mmdiff.modalities.base import ONLY_ALL_ROWS, Modality, Shape
 from mmdiff.modalities.classes import check_names, classes_of, counted, listed, whole_number
 from mmdiff.modalities.files import file_at
 from mmdiff.modalities.grids import repeatable, repeated
@@ -106,6 +106,25 @@ class Label(Modality):
         absent = unknown if isinstance(unknown, list | tuple) else [unknown]
         counts = counted("label", (value for value in values if not _is_unknown(value, absent)))
         return settings | classes_of(counts, names or declared, num_classes, compact=classes == "compact")
+
+    @classmethod
+    def settings_from_stream(
+        cls,
+        feature: Any,
+        num_classes: int | None = None,
+        names: list[str] | None = None,
+        classes: str = "all",
+        **_: Any,
+    ) -> dict[str, Any]:
+        if classes == "compact":
+            raise InputError("classes", classes, "needs all rows, and these are streamed; set ids and num_classes")
+        if num_classes is None and _is_class_label(feature):
+            return {"num_classes": len(feature.names)}
+        if names is None and not _is_of_ids(feature):
+            raise InputError("names", None, ONLY_ALL_ROWS)
+        if num_classes is None:
+            raise InputError("num_classes", None, ONLY_ALL_ROWS)
+        return {}
 
     def is_missing(self, raw: Any) -> bool:
         return super().is_missing(raw) or _is_unknown(raw, self.unknown)

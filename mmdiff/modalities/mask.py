@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 from mmdiff.augmentation import NEAREST, Change, moved
 from mmdiff.errors import InputError
 from mmdiff.likelihoods import categorical_log_prob, categorical_sample, mean_logits
-from mmdiff.modalities.base import Modality, Shape
+from mmdiff.modalities.base import ONLY_ALL_ROWS, Modality, Shape
 from mmdiff.modalities.files import open_image
 from mmdiff.modalities.grids import Size, cells, check_size, grid_channels, grown, height_width, to_grid, to_space
 from mmdiff.modalities.heads import SpatialHead, widened
@@ -140,6 +140,12 @@ class Mask(Modality):
         result: dict[str, Any] = {} if size is not None else {"size": one_size("mask", sizes)}
         own = None if palette or colors else own_palette(first, known)
         return {**result, "num_classes": count, **({"palette": own} if own else {})}
+
+    @classmethod
+    def settings_from_stream(cls, feature: Any, num_classes: int | None = None, **settings: Any) -> dict[str, Any]:
+        if num_classes is None and not settings.get("values") and not settings.get("colors"):
+            raise InputError("num_classes", None, ONLY_ALL_ROWS)
+        return {}
 
     @classmethod
     def check_readable(cls, raw: Any) -> None:

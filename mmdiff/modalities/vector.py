@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 
 from mmdiff.errors import InputError
 from mmdiff.likelihoods import Gaussian
-from mmdiff.modalities.base import Modality, Shape
+from mmdiff.modalities.base import ONLY_ALL_ROWS, Modality, Shape
 from mmdiff.modalities.files import as_vector, check_numbers, open_numbers
 from mmdiff.modalities.grids import repeatable, repeated
 from mmdiff.modalities.heads import widened
@@ -97,6 +97,13 @@ class Vector(Modality):
         if transform == "ranks":
             result["quantiles"] = np.quantile(rows, np.linspace(0, 1, _KNOTS), axis=0).T.tolist()
         return result
+
+    @classmethod
+    def settings_from_stream(cls, feature: Any, transform: str = "standardise", **settings: Any) -> dict[str, Any]:
+        for name in ("mean", "std", *(["quantiles"] if transform == "ranks" else [])):
+            if settings.get(name) is None:
+                raise InputError(name, None, ONLY_ALL_ROWS)
+        return {}
 
     @classmethod
     def check_readable(cls, raw: Any) -> None:
