@@ -3,10 +3,17 @@
 from typing import Any
 
 from mmdiff.backbones.base import Backbone, BackboneOutput, Observation, Widths
+from mmdiff.backbones.diffusers_dit import DiffusersDiT
+from mmdiff.backbones.diffusers_unet import DiffusersUNet
+from mmdiff.backbones.networks import NetworkBackbone, complete_config
 from mmdiff.backbones.unet import UNet
 from mmdiff.errors import InputError
 
-BACKBONES: dict[str, type[Backbone]] = {"unet": UNet}
+BACKBONES: dict[str, type[Backbone]] = {
+    "unet": UNet,
+    "diffusers_unet": DiffusersUNet,
+    "diffusers_dit": DiffusersDiT,
+}
 
 
 def find_backbone(kind: Any) -> type[Backbone]:
@@ -20,4 +27,16 @@ def find_backbone(kind: Any) -> type[Backbone]:
     return BACKBONES[kind]
 
 
-__all__ = ["BACKBONES", "Backbone", "BackboneOutput", "Observation", "UNet", "Widths", "find_backbone"]
+__all__ = [
+    "BACKBONES",
+    "Backbone",
+    "BackboneOutput",
+    "DiffusersDiT",
+    "DiffusersUNet",
+    "NetworkBackbone",
+    "Observation",
+    "UNet",
+    "Widths",
+    "complete_config",
+    "find_backbone",
+]

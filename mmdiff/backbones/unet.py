@@ -96,7 +96,7 @@ class UNet(Backbone):
         self.flags = nn.Sequential(
             nn.Linear(num_flags, width, bias=False), nn.SiLU(), nn.Linear(width, width, bias=False)
         )
-        self.place = _place(num_flags, context_grid, (space[1] // patch_size, space[2] // patch_size))
+        self.place = place_layers(num_flags, context_grid, (space[1] // patch_size, space[2] // patch_size))
         nn.init.zeros_(self.unet.conv_out.weight)  # start from the prediction 0
         nn.init.zeros_(self.unet.conv_out.bias)
 
@@ -154,7 +154,7 @@ class UNet(Backbone):
         return BackboneOutput(prediction, features, pooled)
 
 
-def _place(num_flags: int, grid: int, size: tuple[int, int]) -> nn.Module | None:
+def place_layers(num_flags: int, grid: int, size: tuple[int, int]) -> nn.Module | None:
     """(B, num_flags) -> (B, 8, *size), constant in every cell of a grid. No layer has a bias, so zeros give 0."""
     if grid == 0:
         return None

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from networks import DIFFUSERS_DIT, DIFFUSERS_UNET, alive
 from networks import LAYERS as UNET
-from networks import alive
 from torch import Tensor
 
 from mmdiff.backbones import BACKBONES, Backbone, Observation
@@ -32,6 +32,9 @@ CASES = [
     Case("unet", (1, 8, 16), {**UNET, "pooled_grid": 2}),
     Case("unet", (3, 8, 8), {**UNET, "patch_size": 2, "input_skip": True}),
     Case("unet", (2, 8, 16), {**UNET, "patch_size": 2, "context_grid": 2}),
+    Case("diffusers_unet", (3, 8, 16), {"network": DIFFUSERS_UNET}),
+    Case("diffusers_unet", (3, 8, 8), {"network": DIFFUSERS_UNET, "pooled_grid": 2, "context_grid": 2}),
+    Case("diffusers_dit", (3, 8, 4), {"network": DIFFUSERS_DIT}),
 ]
 Inputs = tuple[Tensor, Tensor, Observation]
 
