@@ -20,6 +20,7 @@ from mmdiff.data.table import ROW, origin
 from mmdiff.errors import InputError, at
 from mmdiff.modalities import Anchor, Condition, find_modality
 from mmdiff.model import check_name
+from mmdiff.pretrained import with_source
 from mmdiff.schedulers import SCHEDULERS, MTScheduler
 
 LARGEST = 1e9  # any number among the settings of a class
@@ -46,6 +47,7 @@ def resolve(config: Config, rows: Rows | None) -> Config:
         InputError: naming a setting that is unknown, or missing and not determined.
     """
     check_modalities(config)
+    config = with_source(config)
     for name in {*config.data.masking, *config.data.embeddings, *config.data.missing} - set(config.modalities):
         raise InputError("data", name, f"names no modality; choose from {', '.join(sorted(config.modalities))}")
     for name, masking in config.data.masking.items():

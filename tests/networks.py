@@ -15,12 +15,20 @@ Module = TypeVar("Module", bound=nn.Module)
 LAYERS = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8}
 
 DIFFUSERS_UNET = {
-    **{"sample_size": 8, "block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4},
-    **{"attention_head_dim": 8, "down_block_types": ["DownBlock2D", "AttnDownBlock2D"]},
+    "sample_size": 8,
+    "block_out_channels": [8, 16],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 8,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
     "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
 }
 DIFFUSERS_DIT = {
-    **{"sample_size": 8, "in_channels": 3, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8},
+    "sample_size": 8,
+    "in_channels": 3,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
     "num_embeds_ada_norm": 10,
 }
 

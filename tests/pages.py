@@ -104,6 +104,8 @@ def toy_settings(command: list[str]) -> list[str]:
         return []
     rows = TOY_ROWS if yaml.safe_load(file.read_text())["data"]["source"] == "shapes" else {}
     sizes = TOY_FUSION if command[2] == "fusion" else TOY
+    if "initialize_from" in (yaml.safe_load(file.read_text()).get("backbone") or {}):  # of another size
+        sizes = {key: value for key, value in sizes.items() if not key.startswith(("backbone.", "scheduler."))}
     return [f"{key}={value}" for key, value in {**sizes, **rows}.items()]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -48,6 +48,9 @@ class Backbone(nn.Module, ABC):
         observation_channels: O.
         num_flags: V.
     """
+
+    stands_for: ClassVar[tuple[str, ...]] = ()  # kinds that a config may name where `initialize_from` gives this one
+    training_only: ClassVar[frozenset[str]] = frozenset({"dropout", "gradient_checkpointing"})  # change no prediction
 
     def __init__(self, space: tuple[int, int, int], observation_channels: int, num_flags: int) -> None:
         super().__init__()

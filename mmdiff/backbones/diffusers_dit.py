@@ -32,6 +32,7 @@ class DiffusersDiT(NetworkBackbone):
     """
 
     network_class: ClassVar = DiTTransformer2DModel
+    stands_for: ClassVar = ("dit",)
 
     def __init__(
         self,
@@ -90,6 +91,15 @@ class DiffusersDiT(NetworkBackbone):
         )
         features = rearrange(h, "b (h w) d -> b d h w", h=rows)
         return BackboneOutput(prediction[:, : self.channels], features, h.mean(dim=1))
+
+    def alone(self, network: DiTTransformer2DModel, sample: Tensor, timestep: Tensor) -> Tensor:
+        return network(sample, timestep, self.label.expand(len(sample))).sample[:, : self.channels]
+
+    def examples(self, device: torch.device) -> tuple[Tensor, Tensor, Observation]:
+        """Squares: diffusers puts patches together to nothing else."""
+        sample, timestep, (seen, told) = super().examples(device)
+        side = min(sample.shape[2:])
+        return sample[:, :, :side, :side], timestep, Observation(seen[:, :, :side, :side], told)
 
     def _conditioning(self, embedding: nn.Module, timestep: Tensor, added: Tensor) -> Tensor:
         """Time and class as of `CombinedTimestepLabelEmbeddings`, which would drop classes in training, and ``added``;

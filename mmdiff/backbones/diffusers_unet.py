@@ -28,6 +28,7 @@ class DiffusersUNet(NetworkBackbone):
     """
 
     network_class: ClassVar = UNet2DModel
+    stands_for: ClassVar = ("unet",)
 
     def __init__(
         self,
@@ -99,6 +100,12 @@ class DiffusersUNet(NetworkBackbone):
             prediction = prediction / timestep.reshape(-1, 1, 1, 1)
         pooled = torch.cat([*pooled, features.mean(dim=(2, 3))], dim=1)  # (B, P)
         return BackboneOutput(prediction[:, : self.channels].to(sample.dtype), features, pooled)
+
+    def alone(self, network: UNet2DModel, sample: Tensor, timestep: Tensor) -> Tensor:
+        classes = None if self.label is None else self.label.expand(len(sample))
+        if network.config.class_embed_type == "identity":
+            classes = sample.new_zeros(len(sample), network.time_embedding.linear_2.out_features)
+        return network(sample, timestep, class_labels=classes).sample[:, : self.channels]
 
     def _class_embedding(self, emb: Tensor) -> Tensor:
         """Of `class_label`, (B, D); a network that takes embeddings gets zeros."""

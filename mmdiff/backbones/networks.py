@@ -7,13 +7,15 @@ exactly 0 to what the network computes, so that with its pretrained weights the 
 from __future__ import annotations
 
 import inspect
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from diffusers.models.modeling_utils import ModelMixin
-from torch import nn
+from torch import Tensor, nn
 
-from mmdiff.backbones.base import Backbone
+from mmdiff.backbones.base import Backbone, Observation
 from mmdiff.errors import InputError
 from mmdiff.trust import refuse_huge
 
@@ -39,6 +41,19 @@ class NetworkBackbone(Backbone):
         self.network = build_network(self.network_class, network)
         self.channels = space[0]
         check_channels(self.network.config, self.channels)
+        self.space, self.inputs = space, (observation_channels, num_flags)
+
+    @abstractmethod
+    def alone(self, network: Any, sample: Tensor, timestep: Tensor) -> Tensor:
+        """What a network of the same config predicts by itself, (B, C, H, W)."""
+
+    def examples(self, device: torch.device) -> tuple[Tensor, Tensor, Observation]:
+        """Random inputs of `forward`."""
+        generator = torch.Generator().manual_seed(0)
+        channels, flags = self.inputs
+        size = [self.space, (channels, *self.space[1:]), (flags,)]
+        sample, seen, told = (torch.randn(2, *shape, generator=generator).to(device) for shape in size)
+        return sample, torch.tensor([1, 10], device=device), Observation(seen, told)
 
 
 def complete_config(cls: type[ModelMixin], config: Mapping[str, Any]) -> dict[str, Any]:

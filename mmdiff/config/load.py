@@ -80,6 +80,9 @@ def parse_config(tree: Any) -> Config:
         raise _readable(error.errors()[0], Config) from None
     if config.anchor not in config.modalities:
         raise InputError("anchor", config.anchor, f"choose one of modalities: {', '.join(sorted(config.modalities))}")
+    if config.train.initialize_from is not None and config.backbone.initialize_from is not None:
+        remedy = "a run starts from one folder; leave this or backbone.initialize_from out"
+        raise InputError("train.initialize_from", config.train.initialize_from, remedy)
     for name in config.data.columns:
         if name not in config.modalities:
             raise InputError(f"data.columns.{name}", config.data.columns[name], "names no modality")

@@ -37,6 +37,9 @@ class BackboneConfig(Open):
     """The network; further keys belong to its class."""
 
     kind: str = "unet"  # the network
+    # its weights: a UNet2DModel or DiTTransformer2DModel of diffusers (folder or hub name, alone or in a pipeline), or
+    # a pipeline, run or checkpoint of mmdiff; scheduler settings that are left out become those of the source
+    initialize_from: str | None = None
 
 
 class SchedulerConfig(Open):

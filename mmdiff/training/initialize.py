@@ -1,17 +1,22 @@
 """Fine-tuning: another model's weights are taken where they mean the same; what is new starts as it was drawn, or at 0
-where it would disturb what was learned (see the backbone's `slots`)."""
+where it would disturb what was learned (see the backbone's `slots`). The backbone alone may be one of diffusers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from mmdiff.errors import InputError
+from mmdiff import pretrained
+from mmdiff.backbones import NetworkBackbone
+from mmdiff.config import Config
+from mmdiff.errors import InputError, at
 from mmdiff.model import MTDiffusionModel
 from mmdiff.objective import MTObjective
+from mmdiff.pretrained import check_agrees, contradictions, find, load_network
 from mmdiff.slots import Axes, take
 from mmdiff.training.source import KEY, read_source
 
@@ -21,7 +26,12 @@ _OF_MODALITIES = ("modalities", "schedule_shapes", "schedule_scales")  # what st
 
 @torch.no_grad()
 def initialize(
-    objective: MTObjective, source: str, say: Callable[[str], object], trust: bool = False, write: bool = True
+    objective: MTObjective,
+    source: str,
+    say: Callable[[str], object],
+    trust: bool = False,
+    write: bool = True,
+    only: str = "",
 ) -> dict[str, Any]:
     """Take what fits, and say what was taken and what is new.
 
@@ -31,6 +41,7 @@ def initialize(
         say: is given the lines.
         write: whether the objective is changed.
         trust: import the modalities that it names by import path and the new run does not.
+        only: what the names of the tensors begin with.
 
     Returns:
         What `origin.json` keeps: the folder, the names of tensors that were taken whole, new and left out, and
@@ -41,11 +52,12 @@ def initialize(
     """
     path, model = Path(source).expanduser(), objective.model
     found = read_source(path, model.config.modality_config, say, trust)
-    own, (axes, found_axes) = objective.state_dict(), _axes(model, found.model)
+    own, weights = _beginning(only, objective.state_dict()), _beginning(only, found.weights)
+    axes, found_axes = _axes(model, found.model)
     other = _other_kinds(model, found.model)
     fitting = {
-        name: take(own[name], found.weights[name], axes.get(name, {}), found_axes.get(name, {}))
-        for name in sorted(set(own) & set(found.weights))
+        name: take(own[name], weights[name], axes.get(name, {}), found_axes.get(name, {}))
+        for name in sorted(set(own) & set(weights))
         if _modality(name) not in other
     }
     taken = {name: part for name, part in fitting.items() if part is not None}
@@ -58,13 +70,69 @@ def initialize(
         "taken": _shown(name for name in taken if not taken[name].words),
         "partly": {_short(name): part.words for name, part in taken.items() if part.words},
         "new": _shown(set(own) - set(taken)),
-        "left": _shown(set(found.weights) - set(taken)),
+        "left": _shown(set(weights) - set(taken)),
     }
     partly = [f"{name} ({words})" for name, words in lists["partly"].items()]
     say(f"{path}: {len(lists['taken'])} of {len(own)} tensors taken")
     for title, names in (("partly taken", partly), ("new", lists["new"]), ("left out", lists["left"])):
         say(f"  {title}: {_listed(names)}")
     return {"initialize_from": str(path.resolve()), **lists}
+
+
+@torch.no_grad()
+def initialize_backbone(
+    objective: MTObjective, config: Config, say: Callable[[str], object], trust: bool = False, write: bool = True
+) -> dict[str, Any]:
+    """Give the backbone the weights that `backbone.initialize_from` names: it predicts what its source does.
+
+    Args:
+        objective: of the new run, with fresh weights.
+        config: resolved.
+        say, trust, write: as of `initialize`; a network of diffusers is written in any case.
+
+    Returns:
+        As of `initialize`, under `backbone`.
+
+    Raises:
+        InputError: the source is gone, is another one than the config says, or is damaged.
+    """
+    source = config.backbone.initialize_from
+    assert source is not None
+    found = find(source)
+    check_agrees(config, found)
+    if found.network is None:
+        with at(keys={KEY: pretrained.KEY}):
+            origin = initialize(objective, source, say, trust, write, only="model.backbone.")
+        if origin["left"]:
+            remedy = f"its backbone does not fit this one: {origin['left'][0]} finds no place"
+            raise InputError(pretrained.KEY, source, remedy)
+    else:
+        network, backbone = load_network(found), objective.model.backbone
+        backbone.network.load_state_dict(network.state_dict())
+        _check_prediction(source, network, backbone)
+        count = len(network.state_dict())
+        say(f"{source}: all {count} tensors of a {type(network).__name__} taken, as backbone.kind {found.kind}")
+        folder = Path(source).expanduser()
+        origin = {"initialize_from": str(folder.resolve()) if folder.is_dir() else source}
+    for line in contradictions(config, found):
+        say(f"warning: {line}; the first samples are not the source's")
+    return {"backbone": origin}
+
+
+def _check_prediction(source: str, network: Any, backbone: NetworkBackbone) -> None:
+    """Another version of diffusers may compute something else than the backbone does."""
+    training = backbone.training
+    device = next(backbone.parameters()).device
+    sample, timestep, observation = backbone.examples(device)
+    one = backbone.eval()(sample, timestep, observation).prediction
+    other = backbone.alone(network.to(device), sample, timestep)
+    backbone.train(training)
+    if not torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max())):
+        raise InputError(pretrained.KEY, source, "the backbone does not predict what this network does")
+
+
+def _beginning(start: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
 def _axes(one: MTDiffusionModel, other: MTDiffusionModel) -> tuple[dict[str, Axes], dict[str, Axes]]:

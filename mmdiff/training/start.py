@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from mmdiff.config import Config, first_difference, parse_config
 from mmdiff.data.fingerprint import fingerprint
 from mmdiff.errors import InputError
 from mmdiff.training.checkpoint import Checkpoint, find_checkpoint, newest
-from mmdiff.training.initialize import initialize
+from mmdiff.training.initialize import initialize, initialize_backbone
 from mmdiff.training.process import on_main
 from mmdiff.training.run_folder import RESUMABLE, write_origin
 from mmdiff.training.tracking import Window
@@ -39,11 +40,22 @@ def start(trainer: Trainer, config: Config, folder: Path, trust: bool = False) -
         return trainer.load(own)
     if config.train.resume not in ("never", "auto"):
         return _continue_from(trainer, config, folder)
-    if config.train.initialize_from is not None:
-        origin = initialize(trainer.bare, config.train.initialize_from, say, trust)
+    origin = _initialized(trainer, config, say, trust)
+    if origin:
         trainer.ema.restart()
         on_main(trainer.accelerator, lambda: write_origin(folder, origin))
     return 0, Window()
+
+
+def _initialized(
+    trainer: Trainer, config: Config, say: Callable[[str], object], trust: bool, write: bool = True
+) -> dict[str, Any]:
+    """What `origin.json` keeps of the weights that the config names; {} where a run starts from nothing."""
+    if config.backbone.initialize_from is not None:
+        return initialize_backbone(trainer.bare, config, say, trust, write)
+    if config.train.initialize_from is not None:
+        return initialize(trainer.bare, config.train.initialize_from, say, trust, write)
+    return {}
 
 
 def check_origin(trainer: Trainer, config: Config, folder: Path, trust: bool = False) -> None:
@@ -53,8 +65,8 @@ def check_origin(trainer: Trainer, config: Config, folder: Path, trust: bool = F
         return
     if config.train.resume not in ("never", "auto"):
         _check_model(find_checkpoint(Path(config.train.resume), "train.resume", say), config)
-    if config.train.initialize_from is not None:
-        initialize(trainer.bare, config.train.initialize_from, lambda line: None, trust, write=False)
+    else:
+        _initialized(trainer, config, lambda line: None, trust, write=False)
 
 
 def _check_data(checkpoint: Checkpoint, now: dict[str, Any], config: Config, folder: Path) -> None:

@@ -104,27 +104,29 @@ def test_what_is_added_learns_from_the_first_step() -> None:
         assert backbone.observe.weight.grad.flatten(2).any(dim=2).all() and backbone.flags[2].weight.grad.any()
 
 
+CROSS = ["CrossAttnDownBlock2D"] * 2
 REFUSED = {
-    "in_channels": ("diffusers_unet", {**UNET, "in_channels": 4}, {}, "backbone.network.in_channels"),
-    "out_channels": ("diffusers_dit", {**DIT, "out_channels": 4}, {}, "backbone.network.out_channels"),
-    "quantized": ("diffusers_dit", {**DIT, "quantization_config": {"a": 1}}, {}, "backbone.network.quantization_config"),
-    "huge": ("diffusers_unet", {**UNET, "block_out_channels": [10**9, 8]}, {}, "backbone.network.block_out_channels.0"),
-    "blocks": ("diffusers_unet", {**UNET, "down_block_types": ["os.system"] * 2}, {}, "backbone.network"),
-    "cross attention": ("diffusers_unet", {**UNET, "down_block_types": ["CrossAttnDownBlock2D"] * 2}, {}, "backbone.network"),
-    "a word for a number": ("diffusers_dit", {**DIT, "num_layers": "many"}, {}, "backbone.network"),
-    "norm": ("diffusers_dit", {**DIT, "norm_type": "layer_norm"}, {}, "backbone.network"),
-    "no class": ("diffusers_unet", {**UNET, "num_class_embeds": 5}, {"class_label": None}, "backbone.class_label"),
-    "class beyond": ("diffusers_unet", {**UNET, "num_class_embeds": 5}, {"class_label": 5}, "backbone.class_label"),
-    "class of none": ("diffusers_unet", UNET, {"class_label": 1}, "backbone.class_label"),
-    "class of a DiT": ("diffusers_dit", DIT, {"class_label": 11}, "backbone.class_label"),
-}  # fmt: skip
+    "in_channels": ("unet", {"in_channels": 4}, {}, "network.in_channels"),
+    "out_channels": ("dit", {"out_channels": 4}, {}, "network.out_channels"),
+    "quantized": ("dit", {"quantization_config": {"a": 1}}, {}, "network.quantization_config"),
+    "huge": ("unet", {"block_out_channels": [10**9, 8]}, {}, "network.block_out_channels.0"),
+    "blocks": ("unet", {"down_block_types": ["os.system"] * 2}, {}, "network"),
+    "cross attention": ("unet", {"down_block_types": CROSS}, {}, "network"),
+    "a word for a number": ("dit", {"num_layers": "many"}, {}, "network"),
+    "norm": ("dit", {"norm_type": "layer_norm"}, {}, "network"),
+    "no class": ("unet", {"num_class_embeds": 5}, {"class_label": None}, "class_label"),
+    "class beyond": ("unet", {"num_class_embeds": 5}, {"class_label": 5}, "class_label"),
+    "class of none": ("unet", {}, {"class_label": 1}, "class_label"),
+    "class of a DiT": ("dit", {}, {"class_label": 11}, "class_label"),
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_built_is_one_line(case: str) -> None:
-    kind, config, settings, key = REFUSED[case]
-    with refused(key):
-        BACKBONES[kind]((3, 8, 8), OBSERVED, FLAGS, network=config, **settings)
+    kind, changed, settings, key = REFUSED[case]
+    network = {**{"unet": UNET, "dit": DIT}[kind], **changed}
+    with refused(f"backbone.{key}"):
+        BACKBONES[f"diffusers_{kind}"]((3, 8, 8), OBSERVED, FLAGS, network=network, **settings)
 
 
 def test_sizes_that_the_levels_or_patches_do_not_divide_are_refused() -> None:

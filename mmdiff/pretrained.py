@@ -1,0 +1,299 @@
+"""`backbone.initialize_from`: what a network of diffusers or the backbone of another mmdiff model is, and its weights.
+
+A folder's JSON says how the network is built and which path it was trained on. Nothing that it names is imported, and
+only safetensors are read.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from torch import nn
+
+from mmdiff.backbones import BACKBONES, Backbone, NetworkBackbone, complete_config, find_backbone
+from mmdiff.config import Config, load_config, parse_config
+from mmdiff.errors import InputError
+from mmdiff.schedulers import SCHEDULERS
+from mmdiff.schedulers.settings import BETAS, PATH, settings_of
+from mmdiff.trust import check_links, damage, refuse_huge
+
+KEY = "backbone.initialize_from"
+_NETWORKS = {kind.network_class.__name__: name for name, kind in BACKBONES.items() if issubclass(kind, NetworkBackbone)}
+_OLDER = {"Transformer2DModel": "DiTTransformer2DModel"}  # with adaLN-Zero, which diffusers renames while it loads
+_WEIGHTS = "diffusion_pytorch_model"
+_INDEX = f"{_WEIGHTS}.safetensors.index.json"
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_LARGEST = 2**24  # bytes of a JSON file
+
+
+class Found(NamedTuple):
+    """What a source is.
+
+    ``kind`` and ``settings`` of the backbone; ``scheduler``: settings of our scheduler, as far as they can express the
+    source's; ``inexpressible``: what they cannot; ``network``: (folder or hub name, subfolder) of the weights of
+    diffusers, None for a model of mmdiff.
+    """
+
+    kind: str
+    settings: dict[str, Any]
+    scheduler: dict[str, Any]
+    inexpressible: str
+    network: tuple[str, str | None] | None
+
+
+class Source:
+    """JSON files of a folder, or of a repository of the hub.
+
+    Args:
+        name: as `backbone.initialize_from` has it.
+
+    Raises:
+        InputError: it is neither a folder nor the name of a repository, or a link leads out of it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self.folder = name, Path(name).expanduser()
+        self.local = self.folder.is_dir()
+        if self.local:
+            check_links(KEY, self.folder)
+        elif not _HUB_NAME.fullmatch(name):
+            raise InputError(KEY, name, "is no folder; name one of diffusers or mmdiff, or a repository of the hub")
+
+    def read(self, file: str) -> dict[str, Any] | None:
+        """A JSON file by its path inside; None where there is none."""
+        path = self.folder / file
+        if not self.local:
+            try:
+                path = Path(hf_hub_download(self.name, file))
+            except EntryNotFoundError:
+                return None
+            except (OSError, ValueError) as error:
+                said = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise InputError(KEY, self.name, f"is no folder, and cannot be read from the hub: {said}") from None
+        return read_json(path) if path.is_file() else None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file of settings.
+
+    Raises:
+        InputError: naming the file.
+    """
+    try:
+        if file.stat().st_size > _LARGEST:
+            raise InputError(KEY, str(file), f"has {file.stat().st_size} bytes, too many for settings")
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(KEY, str(file), f"cannot be read: {error}") from None
+    if not isinstance(tree, dict):
+        raise InputError(KEY, str(file), "is no mapping of settings")
+    return tree
+
+
+# ------------------------------------------------------------------------------------------------------- what it is
+
+
+def find(name: str) -> Found:
+    """What a source is; only JSON and YAML of it are read.
+
+    Raises:
+        InputError: nothing that can be a backbone is there, or something is damaged.
+    """
+    source = Source(name)
+    index = source.read("model_index.json") or {}
+    parts = [part for part, entry in index.items() if _is_network(entry)]
+    if len(parts) == 1:
+        scheduler = source.read("scheduler/scheduler_config.json") if "scheduler" in index else None
+        return _network(source, parts[0], index[parts[0]][1], scheduler)
+    config = source.read("config.json") or {}
+    if _newer(config.get("_class_name")) in _NETWORKS:
+        beside = source.folder.absolute().parent / "scheduler" / "scheduler_config.json"
+        scheduler = read_json(beside) if source.local and beside.is_file() else None
+        return _network(source, None, config["_class_name"], scheduler)
+    if source.local:
+        return _of_mmdiff(source)
+    known = ", ".join(sorted(_NETWORKS))
+    raise InputError(KEY, name, f"the hub has no {known} of that name; download a pipeline of mmdiff first")
+
+
+def _newer(name: Any) -> Any:
+    return _OLDER.get(name, name) if isinstance(name, str) else None
+
+
+def _is_network(entry: Any) -> bool:
+    """An entry of `model_index.json` that names a network of diffusers."""
+    return isinstance(entry, list) and len(entry) == 2 and entry[0] == "diffusers" and _newer(entry[1]) in _NETWORKS
+
+
+def _network(source: Source, part: str | None, name: str, scheduler: Mapping[str, Any] | None) -> Found:
+    """A network of diffusers, alone or as a part of a pipeline."""
+    file = "config.json" if part is None else f"{part}/config.json"
+    config = source.read(file)
+    if config is None:
+        raise InputError(KEY, f"{source.name}/{file}", "is missing")
+    if _newer(config.get("_class_name")) != _newer(name):
+        raise InputError(KEY, f"{source.name}/{file}", f"describes a {config.get('_class_name')}, not a {name}")
+    kind = _NETWORKS[_newer(name)]
+    settings = {"network": complete_config(BACKBONES[kind].network_class, config)}
+    ours, inexpressible = ({}, "") if scheduler is None else settings_of(scheduler)
+    place = (str(source.folder / (part or "")), None) if source.local else (source.name, part)
+    return Found(kind, settings, ours, inexpressible, place)
+
+
+def _of_mmdiff(source: Source) -> Found:
+    """The backbone of a pipeline, a run or a checkpoint."""
+    folder = source.folder
+    kept = (folder / "state.json").exists() or any(folder.glob("checkpoints/step-*"))
+    for home in ("model/", "", *(() if kept else ("pipeline/model/",))):
+        config = source.read(f"{home}config.json")
+        if config is not None and isinstance(config.get("backbone_config"), dict):
+            beside = (folder / home).parent / "scheduler" / "scheduler_config.json"
+            scheduler = settings_of(read_json(beside)) if beside.is_file() else ({}, "")
+            return _own(config["backbone_config"], *scheduler)
+    state, file = source.read("state.json"), folder / "config.yaml"
+    if state is None and not file.is_file():
+        raise InputError(KEY, source.name, "holds no network; name one of diffusers, or a pipeline, run or checkpoint")
+    try:
+        whole = load_config(file) if state is None else parse_config(state.get("config"))
+    except InputError as error:
+        raise InputError(KEY, source.name, f"its config is damaged: {error}") from None
+    ours = SCHEDULERS.get(whole.scheduler.kind)
+    path = {"_class_name": getattr(ours, "__name__", None), **whole.scheduler.model_dump()}
+    return _own({"kind": whole.backbone.kind, **whole.backbone.settings()}, *settings_of(path))
+
+
+def _own(backbone: Mapping[str, Any], scheduler: dict[str, Any], inexpressible: str = "") -> Found:
+    """With every argument of the backbone's class."""
+    kind = find_backbone(backbone.get("kind"))
+    settings = {name: value for name, value in backbone.items() if name != "kind"}
+    refuse_huge(settings, "backbone")
+    return Found(backbone["kind"], {**_arguments(kind), **settings}, scheduler, inexpressible, None)
+
+
+# ------------------------------------------------------------------------------------------- what the config says of it
+
+
+def with_source(config: Config) -> Config:
+    """The config with the backbone that `backbone.initialize_from` names, complete, and with its path and solver where
+    the config leaves them open. A complete one is returned as it is: the source need not be there any more.
+
+    Raises:
+        InputError: the source cannot be used, or the config contradicts it.
+    """
+    backbone, scheduler = config.backbone, config.scheduler
+    if backbone.initialize_from is None or is_complete(config):
+        return config
+    found = find(backbone.initialize_from)
+    check_agrees(config, found)
+    settings = {
+        "initialize_from": backbone.initialize_from,
+        "kind": found.kind,
+        **found.settings,
+        **backbone.settings(),
+    }
+    chosen = scheduler.model_dump(exclude_unset=True)
+    taken = found.scheduler if chosen.get("kind", found.scheduler.get("kind")) == found.scheduler.get("kind") else {}
+    if "solver" in chosen:
+        taken = {name: value for name, value in taken.items() if name != "solver_config"}
+    if any(name in chosen for name in BETAS):
+        taken = {name: value for name, value in taken.items() if name not in BETAS}
+    return config.model_copy(
+        update={
+            "backbone": type(backbone).model_validate(settings),
+            "scheduler": type(scheduler).model_validate({**taken, **chosen}),
+        }
+    )
+
+
+def contradictions(config: Config, found: Found) -> list[str]:
+    """In which settings that its weights depend on the config's scheduler is not the source's, a line each."""
+    source, lines = config.backbone.initialize_from, []
+    theirs, ours = found.scheduler, config.scheduler.model_dump()
+    if found.inexpressible:
+        lines.append(f"scheduler: that of {source} cannot be expressed in full, {found.inexpressible}")
+    for name in ("kind", *PATH) if theirs else ():
+        if ours.get(name) != theirs.get(name, ours.get(name)):
+            there = f"{theirs[name]!r}" if name != "trained_betas" else "other betas"
+            lines.append(f"scheduler.{name} = {ours.get(name)!r}: {source} was trained with {there}")
+    return lines
+
+
+def is_complete(config: Config) -> bool:
+    """Whether the config builds its backbone without the source."""
+    backbone, settings = config.backbone, config.backbone.settings()
+    return settings.get("network") is not None or set(_arguments(find_backbone(backbone.kind))) <= set(settings)
+
+
+def check_agrees(config: Config, found: Found) -> None:
+    """The config's own settings of the backbone must be those of the source.
+
+    Raises:
+        InputError: naming the first that differs.
+    """
+    backbone, kind = config.backbone, find_backbone(found.kind)
+    if "kind" in backbone.model_fields_set and backbone.kind not in (found.kind, *kind.stands_for):
+        raise InputError("backbone.kind", backbone.kind, f"{backbone.initialize_from} is of kind {found.kind}")
+    for name, value in backbone.settings().items():
+        there = found.settings.get(name, value)
+        if _plain(value) != _plain(there) and name not in kind.training_only:
+            remedy = f"{backbone.initialize_from} has {there!r}; leave it out"
+            raise InputError(f"backbone.{name}", value, remedy)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _arguments(kind: type[Backbone]) -> dict[str, Any]:
+    """The defaults of the arguments that a config can set."""
+    own = inspect.signature(kind.__init__).parameters
+    return {n: _plain(own[n].default) for n in own.keys() - inspect.signature(Backbone.__init__).parameters.keys()}
+
+
+# ----------------------------------------------------------------------------------------------------- its weights
+
+
+def load_network(found: Found) -> nn.Module:
+    """The network of diffusers with its weights, in float32.
+
+    Raises:
+        InputError: there are no safetensors, they do not fit the config, or a number in them is not finite.
+    """
+    assert found.network is not None
+    name, part = found.network
+    if Path(name).is_dir():
+        _check_files(Path(name))
+    cls = BACKBONES[found.kind].network_class
+    with damage(KEY, name):
+        network, info = cls.from_pretrained(
+            name, subfolder=part, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+        )
+    for words, key in (("lacks", "missing_keys"), ("has besides", "unexpected_keys")):
+        if info[key]:
+            raise InputError(KEY, name, f"its weights are not those of its config: it {words} {sorted(info[key])[0]}")
+    for tensor_name, tensor in network.state_dict().items():
+        if not bool(tensor.isfinite().all()):
+            raise InputError(KEY, name, f"{tensor_name} is not finite")
+    return network.float().eval()
+
+
+def _check_files(folder: Path) -> None:
+    """Only safetensors are read, and only files of the folder."""
+    if not any(folder.glob(f"{_WEIGHTS}*.safetensors")):
+        there = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        remedy = f"{there[0]} is a pickle, which can run code; save it again as safetensors" if there else "is no file"
+        raise InputError(KEY, str(folder / f"{_WEIGHTS}.safetensors"), remedy)
+    if (folder / _INDEX).is_file():
+        shards = read_json(folder / _INDEX).get("weight_map")
+        for shard in shards.values() if isinstance(shards, dict) else [None]:
+            if not isinstance(shard, str) or Path(shard).name != shard:
+                raise InputError(KEY, str(folder / _INDEX), f"names {shard!r}, which is no file of the folder")
