@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from mmdiff.backbones import Observation, find_backbone
 from mmdiff.errors import InputError, at
 from mmdiff.modalities import Anchor, Condition, FillsAnchor, Modality, Shape, find_modality
+from mmdiff.modalities.grids import scaled
 from mmdiff.schedulers.arguments import check_value
 from mmdiff.slots import Axes, Slot, of, slots
 from mmdiff.trust import check_links, damage, refuse_custom, refuse_huge
@@ -134,6 +136,34 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
         if trust_custom_modalities is not True:
             _refuse_custom(config)
         return super().from_config(config, **kwargs)
+
+    def of_size(self, height: int | None = None, width: int | None = None) -> Self:
+        """The same model, with the same weights, for anchors of another size; None: that of its config.
+
+        Args:
+            height, width: of the anchor's values, in pixels.
+
+        Raises:
+            InputError: naming what cannot have this size.
+        """
+        base, space = self.modalities[self.anchor].value_shape[-2:], self.space[1:]
+        size = (base[0] if height is None else height, base[1] if width is None else width)
+        if size == tuple(base):
+            return self
+        shown, unit = f"{size[1]}x{size[0]}", self.backbone.multiple
+        with at(f"height and width, {self.anchor}", join=None):
+            rows, columns = scaled(space, base, size)
+        if rows % unit or columns % unit or not rows or not columns:
+            steps = f"{unit * base[0] // space[0]} and {unit * base[1] // space[1]}"
+            raise InputError("height and width", shown, f"need multiples of {steps} pixels for this backbone")
+        other = copy.copy(self)
+        other.space = (self.space[0], rows, columns)
+        other._modules = dict(self._modules)  # the copy's own, of the same modules
+        other.modalities = nn.ModuleDict()
+        for name, modality in self.modalities.items():
+            with at(f"modalities.{name}"):
+                other.modalities[name] = modality.in_space(rows, columns)
+        return other
 
     def load_initial_weights(self) -> None:
         """Read the pretrained weights that the modalities' settings name, at the start of a run."""

@@ -90,8 +90,9 @@ class MTObjective(nn.Module):
 
     def forward(self, batch: Batch, where: BatchPosition) -> ObjectiveOutput:
         """One (micro-)batch; see the module's docstring."""
-        model, scheduler = self.model, self.scheduler.with_learned_weights(self.learned_weights())
-        batch = self.without_missing(batch)
+        model = self.model.of_size(*batch.values[self.model.anchor].shape[-2:])
+        scheduler = self.scheduler.with_learned_weights(self.learned_weights())
+        batch = self.without_missing(batch, model)
         aggregated, observed, denoised = self.draw_states(batch, where)
         timesteps = self.draw_timesteps(where, denoised)  # (B,)
 
@@ -125,12 +126,12 @@ class MTObjective(nn.Module):
             terms[f"l2/{name}"] = nll * (batch.present[name] & batch.present[source] & ~observed[source])
         return self.total(terms)
 
-    def without_missing(self, batch: Batch) -> Batch:
+    def without_missing(self, batch: Batch, model: MTDiffusionModel) -> Batch:
         """Missing values as placeholders: whatever a data set left there has no effect."""
         values = {}
         for name, value in batch.values.items():
             present = batch.present[name].reshape(-1, *(1,) * (value.ndim - 1))
-            placeholder = self.model.modalities[name].placeholder().to(value)
+            placeholder = model.modalities[name].placeholder().to(value)
             values[name] = torch.where(present, value, placeholder)
         return Batch(values, batch.present)
 

@@ -136,6 +136,8 @@ class MTDiffusionPipeline(DiffusionPipeline):
         final_read: bool = True,
         return_last_draws: bool = False,
         max_batch_size: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
         return_dict: bool = True,
     ) -> MTDiffusionPipelineOutput | tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
         """Draw every modality that is not observed.
@@ -168,6 +170,8 @@ class MTDiffusionPipeline(DiffusionPipeline):
                 draws of the last denoising step.
             return_last_draws: report those draws beside the final read.
             max_batch_size: how many samples are computed at once; guidance evaluates them once more for each modality.
+            height, width: of the anchor's values in pixels, by default those that the model was trained at. Observed
+                images and maps are read at this size.
             return_dict: False returns the tuple (samples, last_draws, weights).
 
         Raises:
@@ -193,7 +197,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
 
     def _sample(self, request: Request, progress: Callable[[list], Iterable]) -> MTDiffusionPipelineOutput:
         """One batch."""
-        model, values = self.model, request.values
+        model, values = request.model, request.values
         samples, draws = dict(values), {}
         if model.anchor not in values:
             if request.steps == 0:
@@ -215,7 +219,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
 
     def _denoise(self, request: Request, progress: Callable[[list], Iterable]) -> tuple[Tensor, dict[str, Tensor]]:
         """(z_0, draws of the last step)."""
-        step = ReverseStep(self.model, self.scheduler, request)
+        step = ReverseStep(request.model, self.scheduler, request)
         z_t = step.start()
         for index, back in progress(step.schedule):
             z_t = step(z_t, index, back)

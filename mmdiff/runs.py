@@ -82,7 +82,8 @@ def sample(
     if each is not None and each.exists() and (not each.is_dir() or any(each.iterdir())):
         raise InputError("--save-each", str(each), "exists; choose another folder")
     _check_free(out)
-    observed = {name: [raw] for name, raw in read_observed(pipeline.model, observe).items()}  # one value for all
+    sized = pipeline.model.of_size(settings.get("height"), settings.get("width"))
+    observed = {name: [raw] for name, raw in read_observed(sized, observe).items()}  # one value for all
     files = {name: out.with_stem(f"{out.stem}-{name}") for name in observed}  # of weights in sets
     for file in files.values():
         _check_free(file)

@@ -51,6 +51,8 @@ class Backbone(nn.Module, ABC):
 
     stands_for: ClassVar[tuple[str, ...]] = ()  # kinds that a config may name where `initialize_from` gives this one
     training_only: ClassVar[frozenset[str]] = frozenset({"dropout", "gradient_checkpointing"})  # change no prediction
+    #: Height and width of the diffusion space are multiples of it.
+    multiple: int = 1
 
     def __init__(self, space: tuple[int, int, int], observation_channels: int, num_flags: int) -> None:
         super().__init__()
@@ -73,4 +75,4 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, sample: Tensor, timestep: Tensor, observation: Observation) -> BackboneOutput:
-        """sample (B, C, H, W), timestep (B,) in 0 … T − 1."""
+        """sample (B, C, H, W), timestep (B,) in 0 … T − 1; H and W may be other multiples than those of `space`."""

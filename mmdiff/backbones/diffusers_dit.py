@@ -46,6 +46,7 @@ class DiffusersDiT(NetworkBackbone):
         super().__init__(space, observation_channels, num_flags, network)
         config, self.checkpointing = self.network.config, gradient_checkpointing
         self.patch_size, width = config.patch_size, self.network.inner_dim
+        self.multiple = self.patch_size
         if space[1] % self.patch_size or space[2] % self.patch_size:
             raise InputError(f"{KEY}.patch_size", self.patch_size, f"must divide the diffusion space, {space[1:]}")
         null = config.num_embeds_ada_norm

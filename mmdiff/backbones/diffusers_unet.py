@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from mmdiff.backbones.base import BackboneOutput, Observation, Widths
 from mmdiff.backbones.networks import KEY, NetworkBackbone, complete_config, flag_layers, zero_conv
@@ -45,6 +46,7 @@ class DiffusersUNet(NetworkBackbone):
         config = self.network.config
         _check_label(self.network, class_label)
         levels = len(config.block_out_channels)
+        self.multiple = 2 ** (levels - 1)
         if space[1] % 2 ** (levels - 1) or space[2] % 2 ** (levels - 1):
             remedy = f"its {levels} levels need sizes that are multiples of {2 ** (levels - 1)}"
             raise InputError(KEY, list(space[1:]), remedy)
@@ -87,7 +89,7 @@ class DiffusersUNet(NetworkBackbone):
         h = unet.conv_in(image)  # (B, c0, H, W)
         seen = observation.channels  # (B, O, H, W)
         if self.place is not None:
-            seen = torch.cat([seen, self.place(flags)], dim=1)  # + 8 channels
+            seen = torch.cat([seen, interpolate(self.place(flags), seen.shape[2:], mode="nearest")], dim=1)  # + 8 channels
         if self.observe is not None:
             h = h + self.observe(seen)
         bottleneck, features, added = through_blocks(unet, h, emb, image)

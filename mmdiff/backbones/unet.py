@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+from torch.nn.functional import interpolate, pixel_shuffle, pixel_unshuffle
 
 from mmdiff.backbones.base import Backbone, BackboneOutput, Observation, Widths
 from mmdiff.errors import InputError
@@ -68,6 +68,7 @@ class UNet(Backbone):
         attention = [False] * (levels - 1) + [True] if attention is None else list(attention)
         _check(space, block_out_channels, attention, norm_num_groups, attention_head_dim, patch_size)
         self.patch_size, self.channels, self.context_grid = patch_size, channels, context_grid
+        self.multiple = patch_size * 2 ** (levels - 1)
         self.unet = UNet2DModel(
             sample_size=(height // patch_size, width // patch_size),
             in_channels=(channels + observation_channels) * patch_size**2 + (CONTEXT_CHANNELS if context_grid else 0),
@@ -133,7 +134,7 @@ class UNet(Backbone):
         x = torch.cat([sample, observation.channels], dim=1)  # (B, C + O, H, W)
         h = pixel_unshuffle(x, self.patch_size)  # (B, (C + O) p², H / p, W / p)
         if self.place is not None:
-            h = torch.cat([h, self.place(flags)], dim=1)  # + 8 channels
+            h = torch.cat([h, interpolate(self.place(flags), h.shape[2:], mode="nearest")], dim=1)  # + 8 channels
         h = unet.conv_in(h)  # (B, c0, H / p, W / p)
         skips = (h,)
         for block in unet.down_blocks:
@@ -155,7 +156,7 @@ class UNet(Backbone):
 
 
 def place_layers(num_flags: int, grid: int, size: tuple[int, int]) -> nn.Module | None:
-    """(B, num_flags) -> (B, 8, *size), constant in every cell of a grid. No layer has a bias, so zeros give 0."""
+    """(B, num_flags) -> (B, 8, grid, grid), for cells of the patches. No layer has a bias, so zeros give 0."""
     if grid == 0:
         return None
     if grid < 0 or size[0] % grid or size[1] % grid:
@@ -171,7 +172,6 @@ def place_layers(num_flags: int, grid: int, size: tuple[int, int]) -> nn.Module 
         *layers,
         nn.Linear(CONTEXT_WIDTH, CONTEXT_CHANNELS * grid**2, bias=False),
         nn.Unflatten(1, (CONTEXT_CHANNELS, grid, grid)),
-        nn.Upsample(size, mode="nearest"),
     )
 
 

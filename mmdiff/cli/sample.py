@@ -42,6 +42,10 @@ def sample(
     batch_size: Annotated[
         int | None, typer.Option(help="samples per batch; default: the run's sample.batch_size", min=1)
     ] = None,
+    height: Annotated[
+        int | None, typer.Option(help="of the samples in pixels; default: that of the training", min=1)
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="the same", min=1)] = None,
     dtype: Annotated[str, typer.Option(help="precision of the networks: fp32 or bf16")] = "fp32",
     compiled: Annotated[bool, typer.Option("--compile", help="compile the backbone by torch.compile first")] = False,
     seed: Annotated[int, typer.Option(help="sample k depends on the seed and on k alone", min=0)] = 0,
@@ -62,6 +66,8 @@ def sample(
         "num_inference_steps": steps or own.steps,
         "feedback": own.feedback if feedback is None else feedback,
         "max_batch_size": batch_size or own.batch_size,
+        "height": height,
+        "width": width,
     }
     if conditioning is not None:
         settings["conditioning"] = conditioning.split(",")

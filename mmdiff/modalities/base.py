@@ -6,12 +6,13 @@ leaves it, D_i and p_θ(x_i | z_t). `mmdiff.modalities.anchor` has what only the
 
 from __future__ import annotations
 
+import copy
 import math
 import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Generator, Tensor
@@ -19,6 +20,7 @@ from torch import Generator, Tensor
 from mmdiff.augmentation import Change
 from mmdiff.errors import InputError
 from mmdiff.modalities.files import open_file, save_file
+from mmdiff.modalities.grids import scaled
 from mmdiff.modalities.tied import TiedState
 from mmdiff.slots import ModalitySlots, slots
 
@@ -186,6 +188,21 @@ class Condition(Value, TiedState):
     @abstractmethod
     def encode(self, value: Tensor) -> Tensor:
         """E_i(x_i): (B, C, H, W), mean square 1 over the data."""
+
+    def in_space(self, height: int, width: int) -> Self:
+        """The same modality, with the same weights, in a diffusion space of another height and width.
+
+        Its attributes ``height`` and ``width``, if it has them, grow along.
+
+        Raises:
+            InputError: for a size that is not whole then.
+        """
+        other = copy.copy(self)
+        channels, *before = self.shape.space
+        other.shape = self.shape._replace(space=(channels, height, width))
+        if hasattr(self, "height"):
+            other.height, other.width = scaled((self.height, self.width), (before[0], before[1]), (height, width))
+        return other
 
     @property
     def observation_channels(self) -> int:

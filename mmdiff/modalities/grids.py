@@ -32,11 +32,26 @@ def check_size(key: str, size: tuple[int, ...], wanted: tuple[int, ...]) -> None
         raise InputError(key, f"{width}x{height}", f"expected {columns}x{rows}; or set resize: true")
 
 
-def repeated(grids: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, C, h, w) -> (B, C, H, W), multiples of h and w: every number fills a rectangle.
+def scaled(size: tuple[int, int], before: tuple[int, int], after: tuple[int, int]) -> tuple[int, int]:
+    """A (height, width) that grows as ``before`` does to ``after``.
 
-    Like interpolation to the nearest, three times faster on small grids.
+    Raises:
+        InputError: for a size that would be no whole number.
     """
+    products = [side * to for side, to in zip(size, after, strict=True)]
+    if any(product % of for product, of in zip(products, before, strict=True)):
+        remedy = f"has no whole size where {before[0]}x{before[1]} becomes {after[0]}x{after[1]}"
+        raise InputError("size", tuple(size), remedy)
+    return products[0] // before[0], products[1] // before[1]
+
+
+def repeated(grids: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, C, h, w) -> (B, C, H, W): every number fills a rectangle, interpolation to the nearest.
+
+    Where H and W are multiples of h and w it repeats, which is three times faster on small grids.
+    """
+    if size[0] % grids.shape[2] or size[1] % grids.shape[3]:
+        return interpolate(grids, size, mode="nearest")
     rows, columns = size[0] // grids.shape[2], size[1] // grids.shape[3]
     return einops.repeat(grids, "b c h w -> b c (h rows) (w columns)", rows=rows, columns=columns)
 

@@ -233,7 +233,7 @@ class Mask(Modality):
         shares = to_space(shares, (self.num_classes, height, width))
         if side == 1:
             return torch.einsum("bkhw,kc->bchw", shares, patterns[..., 0, 0])
-        tiled = patterns.repeat(1, 1, height // side, width // side)  # (K, C, H, W)
+        tiled = patterns.repeat(1, 1, -(-height // side), -(-width // side))[..., :height, :width]  # (K, C, H, W)
         return torch.einsum("bkhw,kchw->bchw", shares, tiled)
 
     def encode(self, value: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ class Request:
     """The checked arguments of a call.
 
     Attributes:
+        model: of the pipeline, at the size of the call.
         count: B, how many samples.
         values: {observed modality: (B, …)}.
         steps: of the solver; 0: only the heads are read.
@@ -38,6 +39,7 @@ class Request:
         paste_back, final_read, return_last_draws, output_type: as of the pipeline.
     """
 
+    model: MTDiffusionModel
     count: int
     values: dict[str, Tensor]
     steps: int
@@ -87,6 +89,7 @@ def request_of(model: MTDiffusionModel, scheduler: MTScheduler, arguments: Mappi
     steps = whole("num_inference_steps", arguments["num_inference_steps"], 0)
     classifier_free, by_heads = (scales(key, arguments[key]) for key in ("guidance_scale", "head_guidance_scale"))
     resampling, read_timesteps = (plain(key, arguments[key]) for key in ("resampling", "read_timesteps"))
+    model = model.of_size(*(_optional(arguments, key) for key in ("height", "width")))
     values = observed_values(model, {} if arguments["observed"] is None else arguments["observed"], batch_size)
     count = len(next(iter(values.values()))) if values else batch_size or 1
     generator = generators(arguments["generator"], count)
@@ -95,6 +98,7 @@ def request_of(model: MTDiffusionModel, scheduler: MTScheduler, arguments: Mappi
         model, values, arguments["conditioning"], aggregated, classifier_free, by_heads, resampling, steps != 0
     )
     return Request(
+        model=model,
         count=count,
         values=values,
         steps=steps,
