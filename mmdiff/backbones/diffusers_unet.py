@@ -89,7 +89,8 @@ class DiffusersUNet(NetworkBackbone):
         h = unet.conv_in(image)  # (B, c0, H, W)
         seen = observation.channels  # (B, O, H, W)
         if self.place is not None:
-            seen = torch.cat([seen, interpolate(self.place(flags), seen.shape[2:], mode="nearest")], dim=1)  # + 8 channels
+            places = interpolate(self.place(flags), seen.shape[2:], mode="nearest")
+            seen = torch.cat([seen, places], dim=1)  # + 8 channels
         if self.observe is not None:
             h = h + self.observe(seen)
         bottleneck, features, added = through_blocks(unet, h, emb, image)

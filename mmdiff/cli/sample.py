@@ -42,9 +42,7 @@ def sample(
     batch_size: Annotated[
         int | None, typer.Option(help="samples per batch; default: the run's sample.batch_size", min=1)
     ] = None,
-    height: Annotated[
-        int | None, typer.Option(help="of the samples in pixels; default: that of the training", min=1)
-    ] = None,
+    height: Annotated[int | None, typer.Option(help="of images, in pixels; default: as trained", min=1)] = None,
     width: Annotated[int | None, typer.Option(help="the same", min=1)] = None,
     dtype: Annotated[str, typer.Option(help="precision of the networks: fp32 or bf16")] = "fp32",
     compiled: Annotated[bool, typer.Option("--compile", help="compile the backbone by torch.compile first")] = False,
