@@ -27,7 +27,8 @@ from mmdiff.modalities.fusion import FUSIONS, build_fusion
 
 Cli = Callable[..., Any]
 ROOT = Path(__file__).parents[3]
-EXPERIMENTS = sorted(path for path in (ROOT / "experiments" / "fusion").glob("*.yaml") if "\nlearner: " in path.read_text())
+FUSION = ROOT / "experiments" / "fusion"
+EXPERIMENTS = sorted(path for path in FUSION.glob("*.yaml") if "\nlearner: " in path.read_text())
 TOY = [
     *("data.options.rows=24", "data.options.validation_rows=8", "seeds=2", "hidden=4"),
     *("test.rows=6", "test.views=[1,3]", "test.distractors=[0,0.5]", "pretraining.steps=2", "training.steps=1"),
