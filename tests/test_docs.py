@@ -78,7 +78,8 @@ def options_of(command: Any) -> Iterator[str]:
 
 def test_every_equation_is_numbered_once_and_in_order() -> None:
     tags = [re.search(r"\\tag\{(\d+)\}", block.text) for block in blocks((DOCS / "theory.md").read_text())]
-    assert [int(tag[1]) for tag in tags if tag] == list(range(1, 17))
+    numbers = [int(tag[1]) for tag in tags if tag]
+    assert len(numbers) >= 20 and numbers == list(range(1, len(numbers) + 1))
 
 
 def test_the_tests_that_the_pages_name_exist() -> None:

@@ -40,7 +40,7 @@ class ImageSet(Condition):
         resize: see `Image`.
         encoder: {kind: resnet} (a small one of timm), {kind: convolutions}, {kind: open_clip} or an import path, with
             its settings, see `mmdiff.modalities.encoders`.
-        fusion: mean, max, attention or gated_attention.
+        fusion: a key of `mmdiff.modalities.fusion.FUSIONS`: mean, max, attention, agreement_attention, …
         dim: size of the fused embedding.
         hidden: width of the attentions' layer.
         observe_as: how a set reaches the backbone: "context" (the embedding) or "channels" (a map).

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from mmdiff.errors import InputError
 from mmdiff.modalities.fusion import FUSIONS, Fused, Fusion, build_fusion
@@ -87,13 +88,13 @@ def compare_fusions(
             f"{date.today().isoformat()}, {platform.machine()}, torch {torch.__version__}, {device}, "
             f"{threads} threads, load {os.getloadavg()[0]:.1f}; "
             f"{sets} sets of 1 … {largest} members of {dim} numbers, float32, median of {rounds} rounds",
-            f"{'':<28}{'batch':>9}{'loop':>11}{'ratio':>8}{'bare loop':>11}{'ratio':>8}{'difference':>13}",
+            f"{'':<34}{'batch':>9}{'loop':>11}{'ratio':>8}{'bare loop':>11}{'ratio':>8}{'difference':>13}",
         ]
         for kind in FUSIONS:
             for name, backward in ((kind, False), (f"{kind}, gradients", True)):
                 times = fusion_speed(kind, sets, largest, dim, rounds, backward, device)
                 lines.append(
-                    f"{name:<28}{times.batch:>6.2f} ms{times.loop:>8.2f} ms{times.loop / times.batch:>7.1f}×"
+                    f"{name:<34}{times.batch:>6.2f} ms{times.loop:>8.2f} ms{times.loop / times.batch:>7.1f}×"
                     f"{times.bare:>8.2f} ms{times.bare / times.batch:>7.1f}×{times.difference:>13.1e}"
                 )
     finally:
@@ -128,10 +129,42 @@ def _gated_attention(module: Fusion, h: Tensor) -> Fused:
     return Fused(a @ h, a)
 
 
+def _value_gated_attention(module: Fusion, h: Tensor) -> Fused:
+    a = module.v(module.V(h).tanh()).squeeze(1).softmax(dim=0)
+    a = a * (module.g.exp() * (len(h) * a - 1)).sigmoid()
+    a = a / a.sum()
+    return Fused(a @ h, a)
+
+
+def _per_feature_attention(module: Fusion, h: Tensor) -> Fused:
+    a = module.v(module.V(h).tanh()).softmax(dim=0)
+    return Fused((a * h).sum(dim=0), a.mean(dim=1))
+
+
+def _agreement_attention(module: Fusion, h: Tensor) -> Fused:
+    directions = normalize(h, dim=1)
+    agreement = directions @ directions.mean(dim=0)
+    a = (module.v(module.V(h).tanh()).squeeze(1) + module.s.exp() * agreement).softmax(dim=0)
+    return Fused(a @ h, a)
+
+
+def _geometric_median(module: Fusion, h: Tensor) -> Fused:
+    a = h.new_full((len(h),), 1 / len(h))
+    for _ in range(8):
+        squares = (h - a @ h).square().sum(dim=1)
+        a = (squares + 1e-3 * squares.mean() + torch.finfo(h.dtype).tiny).rsqrt()
+        a = a / a.sum()
+    return Fused(a @ h, a)
+
+
 #: What one would write by hand for one set (n, d).
 _BARE: dict[str, Callable[[Fusion, Tensor], Fused]] = {
     "mean": _mean,
     "max": _max,
     "attention": _attention,
     "gated_attention": _gated_attention,
+    "value_gated_attention": _value_gated_attention,
+    "per_feature_attention": _per_feature_attention,
+    "agreement_attention": _agreement_attention,
+    "geometric_median": _geometric_median,
 }
