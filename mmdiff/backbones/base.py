@@ -73,6 +73,10 @@ class Backbone(nn.Module, ABC):
         """
         return {}
 
+    def blocks(self) -> Sequence[nn.Module]:
+        """Parts that are called one after the other, each as a module: training may lay them out over processes."""
+        return ()
+
     @abstractmethod
     def forward(self, sample: Tensor, timestep: Tensor, observation: Observation) -> BackboneOutput:
         """sample (B, C, H, W), timestep (B,) in 0 … T − 1; H and W may be other multiples than those of `space`."""

@@ -126,6 +126,9 @@ class UNet(Backbone):
             **place,
         }
 
+    def blocks(self) -> Sequence[nn.Module]:
+        return (*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks)
+
     def forward(self, sample: Tensor, timestep: Tensor, observation: Observation) -> BackboneOutput:
         unet = self.unet
         emb = unet.time_proj(timestep).to(sample.dtype)  # (B, c0)

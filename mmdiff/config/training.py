@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -54,7 +54,14 @@ class TrainConfig(Strict):
     weight_decay: float = Field(0.01, ge=0, le=100)  # decoupled, as in AdamW
     max_grad_norm: float = Field(1.0, gt=0, le=1e9)  # gradients are clipped to this norm
     ema_decay: float = Field(0.999, ge=0, lt=1)  # of the averaged weights; step n uses min(decay, (1 + n) / (10 + n))
+    ema_further_decays: list[Decay] = []  # of averages that are kept beside it, for `mmdiff ema`
+    # relative widths of power-function averages, from whose snapshots `mmdiff ema` makes any width: [0.05, 0.1]
+    ema_sigma_rel: list[Annotated[float, Field(ge=1e-3, le=0.28)]] = []
+    ema_snapshot_every: int = Field(0, ge=0, le=10**9)  # steps between these snapshots; 0: only the last
+    ema_snapshot_dtype: Literal["float32", "float16"] = "float32"  # of the snapshots' files
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # precision of the forward and backward pass
+    # how the state lies on several processes: whole on each (DDP), or in parts (FSDP2, DeepSpeed's ZeRO-2)
+    sharding: Literal["none", "fsdp2", "zero2"] = "none"
     seed: Seed = 0  # of weights, noise, times, states and the order of rows
     threads: int = Field(0, ge=0, le=1024)  # CPU threads; 0: as many as the CPU affinity allows
     log_every: int = Field(10, ge=1, le=10**9)  # steps between lines of metrics.jsonl
@@ -72,6 +79,14 @@ class TrainConfig(Strict):
             raise ValueError("a constant learning rate never gets there; choose lr_scheduler_type linear or cosine")
         if value > info.data.get("learning_rate", value):
             raise ValueError(f"is above learning_rate = {info.data['learning_rate']}")
+        return value
+
+    @field_validator("ema_further_decays", "ema_sigma_rel")
+    @classmethod
+    def _each_once(cls, value: list[float], info: ValidationInfo) -> list[float]:
+        first = [info.data.get("ema_decay")] if info.field_name == "ema_further_decays" else []
+        if len({*first, *value}) < len(first) + len(value):
+            raise ValueError("names one average twice")
         return value
 
     @field_validator("initialize_from")

@@ -2,39 +2,79 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
 import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmdiff.errors import InputError, TrainingError
+from mmdiff.training import shards
 from mmdiff.training.disk import PARTIAL, remove, whole
+from mmdiff.training.sealed import STATE, DamagedError, check_hash, read_state, read_tensors, seal
+from mmdiff.training.shards import local
 from mmdiff.trust import check_links
 
-STATE, PARTS = "state.json", ("weights", "ema", "optimizer", "window")
+PARTS = ("weights", "ema", "optimizer", "window")
 _OURS = re.compile(r"step-(0|[1-9][0-9]*)")  # nothing else in the folder is read or deleted
-_LARGEST_STATE = 16 * 2**20  # bytes
 
 
-class Checkpoint(NamedTuple):
-    """What a checkpoint holds: ``state`` of state.json, and the tensors of its four files."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder whose hashes are right, with ``state`` of its state.json; tensors are read when they are asked for.
+
+    Its tensors are in one file per part, or in shards that any number of processes reads (`mmdiff.training.sharded`).
+    """
 
     path: Path
     state: dict[str, Any]
-    weights: dict[str, Tensor]
-    ema: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-    window: Tensor
 
+    @property
+    def sharded(self) -> bool:
+        """Whether the tensors lie in shards."""
+        return "weights.safetensors" not in self.state["files"]
 
-class DamagedError(Exception):
-    """A checkpoint cannot be used; the message says why."""
+    def layout(self, part: str) -> dict[str, Tensor]:
+        """{name: a tensor of its shape} of one of `PARTS`."""
+        if not self.sharded:
+            return self._tensors(part)
+        found = {n: t for n, t in self._shapes.items() if n.startswith(f"{part}.")}
+        return {name.removeprefix(f"{part}."): tensor for name, tensor in found.items()}
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """The objective's state, on the CPU."""
+        return self._tensors("weights")
+
+    @cached_property
+    def ema(self) -> dict[str, Tensor]:
+        """As `Ema.tensors`."""
+        return self._tensors("ema")
+
+    @cached_property
+    def optimizer(self) -> dict[str, Tensor]:
+        """As `optimizer_tensors`."""
+        return self._tensors("optimizer")
+
+    @cached_property
+    def window(self) -> Tensor:
+        """Terms of the steps since the last line of metrics, (n, terms)."""
+        return read_tensors(self.path / "window.safetensors")["terms"]
+
+    @cached_property
+    def _shapes(self) -> dict[str, Tensor]:
+        return shards.shapes(self.path)
+
+    def _tensors(self, part: str) -> dict[str, Tensor]:
+        if self.sharded:
+            return shards.read_whole(self.path, f"{part}.")
+        return read_tensors(self.path / f"{part}.safetensors")
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -90,51 +130,43 @@ def check_names_are_free(folder: Path) -> None:
 
 
 def save_checkpoint(
-    folder: Path,
-    step: int,
-    module: nn.Module,
-    averages: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    window: Tensor,
-    facts: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Write `folder/step-N` whole or not at all and remove the oldest beyond ``keep``.
+    folder: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], facts: dict[str, Any], keep: int
+) -> None:
+    """Write the tensors of ``parts``, {one of `PARTS`: {name: tensor}}; the rest as of `new_checkpoint`."""
+    with new_checkpoint(folder, step, facts, keep) as partial:
+        for part, tensors in parts.items():
+            plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+            save_file(plain, partial / f"{part}.safetensors")
+
+
+@contextlib.contextmanager
+def new_checkpoint(folder: Path, step: int, facts: dict[str, Any], keep: int) -> Iterator[Path]:
+    """A folder to write to, which becomes `folder/step-N`, whole or not at all; the oldest beyond ``keep`` go then.
 
     Args:
         folder: `checkpoints/` of the run.
         step: steps taken.
-        module, averages, optimizer: the state.
-        window: terms of the steps since the last line of metrics, (n, terms).
         facts: what else must be known to continue: threads, processes, scaler, data, config.
         keep: how many checkpoints stay.
-
-    Raises:
-        TrainingError: an average is not finite.
     """
-    check_averages(averages, step)
     final = folder / f"step-{step}"
-    parts = (module.state_dict(), averages, optimizer_tensors(optimizer), {"terms": window})
     if final.exists():  # damaged: a run never takes a step twice otherwise
         remove(final)
     with whole(final) as partial:
         partial.mkdir()
-        for name, tensors in zip(PARTS, parts, strict=True):
-            plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-            save_file(plain, partial / f"{name}.safetensors")
+        yield partial
         seal(partial, {"step": step, **facts})
     for old in [path for path in checkpoints(folder) if step_of(path) <= step][:-keep]:
         remove(old)
-    return final
 
 
-def check_averages(averages: dict[str, Tensor], step: int) -> None:
+def check_averages(averages: Mapping[str, Tensor], step: int) -> None:
     """Averages that are not finite are never saved.
 
     Raises:
         TrainingError: naming the first of them.
     """
-    finite = torch.stack([average.isfinite().all() for average in averages.values()]).tolist()
+    finite = torch.stack([local(average).isfinite().all() for average in averages.values()]).tolist()
     for name, fine in zip(averages, finite, strict=True):
         if not fine:
             raise TrainingError(
@@ -142,66 +174,30 @@ def check_averages(averages: dict[str, Tensor], step: int) -> None:
             )
 
 
-def seal(folder: Path, state: dict[str, Any]) -> None:
-    """Write state.json: the state, the hash of every other file, and its own."""
-    state = {**state, "files": {f"{name}.safetensors": _file_hash(folder / f"{name}.safetensors") for name in PARTS}}
-    (folder / STATE).write_text(json.dumps({**state, "sha256": _state_hash(state)}, indent=1) + "\n")
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _state_hash(state: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint and check every hash.
+    """Open a checkpoint and check every hash.
 
     Raises:
         DamagedError: saying what is wrong with which file.
     """
-    state = _read_state(path)
-    tensors = []
-    for name in PARTS:
-        file = path / f"{name}.safetensors"
-        _check_plain(file)
-        if _file_hash(file) != state["files"].get(file.name):
-            raise DamagedError(f"{file.name} does not have the hash that {STATE} names")
-        try:
-            tensors.append(load_file(file))
-        except (SafetensorError, OSError) as error:
-            raise DamagedError(f"{file.name} cannot be read, {error}") from None
-    weights, ema, optimizer, window = tensors
-    return Checkpoint(path, state, weights, ema, optimizer, window["terms"])
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    file = path / STATE
-    _check_plain(file)
-    if file.stat().st_size > _LARGEST_STATE:
-        raise DamagedError(f"{STATE} has {file.stat().st_size} bytes")
-    try:
-        state = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
-        raise DamagedError(f"{STATE} is no JSON") from None
-    if not isinstance(state, dict) or not isinstance(state.get("files"), dict):
-        raise DamagedError(f"{STATE} names no hashes")
-    if state.pop("sha256", None) != _state_hash(state):
-        raise DamagedError(f"{STATE} does not have its own hash")
+    state = read_state(path)
     if _OURS.fullmatch(path.name) and state.get("step") != step_of(path):
         raise DamagedError(f"{STATE} is that of step {state.get('step')}")
-    return state
-
-
-def _check_plain(file: Path) -> None:
-    if file.is_symlink() or not file.is_file():
-        raise DamagedError(f"{file.name} {'is a link' if file.is_symlink() else 'is missing'}")
+    checkpoint = Checkpoint(path, state)
+    names = [f"{part}.safetensors" for part in PARTS]
+    if checkpoint.sharded:
+        there = {file.name for file in path.glob("*.safetensors")}
+        names = sorted(set(state["files"]) | there | {"window.safetensors"})
+    for name in names:
+        if name not in (f"{part}.safetensors" for part in PARTS) and not shards.NAME.fullmatch(name):
+            raise DamagedError(f"{name} is no file of a checkpoint")
+        check_hash(path / name, state)
+    if checkpoint.sharded and not {n.partition(".")[0] for n in checkpoint._shapes} >= {*PARTS[:3]}:
+        raise DamagedError("it holds no weights, averages and optimizer")
+    return checkpoint
 
 
 def newest(folder: Path, say: Any) -> Checkpoint | None:
@@ -263,16 +259,14 @@ def load_checkpoint(checkpoint: Checkpoint, module: nn.Module, averages: Any, op
     Raises:
         InputError: when it does not fit the module.
     """
-    own = module.state_dict()
-    trained = {name: own[name] for name, _ in module.named_parameters()}
-    check_fits(checkpoint.path, own, checkpoint.weights)
-    check_fits(checkpoint.path, trained, checkpoint.ema)
+    check_fits(checkpoint.path, module.state_dict(), checkpoint.weights)
+    check_fits(checkpoint.path, averages.tensors(), checkpoint.ema)
     module.load_state_dict(checkpoint.weights)
     averages.load(checkpoint.ema)
     load_optimizer(optimizer, checkpoint.optimizer)
 
 
-def check_fits(path: Path, own: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+def check_fits(path: Path, own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
     """Names and shapes must agree.
 
     Raises:

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmdiff.build import build_stand_in
 from mmdiff.config import Config
-from mmdiff.training.process import make_accelerator, obey_launcher, set_threads
+from mmdiff.training.launcher import obey_launcher
+from mmdiff.training.process import make_accelerator, set_threads
 from mmdiff.training.tracking import Window
 from mmdiff.training.trainer import Trainer, check_finite
 

@@ -1,47 +1,75 @@
-"""Exponential moving average of all parameters, in one fused call per step."""
+"""Averages of all parameters: exponential ones, and power-function ones of which any width can be made afterwards."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from mmdiff.training.shards import local
+from mmdiff.training.width import exponent
+
 
 class Ema:
-    """Averages of a module's parameters, under their names.
+    """Averages of a module's parameters, each in one fused call per step; the first is the one that samples.
 
     Args:
-        module: whose parameters are averaged.
-        decay: reached from below, min(decay, (1 + n)/(10 + n)) after n updates.
+        module: whose parameters are averaged. Those that lie in parts are averaged in parts.
+        decay: of the exponential averages, reached from below: min(decay, (1 + n)/(10 + n)) after n updates.
+        sigma_rel: relative widths of the power-function averages (Karras et al., 2024, arXiv 2312.02696, Eq. 123–127).
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
+    def __init__(self, module: nn.Module, decay: float | Sequence[float], sigma_rel: Sequence[float] = ()) -> None:
+        decays = decay if isinstance(decay, Sequence) else (decay,)
+        self._decays: dict[str, Callable[[int], float]] = {
+            **{f"decay={value}": _exponential(value) for value in decays},
+            **{f"sigma_rel={value}": _power(value) for value in sigma_rel},
+        }
         self.parameters = dict(module.named_parameters())
-        self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.kept = {label: {n: p.detach().clone() for n, p in self.parameters.items()} for label in self._decays}
+
+    @property
+    def label(self) -> str:
+        """What the average that samples is called."""
+        return next(iter(self.kept))
+
+    @property
+    def averages(self) -> dict[str, Tensor]:
+        """The average that samples, under the parameters' names."""
+        return next(iter(self.kept.values()))
 
     @torch.no_grad()
     def update(self, updates: int) -> None:
         """Take the parameters in, after ``updates`` earlier updates."""
-        decay = min(self.decay, (1 + updates) / (10 + updates))
-        torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), 1.0 - decay)
+        parameters = [local(p) for p in self.parameters.values()]
+        for label, decay in self._decays.items():
+            averages = [local(average) for average in self.kept[label].values()]
+            torch._foreach_lerp_(averages, parameters, 1.0 - decay(updates))
 
     @torch.no_grad()
     def restart(self) -> None:
         """Begin at the parameters as they are now."""
-        self.load(self.parameters)
+        for averages in self.kept.values():
+            for name, average in averages.items():
+                local(average).copy_(local(self.parameters[name]))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps: the first average under the parameters' names, the others under "LABEL/NAME"."""
+        first, *others = self.kept
+        named = {f"{label}/{name}": tensor for label in others for name, tensor in self.kept[label].items()}
+        return {**self.kept[first], **named}
 
     @torch.no_grad()
     def load(self, averages: Mapping[str, Tensor]) -> None:
-        """Take averages from a checkpoint."""
-        for name, average in self.averages.items():
+        """Inverse of `tensors`."""
+        for name, average in self.tensors().items():
             average.copy_(averages[name])
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Within the context the module computes with its averages."""
+        """Within the context the module computes with the first average."""
         self._swap()
         try:
             yield
@@ -51,3 +79,13 @@ class Ema:
     def _swap(self) -> None:
         for name, parameter in self.parameters.items():
             parameter.data, self.averages[name] = self.averages[name], parameter.data
+
+
+def _exponential(decay: float) -> Callable[[int], float]:
+    return lambda updates: min(decay, (1 + updates) / (10 + updates))
+
+
+def _power(sigma_rel: float) -> Callable[[int], float]:
+    """β of the (n + 1)-th update, (1 − 1/t)^(γ + 1) at t = n + 1: the first update takes the parameters whole."""
+    gamma = exponent(sigma_rel)
+    return lambda updates: (1 - 1 / (updates + 1)) ** (gamma + 1)

@@ -14,9 +14,10 @@ from mmdiff import plots
 from mmdiff.build import Experiment, build
 from mmdiff.config import Config
 from mmdiff.training.disk import faults, whole
+from mmdiff.training.launcher import obey_launcher
 from mmdiff.training.learning_rate import learning_rate
 from mmdiff.training.preflight import preflight
-from mmdiff.training.process import StopSignal, make_accelerator, obey_launcher, set_threads
+from mmdiff.training.process import StopSignal, make_accelerator, set_threads
 from mmdiff.training.run_folder import claimed
 from mmdiff.training.start import check_origin, start
 from mmdiff.training.tracking import Tracker, Window
@@ -68,8 +69,8 @@ def train(config: Config, progress: bool = True, trust_custom_modalities: bool =
 
         if stopping:
             accelerator.print(f"stopped at step {done} of {config.train.steps}; continue with train.resume=auto")
-        elif accelerator.is_main_process:
-            trainer.save_pipeline(folder / "pipeline")
+        else:
+            trainer.save_pipeline(folder / "pipeline", done)
             log.grid(trainer, done)
         log.close()
     accelerator.end_training()
@@ -127,9 +128,9 @@ class Log:
         return {"skipped_values": len(self.table.unusable.lines)} if self.config.data.on_error == "skip" else {}
 
     def grid(self, trainer: Trainer, done: int) -> None:
-        """A picture of samples at a step."""
+        """A picture of samples at a step; every process must call it."""
+        path = trainer.save_grid(self.folder / "samples" / f"step-{done}.png", self.config.sample)
         if self.tracker:
-            path = trainer.save_grid(self.folder / "samples" / f"step-{done}.png", self.config.sample)
             self.tracker.image("samples", path, done)
             self._restart()
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import signal
 from collections.abc import Callable
 from typing import Any
 
-import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -18,10 +16,11 @@ from accelerate.utils import (
     DistributedType,
     GradientAccumulationPlugin,
     broadcast_object_list,
+    gather_object,
 )
-from pydantic import ValidationError
+from safetensors import SafetensorError
 
-from mmdiff.config import Config, TrainConfig
+from mmdiff.config import TrainConfig
 from mmdiff.errors import InputError, TrainingError
 
 
@@ -69,67 +68,11 @@ class StopSignal:
         return bool(accelerator.reduce(flag, reduction="sum").item() > 0)
 
 
-_REFUSED = {  # {environment of `accelerate launch`: (flag, what means that nobody asked)}
-    "ACCELERATE_DYNAMO_BACKEND": ("--dynamo_backend", "no"),
-    "ACCELERATE_USE_DEEPSPEED": ("--use_deepspeed", "false"),
-    "ACCELERATE_USE_FSDP": ("--use_fsdp", "false"),
-    "ACCELERATE_USE_MEGATRON_LM": ("--use_megatron_lm", "false"),
-    "ACCELERATE_USE_PARALLELISM_CONFIG": ("--use_parallelism_config", "false"),
-    "ACCELERATE_GRADIENT_CLIPPING": ("--gradient_clipping", "none"),
-}
-
-
-def obey_launcher(config: Config) -> Config:
-    """The config with what `accelerate launch` was asked for where the config leaves the key out.
-
-    Raises:
-        InputError: the two contradict each other, or the launcher was asked for what mmdiff does not do.
-    """
-    for name, (flag, unasked) in _REFUSED.items():
-        if (value := os.environ.get(name, unasked)).lower() not in (unasked, ""):
-            raise InputError(f"accelerate launch {flag}", value, "is not supported; leave it out")
-    asked = _asked()
-    for key in asked.keys() & config.train.model_fields_set:
-        if (own := getattr(config.train, key)) != asked[key]:
-            remedy = f"but `accelerate launch` was asked for {asked[key]!r}; leave one of them out"
-            raise InputError(f"train.{key}", own, remedy)
-    tree = config.train.model_dump() | asked
-    try:
-        return config.model_copy(update={"train": TrainConfig.model_validate(tree)}) if asked else config
-    except ValidationError as error:
-        key = str(error.errors()[0]["loc"][0])
-        raise InputError(f"accelerate launch: {key}", asked[key], error.errors()[0]["msg"]) from None
-
-
-def _asked() -> dict[str, str | int]:
-    """{key of `train`: what `accelerate launch` was asked for}; "no" and 1 stand there unasked."""
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and steps == "1":
-        steps = _parent_flag("gradient_accumulation_steps") or steps  # not in the environment without DeepSpeed
-    try:
-        asked = {"mixed_precision": precision, "accumulate": int(steps)}
-    except ValueError:
-        raise InputError("accelerate launch --gradient_accumulation_steps", steps, "must be a whole number") from None
-    return {key: value for key, value in asked.items() if value not in ("no", 1)}
-
-
-def _parent_flag(name: str) -> str | None:
-    """What the command line of the launcher, which is this process's parent, says."""
-    try:
-        arguments = psutil.Process().parent().cmdline()
-    except (psutil.Error, AttributeError):
-        return None
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
-    return vars(parser.parse_known_args(arguments)[0])[name]
-
-
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """The accelerator, once it is certain that it sees every process.
 
     Raises:
-        InputError: when a launcher started several processes of which this one knows nothing, or under FSDP.
+        InputError: when a launcher started several processes of which this one knows nothing.
     """
     if "WORLD_SIZE" not in os.environ:  # a notebook may train twice, with another precision
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -147,19 +90,32 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             "`ACCELERATE_USE_CPU=1 torchrun --nproc_per_node N -m mmdiff train …`",
         )
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
-        raise InputError("accelerate", str(accelerator.distributed_type), "choose data parallelism (DDP)")
+        raise InputError("accelerate", str(accelerator.distributed_type), "choose DDP, FSDP2 or DeepSpeed's ZeRO-2")
     return accelerator
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
     """Do something on the main process; what it raises is raised on every process, so that none waits for it."""
-    fault: list[Exception | None] = [None]
-    if accelerator.is_main_process:
-        try:
-            action()
-        except (InputError, TrainingError, OSError) as error:
-            fault[0] = error
+    fault = [_fault(action) if accelerator.is_main_process else None]
     if accelerator.num_processes > 1:
         broadcast_object_list(fault)
     if fault[0] is not None:
         raise fault[0]
+
+
+def everywhere(accelerator: Accelerator, action: Callable[[], object]) -> None:
+    """Do something on every process; what one of them raises is raised on all."""
+    faults: list[Exception | None] = [_fault(action)]
+    if accelerator.num_processes > 1:
+        faults = gather_object(faults)
+    for fault in filter(None, faults):
+        raise fault
+
+
+def _fault(action: Callable[[], object]) -> Exception | None:
+    """What an action raises, of what a person can mend."""
+    try:
+        action()
+    except (InputError, TrainingError, OSError, SafetensorError) as error:
+        return error
+    return None

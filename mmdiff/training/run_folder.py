@@ -30,7 +30,16 @@ RESUMABLE = {
     "data.workers",
     *(
         f"train.{key}"
-        for key in ("resume", "steps", "threads", "log_every", "checkpoint_every", "keep_checkpoints", "sample_every")
+        for key in (
+            "resume",
+            "steps",
+            "threads",
+            "log_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "sample_every",
+            "sharding",
+        )
     ),
 }
 FOLDERS, CONFIG, ORIGIN = ("checkpoints", "samples"), "config.yaml", "origin.json"

@@ -35,12 +35,14 @@ def start(trainer: Trainer, config: Config, folder: Path, trust: bool = False) -
     say = trainer.accelerator.print
     trainer.data = fingerprint(trainer.table.rows)
     own = newest(folder / "checkpoints", say)
+    goes_on = own is not None or config.train.resume not in ("never", "auto")
+    origin = {} if goes_on else _initialized(trainer, config, say, trust)
+    trainer.prepare()
     if own is not None:
         _check_data(own, trainer.data, config, folder)
         return trainer.load(own)
     if config.train.resume not in ("never", "auto"):
         return _continue_from(trainer, config, folder)
-    origin = _initialized(trainer, config, say, trust)
     if origin:
         trainer.ema.restart()
         on_main(trainer.accelerator, lambda: write_origin(folder, origin))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from mmdiff import plots
-from mmdiff.build import Experiment
+from mmdiff.build import Experiment, build_model, build_objective
 from mmdiff.config import SampleConfig, TrainConfig
 from mmdiff.data import Batch
 from mmdiff.data.order import MicroBatches
@@ -22,12 +22,13 @@ from mmdiff.errors import InputError, TrainingError, at
 from mmdiff.objective import BatchPosition, MTObjective
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.randomness import fold
-from mmdiff.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from mmdiff.training.averages import write_average
+from mmdiff.training.checkpoint import Checkpoint
 from mmdiff.training.disk import whole
 from mmdiff.training.ema import Ema
 from mmdiff.training.learning_rate import learning_rate
 from mmdiff.training.muon import Muon
-from mmdiff.training.process import on_main
+from mmdiff.training.sharding import find_parallel
 from mmdiff.training.tracking import Window
 
 #: Positions in the global batch, and what was read for them, in pieces.
@@ -51,8 +52,17 @@ class Trainer:
             )
         self.bare: MTObjective = experiment.objective
         self.bare.to(accelerator.device)
-        self.objective, self.optimizer = accelerator.prepare(self.bare, make_optimizer(self.bare, self.config))
-        self.ema = Ema(self.bare, self.config.ema_decay)
+        self.parallel = find_parallel(accelerator, self.config)
+        self.ema: Ema | None = None
+        if not self.parallel.late:
+            self.prepare()
+
+    def prepare(self) -> None:
+        """Lay the state out over the processes, once, when the weights have their first values."""
+        config = self.config
+        if self.ema is None:
+            self.parallel.lay_out(self.bare, make_optimizer)
+            self.ema = Ema(self.bare, (config.ema_decay, *config.ema_further_decays), config.ema_sigma_rel)
 
     def batches(self, first_step: int) -> MicroBatches:
         """The rows of this process from a step on."""
@@ -86,23 +96,22 @@ class Trainer:
             step: its number in the run, from 0.
             micro_batches: `train.accumulate` of them.
         """
-        config, accelerator = self.config, self.accelerator
+        config, accelerator, parallel = self.config, self.accelerator, self.parallel
         torch.manual_seed(fold(config.seed, step, f"process {accelerator.process_index}"))  # dropout resumes too
-        for group in self.optimizer.param_groups:
+        for group in parallel.optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         total: dict[str, torch.Tensor] = {}
         for part, (share, pieces) in enumerate(micro_batches, start=1):
             batch = self._received(pieces)
             positions = torch.arange(share.start, share.stop, device=accelerator.device)
             position = BatchPosition(step, positions, config.batch_size)
-            with contextlib.nullcontext() if part == config.accumulate else accelerator.no_sync(self.objective):
-                output = self.objective(batch, position)
-                accelerator.backward(output.loss / config.accumulate)
+            last = part == config.accumulate
+            with parallel.part(last):
+                output = parallel.objective(batch, position)
+                parallel.backward(output.loss / config.accumulate, last)
             for name, term in output.terms.items():
                 total[name] = total.get(name, 0.0) + term / config.accumulate
-        total["grad_norm"] = accelerator.clip_grad_norm_(self.bare.parameters(), config.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        total["grad_norm"] = parallel.update()
         self.ema.update(step)
         return total
 
@@ -121,33 +130,30 @@ class Trainer:
             "threads": torch.get_num_threads(),
             "processes": self.accelerator.num_processes,
             "torch": torch.__version__,
+            "sharding": self.config.sharding,
         }
 
     def save(self, folder: Path, step: int, window: Window) -> None:
-        """Write a checkpoint from the main process; what that raises is raised on all."""
+        """Write a checkpoint; every process must call it, and what one of them meets is raised on all."""
         rows = window.rows(self.accelerator)
+        check_finite(rows, window.names, step, self.config)  # the same rows everywhere
         scaler = self.accelerator.scaler
         facts = self.facts() | {
             "scaler": scaler.state_dict() if scaler is not None else None,
             "data": self.data,
             "config": self.full_config.model_dump(mode="json"),
         }
-
-        def write() -> None:
-            check_finite(rows, window.names, step, self.config)
-            keep = self.config.keep_checkpoints
-            save_checkpoint(folder, step, self.bare, self.ema.averages, self.optimizer.optimizer, rows, facts, keep)
-
-        on_main(self.accelerator, write)
+        self.parallel.save(folder, step, self.ema, rows, facts)
 
     def load(self, checkpoint: Checkpoint) -> tuple[int, Window]:
         """Continue from a checkpoint: (steps taken, window)."""
-        load_checkpoint(checkpoint, self.bare, self.ema, self.optimizer.optimizer)
+        self.parallel.load(checkpoint, self.ema)
         state = checkpoint.state
         for key, value in self.facts().items():
-            if state.get(key) != value:
+            before = state.get(key, "none")
+            if before != value:
                 warnings.warn(
-                    f"{checkpoint.path.name} was written with {key} = {state.get(key)}, this run has {value}: it "
+                    f"{checkpoint.path.name} was written with {key} = {before}, this run has {value}: it "
                     "continues, but not bit-equally",
                     stacklevel=2,
                 )
@@ -156,26 +162,54 @@ class Trainer:
         return state["step"], Window(checkpoint.window)
 
     def save_grid(self, path: Path, sample: SampleConfig) -> Path:
-        """Sample with the averaged weights."""
-        with self.ema.swapped_in(), whole(path) as partial:
-            plots.save_grid(self.pipeline(), partial, sample)
+        """Sample with the averaged weights; every process must call it, the main one writes."""
+        with self.averaged() as pipeline:
+            if pipeline is not None:
+                with whole(path) as partial:
+                    plots.save_grid(pipeline, partial, sample)
         return path
 
-    def save_pipeline(self, path: Path) -> None:
-        """The averaged weights as a pipeline."""
-        with self.ema.swapped_in(), whole(path) as partial:
-            self.pipeline().save_pretrained(partial)
+    def save_pipeline(self, path: Path, step: int) -> None:
+        """The averaged weights as a pipeline, and which average they are; every process must call it."""
+        with self.averaged() as pipeline:
+            if pipeline is not None:
+                with whole(path) as partial:
+                    pipeline.save_pretrained(partial)
+                    write_average(partial, self.ema.label, step)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[MTDiffusionPipeline | None]:
+        """A pipeline with the averaged weights on the main process, None on the others."""
+        parallel = self.parallel
+        if not parallel.late:
+            with self.ema.swapped_in():
+                yield self.pipeline() if self.accelerator.is_main_process else None
+            return
+        state = parallel.whole({**self.bare.state_dict(), **self.ema.averages})
+        yield self.whole_pipeline(state) if self.accelerator.is_main_process else None
+
+    def whole_pipeline(self, state: Mapping[str, torch.Tensor]) -> MTDiffusionPipeline:
+        """A pipeline of its own from a whole state of the objective."""
+        config = self.full_config
+        objective = build_objective(config, build_model(config, initial_weights=False), self.bare.scheduler)
+        objective.load_state_dict(state)
+        return pipeline_of(objective.to(self.accelerator.device))
 
     def pipeline(self) -> MTDiffusionPipeline:
-        """A pipeline on the live model; learned weight schedules are written into its scheduler's config."""
-        scheduler = self.bare.scheduler
-        weights = {name: dict(entry) for name, entry in (scheduler.config.weights or {}).items()}
-        for name, (parameters, log_scale) in self.bare.learned_weights().items():
-            weights[name] |= {"parameters": parameters.tolist(), "log_scale": log_scale.item()}
-        scheduler = type(scheduler).from_config(scheduler.config, weights=weights)
-        pipeline = MTDiffusionPipeline(model=self.bare.model, scheduler=scheduler)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+        """A pipeline on the live model."""
+        return pipeline_of(self.bare)
+
+
+def pipeline_of(objective: MTObjective) -> MTDiffusionPipeline:
+    """A pipeline on an objective's model; learned weight schedules are written into its scheduler's config."""
+    scheduler = objective.scheduler
+    weights = {name: dict(entry) for name, entry in (scheduler.config.weights or {}).items()}
+    for name, (parameters, log_scale) in objective.learned_weights().items():
+        weights[name] |= {"parameters": parameters.tolist(), "log_scale": log_scale.item()}
+    scheduler = type(scheduler).from_config(scheduler.config, weights=weights)
+    pipeline = MTDiffusionPipeline(model=objective.model, scheduler=scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def make_optimizer(objective: MTObjective, config: TrainConfig) -> torch.optim.Optimizer:

@@ -40,7 +40,7 @@ def test_the_run_folder(finished_run: Path) -> None:
     assert names(finished_run) == ["checkpoints", "config.yaml", "curves.png", "metrics.jsonl", "pipeline", "samples"]
     assert names(finished_run / "checkpoints") == ["step-12", "step-8"]  # of 4, 8 and 12 two are kept
     assert names(finished_run / "samples") == ["step-12.png", "step-6.png"]
-    assert names(finished_run / "pipeline") == ["model", "model_index.json", "scheduler"]
+    assert names(finished_run / "pipeline") == ["average.json", "model", "model_index.json", "scheduler"]
     lines = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [5, 10, 12]
     terms = {"l0", "l1", "l2/label", "l3", "loss", "grad_norm", "learning_rate", "images_per_second", "step"}

@@ -14,8 +14,9 @@ from mmdiff.build import build
 from mmdiff.config import Config
 from mmdiff.errors import InputError
 from mmdiff.training import loop, train
+from mmdiff.training.launcher import obey_launcher
 from mmdiff.training.preflight import preflight
-from mmdiff.training.process import make_accelerator, obey_launcher
+from mmdiff.training.process import make_accelerator
 from mmdiff.training.trainer import Trainer
 
 Configure = Callable[..., Config]
@@ -105,8 +106,8 @@ def test_the_launcher_is_obeyed_where_the_config_says_nothing(configure: Configu
         ({"GRADIENT_ACCUMULATION_STEPS": "auto"}, "", "accelerate launch --gradient_accumulation_steps = 'auto'"),
         ({"GRADIENT_ACCUMULATION_STEPS": "-1"}, "", "accelerate launch: accumulate = -1"),
         ({"DYNAMO_BACKEND": "INDUCTOR"}, "", "accelerate launch --dynamo_backend = 'INDUCTOR'"),
-        ({"USE_DEEPSPEED": "true"}, "", "accelerate launch --use_deepspeed = 'true'"),
-        ({"USE_FSDP": "true"}, "", "accelerate launch --use_fsdp = 'true'"),
+        ({"USE_DEEPSPEED": "true", "DEEPSPEED_ZERO_STAGE": "3"}, "", "accelerate launch --zero_stage = '3'"),
+        ({"USE_FSDP": "true"}, "train.sharding=none", "train.sharding = 'none': but `accelerate launch`"),
         ({"USE_MEGATRON_LM": "true"}, "", "accelerate launch --use_megatron_lm = 'true'"),
     ],
 )
