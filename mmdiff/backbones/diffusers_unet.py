@@ -79,6 +79,10 @@ class DiffusersUNet(NetworkBackbone):
             axes["place.0.weight"] = {1: Axis(flags)}
         return axes | ({} if self.observe is None else {"observe.weight": {1: Axis(inputs, zero=True)}})
 
+    def blocks(self) -> Sequence[nn.Module]:
+        unet = self.network
+        return tuple(block for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks) if block is not None)
+
     def forward(self, sample: Tensor, timestep: Tensor, observation: Observation) -> BackboneOutput:
         unet, flags = self.network, observation.flags.to(sample.dtype)  # (B, V)
         image = 2 * sample - 1.0 if unet.config.center_input_sample else sample
