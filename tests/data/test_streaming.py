@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import shutil
+import sys
 import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -188,6 +189,32 @@ def test_workers_and_a_stop_in_the_middle_of_an_epoch_change_no_bit(
         write(Path(source), kind, first=1)
     with refused("data.source", source, "step-6"):
         train(configure(*more), progress=False)
+
+
+@pytest.mark.slow
+def test_two_processes_with_workers_read_the_batches_of_one(
+    configure: Configure, launch: Callable[..., Any], tiny_file: Path, tmp_path: Path
+) -> None:
+    more = [f"data.source={write(tmp_path / 'data', 'parquet')}", "data.holdout=5", "data.streaming=true"]
+    more += ["data.streams=4", "train.steps=12", "train.log_every=3", "train.checkpoint_every=6"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "mmdiff"]
+    two = [*start, "train", str(tiny_file), *more, "data.workers=3", "train.accumulate=2", f"output={tmp_path / 'two'}"]
+    launched = launch(two, tmp_path / "log", ACCELERATE_USE_CPU="1")
+    one = train(configure(*more), progress=False)
+    answer = launched.wait()
+    assert answer.code == 0, answer.err
+    for line, other in zip(*(metrics(run) for run in (one, tmp_path / "two")), strict=True):
+        assert line == pytest.approx(other, rel=1e-3, abs=1e-6)
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-12")
+    shutil.rmtree(tmp_path / "two" / "pipeline")
+    with pytest.warns(UserWarning, match="processes = 2, this run has 1"):
+        train(configure(*more, f"output={tmp_path / 'two'}", "train.accumulate=2", "train.resume=auto"), progress=False)
+    assert metrics(one)[-1] == pytest.approx(metrics(tmp_path / "two")[-1], rel=1e-3, abs=1e-6)
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: line[name] for name in ("step", "loss", "l1", "l2/label")} for line in lines]
 
 
 def same(one: Path, other: Path) -> bool:

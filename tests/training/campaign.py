@@ -1,4 +1,4 @@
-"""Kill, starve and damage trainings, and count what is lost: `python tests/training/campaign.py CONFIG FOLDER`.
+"""Kill, starve and damage trainings, and count what is lost: `python tests/training/campaign.py CONFIG [KEY=VALUE …]`.
 
 Every training is a forked process. It is killed at a random moment or at the n-th file that it brings to the disk,
 continued, and compared with one that nobody disturbed.
@@ -6,6 +6,7 @@ continued, and compared with one that nobody disturbed.
 
 from __future__ import annotations
 
+import argparse
 import os
 import random
 import shutil
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mmdiff.config import Config, load_config
@@ -86,12 +87,36 @@ def bits(run: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in files}
 
 
-def campaign(config_file: Path, folder: Path, kills: int, full: int, damaged: int, seed: int = 0) -> Counter:
-    """Counts of {kind, outcome}; "differs" and "foreign" must stay 0."""
+def differing(run: Path, wanted: dict[str, bytes]) -> int:
+    """How many bits of the last checkpoint and the pipeline are others; all of a file that has another size."""
+    found = bits(run)
+    pairs = [(found.get(name, b""), wanted.get(name, b"")) for name in found.keys() | wanted.keys()]
+    whole = (int.from_bytes(a) ^ int.from_bytes(b) if len(a) == len(b) else (1 << 8 * len(b)) - 1 for a, b in pairs)
+    return sum(number.bit_count() for number in whole)
+
+
+def campaign(
+    config_file: Path,
+    folder: Path,
+    kills: int,
+    full: int,
+    damaged: int,
+    seed: int = 0,
+    overrides: Sequence[str] = (),
+) -> Counter:
+    """Counts of {kind, outcome}; "traceback", "differs" (in bits) and "foreign" must stay 0.
+
+    Args:
+        config_file: of any experiment.
+        folder: for the runs.
+        kills, full, damaged: how many runs are killed, run out of disk, and have a checkpoint damaged.
+        seed: of the moments.
+        overrides: of the config.
+    """
     draw, found = random.Random(seed), Counter()
 
     def config(run: Path) -> Config:
-        return load_config(config_file, [f"output={run}", *SETTINGS])
+        return load_config(config_file, [*SETTINGS, *overrides, f"output={run}"])
 
     whole = folder / "whole"
     started = time.perf_counter()
@@ -102,7 +127,7 @@ def campaign(config_file: Path, folder: Path, kills: int, full: int, damaged: in
         foreign = run / "checkpoints" / "step-1-mine"
         outcome = forked(config(run))
         found[kind, "resumed" if outcome == "done" else outcome] += 1
-        found[kind, "differs"] += outcome == "done" and bits(run) != wanted
+        found[kind, "differs"] += differing(run, wanted) if outcome == "done" else 0
         found[kind, "foreign"] += foreign.exists() and foreign.read_text() != "mine"
         shutil.rmtree(run)
 
@@ -139,13 +164,21 @@ def _full_disk(
         (disk_ / "filler").unlink()
         outcome = forked(config(disk_ / "run"))
         found["full disk", "resumed" if outcome == "done" else outcome] += 1
-        found["full disk", "differs"] += outcome == "done" and bits(disk_ / "run") != wanted
+        found["full disk", "differs"] += differing(disk_ / "run", wanted) if outcome == "done" else 0
     finally:
         subprocess.run(["umount", "-l", disk_], check=True)
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*", help="KEY=VALUE of the config")
+    for name, default in (("kills", 34), ("full", 14), ("damaged", 20), ("seed", 0)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    asked = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as scratch:
-        counts = campaign(Path(sys.argv[1]), Path(sys.argv[2] if len(sys.argv) > 2 else scratch), 34, 14, 20)
+        counts = campaign(
+            asked.config, Path(scratch), asked.kills, asked.full, asked.damaged, asked.seed, asked.overrides
+        )
     for (kind, outcome), count in sorted(counts.items()):
         print(f"{kind:10} {outcome:10} {count}")
