@@ -82,8 +82,8 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
             with at(f"modalities.{name}"):
                 self.modalities[name].check_anchor(self.modalities[anchor])
         observed = sum(modality.observation_channels for modality in self.modalities.values())
-        width = sum(2 + modality.context_width for modality in self.modalities.values())
-        self.backbone = backbone(space, observed, width, **backbone_settings)
+        widths = tuple(2 + modality.context_width for modality in self.modalities.values())
+        self.backbone = backbone(space, observed, widths, **backbone_settings)
         self.space, self.pooled_width = space, shape.pooled
 
     @classmethod
@@ -241,7 +241,7 @@ class MTDiffusionModel(ModelMixin, ConfigMixin):
         Backbone and heads compute in the weights' dtype; the outputs have the dtype of ``sample``.
         """
         inside, outside = next(self.backbone.parameters()).dtype, sample.dtype
-        output = self.backbone(sample.to(inside), timestep, Observation(*(part.to(inside) for part in observation)))
+        output = self.backbone(sample.to(inside), timestep, observation.to(inside))
         params = {
             name: self.modalities[name].decode(output.features, output.pooled).to(outside) for name in self.generated
         }

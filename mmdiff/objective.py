@@ -105,7 +105,11 @@ class MTObjective(nn.Module):
         }
         z_t = scheduler.add_noise(z_0, noise, timesteps, encodings)
         z_t = z_t * denoised[:, None, None, None]  # elsewhere the mean of z_T, as in sampling
-        output = model(z_t, timesteps, model.observation(batch.values, aggregated, observed, like=z_t))
+        observation = model.observation(batch.values, aggregated, observed, like=z_t)
+        if count := model.backbone.random_numbers(*z_t.shape[2:]):
+            numbers = uniform(self.seed, where.step, "backbone", where.positions, (count,))
+            observation = observation._replace(random=numbers)
+        output = model(z_t, timesteps, observation)
 
         target = scheduler.training_target(z_0, noise, timesteps)
         error = losses.denoising_error(output.prediction, target, self.snr_weight(timesteps))  # (B,)

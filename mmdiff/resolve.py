@@ -26,7 +26,7 @@ from mmdiff.schedulers import SCHEDULERS, MTScheduler
 LARGEST = 1e9  # any number among the settings of a class
 _RESERVED = {  # arguments that a config cannot set
     Condition: {"self", "shape", "head"},
-    Backbone: {"self", "space", "observation_channels", "num_flags"},
+    Backbone: {"self", "space", "observation_channels", "flag_widths"},
     MTScheduler: {"self", "weights"},
 }
 

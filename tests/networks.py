@@ -12,6 +12,7 @@ from mmdiff.model import MTDiffusionModel
 from mmdiff.schedulers import MTDiffusionScheduler
 
 Module = TypeVar("Module", bound=nn.Module)
+DIT = {"depth": 2, "width": 16, "heads": 2, "patch_size": 2, "registers": 1}
 LAYERS = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8}
 
 DIFFUSERS_UNET = {

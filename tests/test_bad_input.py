@@ -143,7 +143,7 @@ def test_every_key_of_the_schema(known: Tree) -> None:
 
 def arguments(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls.__init__)
-    skipped = {"self", "shape", "head", "space", "observation_channels", "num_flags", "return"}
+    skipped = {"self", "shape", "head", "space", "observation_channels", "flag_widths", "return"}
     return {n: hints[n] for n in inspect.signature(cls.__init__).parameters if n not in skipped and n in hints}
 
 

@@ -28,7 +28,7 @@ CLASSES = {  # what a section's `kind` chooses from: the dict in the source
     "backbone": "mmdiff.backbones.BACKBONES",
     "scheduler": "mmdiff.schedulers.SCHEDULERS",
 }
-NOT_SET = {"self", "shape", "head", "space", "observation_channels", "num_flags", "weights"}  # not for a config
+NOT_SET = {"self", "shape", "head", "space", "observation_channels", "flag_widths", "weights"}  # not for a config
 SANITY = 1e4  # a bound this far out only stops typing errors
 _BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 

@@ -5,12 +5,14 @@ from typing import Any
 from mmdiff.backbones.base import Backbone, BackboneOutput, Observation, Widths
 from mmdiff.backbones.diffusers_dit import DiffusersDiT
 from mmdiff.backbones.diffusers_unet import DiffusersUNet
+from mmdiff.backbones.dit import DiT
 from mmdiff.backbones.networks import NetworkBackbone, complete_config
 from mmdiff.backbones.unet import UNet
 from mmdiff.errors import InputError
 
 BACKBONES: dict[str, type[Backbone]] = {
     "unet": UNet,
+    "dit": DiT,
     "diffusers_unet": DiffusersUNet,
     "diffusers_dit": DiffusersDiT,
 }
@@ -31,6 +33,7 @@ __all__ = [
     "BACKBONES",
     "Backbone",
     "BackboneOutput",
+    "DiT",
     "DiffusersDiT",
     "DiffusersUNet",
     "NetworkBackbone",

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from mmdiff.slots import Axes, Slot
@@ -16,11 +17,17 @@ class Observation(NamedTuple):
 
     ``channels`` (B, O, H, W): E_i(x_i) of observed modalities, zeros for others. ``flags`` (B, V): for every modality,
     in the order of the names, whether it is aggregated, whether it is observed, and its context: numbers of an observed
-    value without a place in space, zeros for others.
+    value without a place in space, zeros for others. ``random`` (B, R): uniform numbers of [0, 1) that training draws
+    for what the backbone does at random, see `Backbone.random_numbers`; None in sampling.
     """
 
     channels: Tensor
     flags: Tensor
+    random: Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> Observation:
+        """Channels and flags in a dtype."""
+        return self._replace(channels=self.channels.to(dtype), flags=self.flags.to(dtype))
 
 
 class BackboneOutput(NamedTuple):
@@ -46,7 +53,7 @@ class Backbone(nn.Module, ABC):
     Args:
         space: (C, H, W) of the diffusion space.
         observation_channels: O.
-        num_flags: V.
+        flag_widths: how many of the V flags belong to each modality.
     """
 
     stands_for: ClassVar[tuple[str, ...]] = ()  # kinds that a config may name where `initialize_from` gives this one
@@ -54,7 +61,7 @@ class Backbone(nn.Module, ABC):
     #: Height and width of the diffusion space are multiples of it.
     multiple: int = 1
 
-    def __init__(self, space: tuple[int, int, int], observation_channels: int, num_flags: int) -> None:
+    def __init__(self, space: tuple[int, int, int], observation_channels: int, flag_widths: Sequence[int]) -> None:
         super().__init__()
 
     @classmethod
@@ -74,8 +81,15 @@ class Backbone(nn.Module, ABC):
         return {}
 
     def blocks(self) -> Sequence[nn.Module]:
-        """Parts that are called one after the other, each as a module: training may lay them out over processes."""
+        """Parts that are called one after the other, each as a module: training may compile them or share them out."""
         return ()
+
+    def random_numbers(self, height: int, width: int) -> int:
+        """R, uniform numbers per sample that a training step hands over, for a diffusion space of this size.
+
+        They are functions of (seed, step, position), so that several processes and accumulation draw the same.
+        """
+        return 0
 
     @abstractmethod
     def forward(self, sample: Tensor, timestep: Tensor, observation: Observation) -> BackboneOutput:

@@ -25,7 +25,7 @@ class DiffusersDiT(NetworkBackbone):
     """A `DiTTransformer2DModel`: `initialize_from` writes its config and reads its weights.
 
     Args:
-        space, observation_channels, num_flags: see `Backbone`.
+        space, observation_channels, flag_widths: see `Backbone`.
         network: the config of the `DiTTransformer2DModel`.
         class_label: the class that stands for all; by default the null class.
         gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
@@ -38,12 +38,12 @@ class DiffusersDiT(NetworkBackbone):
         self,
         space: tuple[int, int, int],
         observation_channels: int,
-        num_flags: int,
+        flag_widths: Sequence[int],
         network: dict[str, Any],
         class_label: int | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
-        super().__init__(space, observation_channels, num_flags, network)
+        super().__init__(space, observation_channels, flag_widths, network)
         config, self.checkpointing = self.network.config, gradient_checkpointing
         self.patch_size, width = config.patch_size, self.network.inner_dim
         self.multiple = self.patch_size
@@ -54,7 +54,7 @@ class DiffusersDiT(NetworkBackbone):
         if not 0 <= label <= null:
             raise InputError("backbone.class_label", label, f"the network knows 0 … {null - 1}, and {null} for none")
         self.register_buffer("label", torch.tensor(label), persistent=False)
-        self.flags = flag_layers(num_flags, width)
+        self.flags = flag_layers(sum(flag_widths), width)
         self.observe = zero_conv(observation_channels, width, self.patch_size, self.patch_size)
 
     @classmethod

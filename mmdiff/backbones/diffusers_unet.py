@@ -21,7 +21,7 @@ class DiffusersUNet(NetworkBackbone):
     """A `UNet2DModel`: `initialize_from` writes its config and reads its weights.
 
     Args:
-        space, observation_channels, num_flags: see `Backbone`.
+        space, observation_channels, flag_widths: see `Backbone`.
         network: the config of the `UNet2DModel`.
         class_label: of a class-conditional network, the class that stands for all.
         pooled_grid, context_grid: as of `UNet`.
@@ -35,14 +35,14 @@ class DiffusersUNet(NetworkBackbone):
         self,
         space: tuple[int, int, int],
         observation_channels: int,
-        num_flags: int,
+        flag_widths: Sequence[int],
         network: dict[str, Any],
         class_label: int | None = None,
         pooled_grid: int = 0,
         context_grid: int = 0,
         gradient_checkpointing: bool = False,
     ) -> None:
-        super().__init__(space, observation_channels, num_flags, network)
+        super().__init__(space, observation_channels, flag_widths, network)
         config = self.network.config
         _check_label(self.network, class_label)
         levels = len(config.block_out_channels)
@@ -59,8 +59,8 @@ class DiffusersUNet(NetworkBackbone):
             squeeze = nn.Conv2d(config.block_out_channels[-1], GRID_CHANNELS, 1)
             self.grid = nn.Sequential(squeeze, nn.AdaptiveAvgPool2d(pooled_grid), nn.Flatten())
         self.context_grid = context_grid
-        self.flags = flag_layers(num_flags, self.network.time_embedding.linear_2.out_features)
-        self.place = place_layers(num_flags, context_grid, (space[1], space[2]))
+        self.flags = flag_layers(sum(flag_widths), self.network.time_embedding.linear_2.out_features)
+        self.place = place_layers(sum(flag_widths), context_grid, (space[1], space[2]))
         inputs = observation_channels + (CONTEXT_CHANNELS if context_grid else 0)
         self.observe = zero_conv(inputs, config.block_out_channels[0], 3)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -28,20 +28,24 @@ class NetworkBackbone(Backbone):
     """A backbone around a network of diffusers, whose parameters keep their names.
 
     Args:
-        space, observation_channels, num_flags: see `Backbone`.
+        space, observation_channels, flag_widths: see `Backbone`.
         network: the config of the network.
     """
 
     network_class: ClassVar[type[ModelMixin]]
 
     def __init__(
-        self, space: tuple[int, int, int], observation_channels: int, num_flags: int, network: dict[str, Any]
+        self,
+        space: tuple[int, int, int],
+        observation_channels: int,
+        flag_widths: Sequence[int],
+        network: dict[str, Any],
     ) -> None:
-        super().__init__(space, observation_channels, num_flags)
+        super().__init__(space, observation_channels, flag_widths)
         self.network = build_network(self.network_class, network)
         self.channels = space[0]
         check_channels(self.network.config, self.channels)
-        self.space, self.inputs = space, (observation_channels, num_flags)
+        self.space, self.inputs = space, (observation_channels, sum(flag_widths))
 
     @abstractmethod
     def alone(self, network: Any, sample: Tensor, timestep: Tensor) -> Tensor:

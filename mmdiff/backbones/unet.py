@@ -24,7 +24,7 @@ class UNet(Backbone):
     """A U-Net of ResNet blocks.
 
     Args:
-        space, observation_channels, num_flags: see `Backbone`.
+        space, observation_channels, flag_widths: see `Backbone`.
         block_out_channels: channels of every resolution level, finest first.
         layers_per_block: ResNet blocks per level on the way down (one more on the way up).
         patch_size: p; the network works on p×p patches (pixel unshuffle in, pixel shuffle out): p² times fewer
@@ -47,7 +47,7 @@ class UNet(Backbone):
         self,
         space: tuple[int, int, int],
         observation_channels: int,
-        num_flags: int,
+        flag_widths: Sequence[int],
         block_out_channels: tuple[int, ...] | list[int] = DEFAULT_CHANNELS,
         layers_per_block: int = 2,
         patch_size: int = 1,
@@ -61,7 +61,7 @@ class UNet(Backbone):
         time_scale_shift: str = "default",
         gradient_checkpointing: bool = False,
     ) -> None:
-        super().__init__(space, observation_channels, num_flags)
+        super().__init__(space, observation_channels, flag_widths)
         _check_ranges(locals())
         channels, height, width = space
         levels = len(block_out_channels)
@@ -95,9 +95,9 @@ class UNet(Backbone):
         width = 4 * block_out_channels[0]
         # two layers, for functions of vectors that are not linear; no biases, so that zeros add nothing
         self.flags = nn.Sequential(
-            nn.Linear(num_flags, width, bias=False), nn.SiLU(), nn.Linear(width, width, bias=False)
+            nn.Linear(sum(flag_widths), width, bias=False), nn.SiLU(), nn.Linear(width, width, bias=False)
         )
-        self.place = place_layers(num_flags, context_grid, (space[1] // patch_size, space[2] // patch_size))
+        self.place = place_layers(sum(flag_widths), context_grid, (space[1] // patch_size, space[2] // patch_size))
         nn.init.zeros_(self.unet.conv_out.weight)  # start from the prediction 0
         nn.init.zeros_(self.unet.conv_out.bias)
 

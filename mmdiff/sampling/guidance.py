@@ -58,12 +58,13 @@ def branches_of(
         like: z_t (B, C, H, W).
     """
     everywhere = torch.ones(len(like), dtype=torch.bool, device=like.device)
-    flags = dict.fromkeys(aggregated, everywhere)
+    in_mean = dict.fromkeys(aggregated, everywhere)
     parts = [
-        model.observation(values, flags, dict.fromkeys(set(concatenated) - {name}, everywhere), like=like)
+        model.observation(values, in_mean, dict.fromkeys(set(concatenated) - {name}, everywhere), like=like)
         for name in (None, *left_out)
     ]
-    return Branches(Observation(*(torch.cat(part) for part in zip(*parts, strict=True))), left_out)
+    channels, flags = torch.cat([part.channels for part in parts]), torch.cat([part.flags for part in parts])
+    return Branches(Observation(channels, flags), left_out)
 
 
 def guided(

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from networks import DIFFUSERS_DIT, DIFFUSERS_UNET, alive
+from networks import DIFFUSERS_DIT, DIFFUSERS_UNET, DIT, alive
 from networks import LAYERS as UNET
 from torch import Tensor
 
 from mmdiff.backbones import BACKBONES, Backbone, Observation
 from mmdiff.slots import Axes, slots
 
-OBSERVED, FLAGS = 3, 4  # observation channels and state flags of two modalities
+OBSERVED, FLAGS = 3, 4  # observation channels, and state flags of two modalities
+WIDTHS = (2, 2)  # of the flags
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ CASES = [
     Case("unet", (1, 8, 16), {**UNET, "pooled_grid": 2}),
     Case("unet", (3, 8, 8), {**UNET, "patch_size": 2, "input_skip": True}),
     Case("unet", (2, 8, 16), {**UNET, "patch_size": 2, "context_grid": 2}),
+    Case("dit", (1, 8, 4), DIT),
+    Case("dit", (2, 4, 8), {**DIT, "patch_size": 1, "registers": 0, "mlp": "swiglu", "value_residual": True}),
+    Case("dit", (1, 8, 8), {**DIT, "depth": 3, "token_drop": 0.5, "outer_blocks": 1}),
+    Case("dit", (3, 8, 8), {**DIT, "patch_size": 4, "decoder_depth": 1}),
     Case("diffusers_unet", (3, 8, 16), {"network": DIFFUSERS_UNET}),
     Case("diffusers_unet", (3, 8, 8), {"network": DIFFUSERS_UNET, "pooled_grid": 2, "context_grid": 2}),
     Case("diffusers_dit", (3, 8, 4), {"network": DIFFUSERS_DIT}),
@@ -41,7 +46,7 @@ Inputs = tuple[Tensor, Tensor, Observation]
 
 def build(case: Case, seed: int = 0) -> Backbone:
     torch.manual_seed(seed)
-    return alive(BACKBONES[case.kind](case.space, OBSERVED, FLAGS, **case.settings), std=0.2)
+    return alive(BACKBONES[case.kind](case.space, OBSERVED, WIDTHS, **case.settings), std=0.2)
 
 
 def inputs(case: Case, count: int = 3) -> Inputs:
@@ -50,12 +55,15 @@ def inputs(case: Case, count: int = 3) -> Inputs:
     channels = torch.randn(count, OBSERVED, *case.space[1:], generator=generator)
     flags = torch.randint(2, (count, FLAGS), generator=generator).float()
     flags[0] = 1.0
-    return sample, torch.arange(count) * 7, Observation(channels, flags)
+    random = build(case).random_numbers(*case.space[1:])
+    numbers = torch.rand(count, random, generator=generator) if random else None
+    return sample, torch.arange(count) * 7, Observation(channels, flags, numbers)
 
 
 def part(batch: Inputs, rows: slice) -> Inputs:
     sample, timestep, observation = batch
-    return sample[rows], timestep[rows], Observation(observation.channels[rows], observation.flags[rows])
+    parts = (None if tensor is None else tensor[rows] for tensor in observation)
+    return sample[rows], timestep[rows], Observation(*parts)
 
 
 def test_every_kind_is_tested() -> None:
@@ -119,11 +127,11 @@ def test_gradients_reach_every_parameter() -> None:
 def test_slots_name_every_layer_that_depends_on_the_modalities() -> None:
     for case in CASES:
 
-        def made(observed: int, flags: int) -> tuple[Backbone, dict[str, Axes]]:
-            backbone = BACKBONES[case.kind](case.space, observed, flags, **case.settings)
-            return backbone, backbone.slots(slots(range(observed)), slots(range(flags)))
+        def made(observed: int, *widths: int) -> tuple[Backbone, dict[str, Axes]]:
+            backbone = BACKBONES[case.kind](case.space, observed, widths, **case.settings)
+            return backbone, backbone.slots(slots(range(observed)), slots(range(sum(widths))))
 
-        (one, axes), (other, _) = made(OBSERVED, FLAGS), made(OBSERVED + 1, FLAGS + 2)
+        (one, axes), (other, _) = made(OBSERVED, *WIDTHS), made(OBSERVED + 1, *WIDTHS, 2)
         state, larger = one.state_dict(), other.state_dict()
         assert {name for name in state if state[name].shape != larger[name].shape} == set(axes)
         for name, found in axes.items():
@@ -142,5 +150,5 @@ def test_state_dict_carries_everything() -> None:
 def test_double_precision_is_kept() -> None:
     for case in CASES:
         sample, timestep, observation = inputs(case)
-        output = build(case).double()(sample.double(), timestep, Observation(*(x.double() for x in observation)))
+        output = build(case).double()(sample.double(), timestep, observation.to(torch.float64))
         assert all(tensor.dtype == torch.float64 for tensor in output)

@@ -52,7 +52,7 @@ def made(kind: str, config: dict[str, Any], size: tuple[int, int] = (8, 8), **se
     takes_class = config.get("num_class_embeds") or config.get("class_embed_type") == "timestep"
     settings = {**({"class_label": 3} if takes_class else {}), **settings}
     space = (config.get("in_channels", 3), *size)
-    backbone = cls(space, OBSERVED, FLAGS, network=complete_config(cls.network_class, config), **settings)
+    backbone = cls(space, OBSERVED, (2, FLAGS - 2), network=complete_config(cls.network_class, config), **settings)
     alive(backbone.network)
     return backbone.eval()
 
@@ -126,7 +126,7 @@ def test_what_cannot_be_built_is_one_line(case: str) -> None:
     kind, changed, settings, key = REFUSED[case]
     network = {**{"unet": UNET, "dit": DIT}[kind], **changed}
     with refused(f"backbone.{key}"):
-        BACKBONES[f"diffusers_{kind}"]((3, 8, 8), OBSERVED, FLAGS, network=network, **settings)
+        BACKBONES[f"diffusers_{kind}"]((3, 8, 8), OBSERVED, (2, FLAGS - 2), network=network, **settings)
 
 
 def test_sizes_that_the_levels_or_patches_do_not_divide_are_refused() -> None:

@@ -17,7 +17,7 @@ SPACE, OBSERVED, FLAGS = (1, 8, 8), 2, 4
 
 def unet(**settings: Any) -> UNet:
     torch.manual_seed(0)
-    return UNet(SPACE, OBSERVED, FLAGS, **{**TINY, **settings}).eval()
+    return UNet(SPACE, OBSERVED, (2, FLAGS - 2), **{**TINY, **settings}).eval()
 
 
 def observation(count: int) -> Observation:
@@ -99,7 +99,7 @@ IMPOSSIBLE = [  # the key, its value, and what the line names beside them
 def test_impossible_settings_are_refused() -> None:
     for space, settings, key, value, *facts in IMPOSSIBLE:
         with refused(f"backbone.{key}", value, *facts):
-            UNet(space, OBSERVED, FLAGS, **{**TINY, **settings})
+            UNet(space, OBSERVED, (2, FLAGS - 2), **{**TINY, **settings})
 
 
 @torch.no_grad()
