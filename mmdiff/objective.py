@@ -6,7 +6,7 @@ batch, so that one process, several processes and accumulation compute the same 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -97,6 +97,7 @@ class MTObjective(nn.Module):
         timesteps = self.draw_timesteps(where, denoised)  # (B,)
 
         anchor = batch.values[model.anchor]
+        model.modalities[model.anchor].prepare(anchor, self.normals("latent", where))
         z_0 = model.modalities[model.anchor].encode(anchor)  # (B, C, H, W)
         noise = normal(self.seed, where.step, "noise", where.positions, z_0.shape[1:])
         weighted = {name: batch.values[name] for name in self.weighted}
@@ -129,6 +130,10 @@ class MTObjective(nn.Module):
             nll = modality.nll(output.params[name].float(), asked)
             terms[f"l2/{name}"] = nll * (batch.present[name] & batch.present[source] & ~observed[source])
         return self.total(terms)
+
+    def normals(self, stream: str, where: BatchPosition) -> Callable[[tuple[int, ...]], Tensor]:
+        """shape -> standard normal numbers (B, *shape) of a stream."""
+        return lambda shape: normal(self.seed, where.step, stream, where.positions, shape)
 
     def without_missing(self, batch: Batch, model: MTDiffusionModel) -> Batch:
         """Missing values as placeholders: whatever a data set left there has no effect."""

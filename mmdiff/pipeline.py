@@ -10,10 +10,11 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from mmdiff.modalities.autoencoder import load_autoencoder
 from mmdiff.model import MTDiffusionModel, complete
 from mmdiff.sampling.arguments import check_finite, memory_errors
 from mmdiff.sampling.components import HUB_ARGUMENTS, check_components, check_together, read_index
@@ -54,7 +55,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
     _optional_components = ["autoencoder"]
 
     def __init__(
-        self, model: MTDiffusionModel, scheduler: MTScheduler, autoencoder: AutoencoderKL | None = None
+        self, model: MTDiffusionModel, scheduler: MTScheduler, autoencoder: ModelMixin | None = None
     ) -> None:
         super().__init__()
         check_components(model, autoencoder)
@@ -71,7 +72,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
         trust_custom_modalities: bool = False,
         model: MTDiffusionModel | None = None,
         scheduler: MTScheduler | None = None,
-        autoencoder: AutoencoderKL | None = None,
+        autoencoder: ModelMixin | None = None,
         torch_dtype: Any = None,
         dtype: Any = None,
         **kwargs: Any,
@@ -103,7 +104,7 @@ class MTDiffusionPipeline(DiffusionPipeline):
             scheduler = own if scheduler is None else as_ours(scheduler, own)
         if autoencoder is None and index.get("autoencoder", [None])[0] is not None:
             with damage("autoencoder", path):
-                own = AutoencoderKL.from_pretrained(path, subfolder="autoencoder", use_safetensors=True, **kwargs)
+                own = load_autoencoder(path, subfolder="autoencoder", use_safetensors=True, **kwargs)
             autoencoder = in_dtype(own, chosen["autoencoder"])
         check_components(model, autoencoder)
         return cls(model=complete(model, autoencoder).eval(), scheduler=scheduler, autoencoder=autoencoder)

@@ -123,25 +123,31 @@ def _resolved_settings(
     if streamed := isinstance(rows, StreamedRows):
         with at(f"modalities.{name}"):
             settings = {**kind.settings_from_stream(rows.features[column], **settings), **settings}
-    values = _readable(rows, column, kind, config.data, FIRST if streamed else None)
+    values = _Readable(rows, column, kind, config.data, FIRST if streamed else None)
     with at(f"data.columns.{name}={column}", ": "):
         return {**kind.settings_from_data(rows.features[column], values, **settings), **settings}
 
 
-def _readable(rows: Rows, column: str, kind: type[Condition], data: DataConfig, limit: int | None) -> Iterator[Any]:
-    """The readable values of the first ``limit`` rows; others are refused or skipped, by `data.on_error`."""
-    chosen = rows.select_columns(sorted({column, ROW} & set(rows.column_names)))
-    for index in range(len(chosen) if limit is None else min(limit, len(chosen))):
-        try:
-            row = chosen[index]
-            with at(f"row {row.get(ROW, index)} of {origin(data.source, rows)}", ": "):
-                if row[column] is not None:
-                    kind.check_readable(row[column])
-        except InputError:
-            if data.on_error == "raise":
-                raise
-            continue
-        yield row[column]
+class _Readable:
+    """The readable values of the first ``limit`` rows, however often they are asked for; others are refused or skipped,
+    by `data.on_error`."""
+
+    def __init__(self, rows: Rows, column: str, kind: type[Condition], data: DataConfig, limit: int | None) -> None:
+        self.rows, self.column, self.kind, self.data, self.limit = rows, column, kind, data, limit
+
+    def __iter__(self) -> Iterator[Any]:
+        chosen = self.rows.select_columns(sorted({self.column, ROW} & set(self.rows.column_names)))
+        for index in range(len(chosen) if self.limit is None else min(self.limit, len(chosen))):
+            try:
+                row = chosen[index]
+                with at(f"row {row.get(ROW, index)} of {origin(self.data.source, self.rows)}", ": "):
+                    if row[self.column] is not None:
+                        self.kind.check_readable(row[self.column])
+            except InputError:
+                if self.data.on_error == "raise":
+                    raise
+                continue
+            yield row[self.column]
 
 
 def _check_holes(key: str, masking: MaskingConfig) -> None:

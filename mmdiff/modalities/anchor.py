@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -34,6 +35,16 @@ class Anchor(Modality):
     def frozen(self) -> nn.Module | None:
         """A network that the anchor uses and never trains (an autoencoder); pipelines save it as a part of theirs."""
         return None
+
+    def prepare(  # noqa: B027 (by default there is nothing to prepare)
+        self, value: Tensor, noise: Callable[[tuple[int, ...]], Tensor]
+    ) -> None:
+        """Before a training step encodes these values: draw what E draws.
+
+        Args:
+            value: the batch's, of which `encode` and `observe` are asked next.
+            noise: shape -> standard normal numbers (B, *shape), a function of the step and the samples' positions.
+        """
 
     @abstractmethod
     def unencode(self, encoding: Tensor) -> Tensor:

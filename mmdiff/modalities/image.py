@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, ClassVar
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 from PIL import Image as PILImage
 from torch import Generator, Tensor
 
 from mmdiff.augmentation import BICUBIC, Change, moved, recoloured
 from mmdiff.errors import InputError
+from mmdiff.modalities import autoencoder as latents
 from mmdiff.modalities.anchor import Anchor
 from mmdiff.modalities.base import Shape
 from mmdiff.modalities.files import check_range, open_image
@@ -36,8 +38,13 @@ class Image(Anchor):
         scale: E(x) = scale · x; 1 for an anchor, 1/rms of the data for an aggregated image.
         background: RGB, or one number for a grey, 0 … 255, that shows through transparent pixels; default white.
         space: of an anchor: "pixel", or "latent", where E is the autoencoder's (frozen, never saved with the model).
-        autoencoder: of a latent anchor: hub name or folder of a diffusers `AutoencoderKL`.
+        autoencoder: of a latent anchor: hub name or folder of an autoencoder of diffusers, of any class in
+            `mmdiff.modalities.autoencoder.FAMILIES`.
         latent_channels, latent_factor: of the autoencoder; read from it where the config leaves them out.
+        latent_scale: what brings latents to unit scale: "config" (the autoencoder's) or "measured" (mean and standard
+            deviation of each channel over training images); by default its config's where that says something.
+        latents_mean, latents_std: what was measured, a number per latent channel.
+        latent_draw: in training take a fresh draw of the autoencoder's posterior at every visit, not its mode.
         head: whether a Gaussian head is built; the anchor needs none, the backbone's prediction is its own.
     """
 
@@ -56,6 +63,10 @@ class Image(Anchor):
         latent_factor: int | None = None,
         head: bool = True,
         background: Background = 255,
+        latent_scale: Literal["config", "measured"] | None = None,
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
+        latent_draw: bool = False,
     ) -> None:
         super().__init__(shape)
         if channels not in MODES:
@@ -69,7 +80,9 @@ class Image(Anchor):
         self.channels, (self.height, self.width) = channels, height_width(size)
         self.resize, self.scale, self.latent, self.autoencoder = resize, scale, space == "latent", autoencoder
         self.head = GaussianHead(shape, channels, (self.height, self.width)) if head else None
-        self._frozen: list[AutoencoderKL] = []  # in a list: no submodule, so neither trained nor saved
+        self.latent_scale, self.latent_draw = latent_scale, latent_draw
+        self._measured = _measured(latents_mean, latents_std, shape.space[0]) if self.latent else None
+        self._frozen: list[ModelMixin] = []  # in a list: no submodule, so neither trained nor saved
         self._encoded: tuple[Tensor, Tensor] | None = None
 
     @staticmethod
@@ -97,17 +110,19 @@ class Image(Anchor):
         return space == "pixel" and scale <= 1.0
 
     @property
-    def frozen(self) -> AutoencoderKL | None:
+    def frozen(self) -> ModelMixin | None:
         """The autoencoder of a latent anchor, loaded on first use."""
         if self.latent and not self._frozen:
-            try:
-                self.attach(AutoencoderKL.from_pretrained(self.autoencoder))
-            except (OSError, ValueError, TypeError) as error:
-                raise InputError("autoencoder", self.autoencoder, f"cannot be read: {error}") from None
+            self.attach(latents.load_autoencoder(self.autoencoder))
         return self._frozen[0] if self._frozen else None
 
-    def attach(self, autoencoder: AutoencoderKL) -> None:
-        """Use this autoencoder instead of loading the one that was named."""
+    def attach(self, autoencoder: ModelMixin) -> None:
+        """Use this autoencoder instead of loading the one that was named.
+
+        Raises:
+            InputError: it does not read these images.
+        """
+        latents.check_images(autoencoder, self.value_shape)
         self._frozen[:] = [autoencoder.requires_grad_(False).eval()]
         self._encoded = None
 
@@ -117,23 +132,41 @@ class Image(Anchor):
     ) -> dict[str, Any]:
         if space != "latent" or autoencoder is None or {"latent_channels", "latent_factor"} <= set(settings):
             return {}
-        try:
-            config = AutoencoderKL.load_config(autoencoder)
-        except (OSError, ValueError) as error:
-            raise InputError("autoencoder", autoencoder, f"cannot be read: {error}") from None
-        factor = 2 ** (len(config["block_out_channels"]) - 1)
-        return {"latent_channels": config["latent_channels"], "latent_factor": factor}
+        channels, factor = latents.latent_space(autoencoder)
+        cls_, config = latents.read_config(autoencoder)
+        unscaled = latents.scale_of_config(cls_.__name__, config) is None
+        measured = {"latent_scale": "measured"} if unscaled else {}
+        return {"latent_channels": channels, "latent_factor": factor, **measured}
 
     @classmethod
     def settings_from_data(
-        cls, feature: Any, values: Iterable[Any], channels: int | None = None, size: Any = None, **_: Any
+        cls, feature: Any, values: Iterable[Any], channels: int | None = None, size: Any = None, **settings: Any
     ) -> dict[str, Any]:
-        if channels is not None and size is not None:
-            return {}
-        channel_counts, sizes = headers("image", values)
-        if not channel_counts:
-            raise InputError("image", None, "the column holds no image; check data.columns")
-        return {"channels": channel_counts[0], **({} if size is not None else {"size": one_size("image", sizes)})}
+        found: dict[str, Any] = {}
+        if channels is None or size is None:
+            channel_counts, sizes = headers("image", values)
+            if not channel_counts:
+                raise InputError("image", None, "the column holds no image; check data.columns")
+            found = {"channels": channel_counts[0], **({} if size is not None else {"size": one_size("image", sizes)})}
+        if settings.get("latent_scale") == "measured" and settings.get("latents_std") is None:
+            given = {name: value for name, value in (("channels", channels), ("size", size)) if value is not None}
+            found |= cls._measure(values, **{**found, **given}, **settings)
+        return found
+
+    @classmethod
+    def _measure(cls, values: Iterable[Any], **settings: Any) -> dict[str, list[float]]:
+        """Mean and standard deviation of the latents of evenly spaced images."""
+        image = cls(Shape(cls.diffusion_space(**settings), 1, 1), head=False, **settings)
+        step = max(1, sum(raw is not None for raw in values) // latents.MEASURED)
+        chosen = itertools.islice((raw for raw in values if raw is not None), 0, step * latents.MEASURED, step)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+        def batches() -> Iterator[Tensor]:
+            while raws := list(itertools.islice(chosen, 16)):
+                yield image.posterior(torch.stack([image.preprocess(raw) for raw in raws]).to(device)).mean
+
+        mean, std = latents.measure(batches())
+        return {"latents_mean": mean, "latents_std": std}
 
     @classmethod
     def check_readable(cls, raw: Any) -> None:
@@ -189,21 +222,46 @@ class Image(Anchor):
         """The value whose encoding this is: for an anchor, z_0 -> x_0."""
         if not self.latent:
             return encoding / self.scale
-        config = self.frozen.config
-        latents = encoding / (self.scale * config.scaling_factor) + (config.shift_factor or 0.0)
-        return self.frozen.to(encoding.device).decode(latents.to(self.frozen.dtype)).sample.to(encoding.dtype)
+        shift, factor = self._scale().to(encoding.device)
+        network = self.frozen.to(encoding.device)
+        return latents.decode(network, encoding / (self.scale * factor) + shift).to(encoding.dtype)
+
+    def _scale(self) -> latents.Scale:
+        """What brings latents to unit scale.
+
+        Raises:
+            InputError: nothing says it.
+        """
+        name, config = type(self.frozen).__name__, self.frozen.config
+        scale = self._measured or (None if self.latent_scale == "measured" else latents.scale_of_config(name, config))
+        if scale is None:
+            remedy = "the autoencoder's config has none; set latent_scale: measured, or latents_mean and latents_std"
+            raise InputError("latent_scale", self.latent_scale, remedy)
+        return scale
 
     @torch.no_grad()
+    def posterior(self, value: Tensor) -> latents.Posterior:
+        """(B, channels, height, width) -> the autoencoder's latents, not scaled."""
+        return latents.encode(self.frozen.to(value.device), value)
+
+    def prepare(self, value: Tensor, noise: Callable[[tuple[int, ...]], Tensor]) -> None:
+        """A fresh draw of the posterior, if one is asked for."""
+        if self.latent and self.latent_draw:
+            posterior = self.posterior(value)
+            self._remember(value, posterior.draw(noise(posterior.mean.shape[1:])))
+
+    def _remember(self, value: Tensor, drawn: Tensor) -> None:
+        """The latents of a batch, brought to unit scale."""
+        shift, factor = self._scale().to(drawn.device)
+        self._encoded = value, ((drawn - shift) * factor).to(value.dtype)
+
     def _latents(self, value: Tensor) -> Tensor:
         """(B, channels, height, width) -> (B, C, H, W): the mode of the autoencoder's posterior, brought to unit scale.
 
         One batch is remembered: a training step asks for it as z_0 and as an observation.
         """
         if self._encoded is None or self._encoded[0] is not value:
-            config = self.frozen.config
-            posterior = self.frozen.to(value.device).encode(value.to(self.frozen.dtype)).latent_dist
-            latents = (posterior.mode() - (config.shift_factor or 0.0)) * config.scaling_factor
-            self._encoded = value, latents.to(value.dtype)
+            self._remember(value, self.posterior(value).mean)
         return self._encoded[1]
 
     def decode(self, features: Tensor, pooled: Tensor) -> Tensor:
@@ -225,3 +283,14 @@ def _rgb(background: Background) -> tuple[int, int, int]:
     if len(colour) != 3 or not all(isinstance(c, int) and 0 <= c <= 255 for c in colour):
         raise InputError("background", background, "needs one grey or three RGB numbers, 0 … 255")
     return colour
+
+
+def _measured(mean: list[float] | None, std: list[float] | None, channels: int) -> latents.Scale | None:
+    if mean is None and std is None:
+        return None
+    for key, numbers in (("latents_mean", mean), ("latents_std", std)):
+        if numbers is None or len(numbers) != channels:
+            raise InputError(key, numbers, f"needs {channels} numbers, one per latent channel")
+    if min(std) <= 0:
+        raise InputError("latents_std", std, "must be positive")
+    return latents.measured_scale(mean, std)

@@ -6,9 +6,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import DiffusionPipeline
 
 from mmdiff.errors import InputError
+from mmdiff.modalities.autoencoder import find_autoencoder
 from mmdiff.model import MTDiffusionModel
 from mmdiff.schedulers import SCHEDULERS, MTScheduler
 
@@ -46,8 +47,9 @@ def check_components(model: Any, autoencoder: Any) -> None:
     """
     if not isinstance(getattr(model, "_orig_mod", model), MTDiffusionModel):  # torch.compile wraps it
         raise InputError("model", type(model).__name__, "needs an MTDiffusionModel")
-    if autoencoder is not None and not isinstance(getattr(autoencoder, "_orig_mod", autoencoder), AutoencoderKL):
-        raise InputError("autoencoder", type(autoencoder).__name__, "needs an AutoencoderKL")
+    network = getattr(autoencoder, "_orig_mod", autoencoder)
+    if network is not None and not isinstance(network, find_autoencoder(type(network).__name__)):
+        raise InputError("autoencoder", type(network).__name__, "needs an autoencoder of diffusers")
 
 
 def check_together(model: MTDiffusionModel, scheduler: MTScheduler | None, **others: Any) -> None:

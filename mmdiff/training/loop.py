@@ -18,7 +18,7 @@ from mmdiff.training.launcher import obey_launcher
 from mmdiff.training.learning_rate import learning_rate
 from mmdiff.training.preflight import preflight
 from mmdiff.training.process import StopSignal, make_accelerator, set_threads
-from mmdiff.training.run_folder import claimed
+from mmdiff.training.run_folder import claimed, with_measured
 from mmdiff.training.start import check_origin, start
 from mmdiff.training.tracking import Tracker, Window
 from mmdiff.training.trainer import Trainer, check_finite
@@ -41,7 +41,7 @@ def train(config: Config, progress: bool = True, trust_custom_modalities: bool =
     config = obey_launcher(config)
     set_threads(config.train.threads)
     accelerator = make_accelerator(config.train)
-    experiment = build(config)
+    experiment = build(with_measured(config))
     config, folder = experiment.config, experiment.config.folder()
     trainer = Trainer(experiment, accelerator)
     with faults(folder):

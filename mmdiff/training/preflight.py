@@ -105,8 +105,8 @@ def check_encodings(config: Config, model: MTDiffusionModel, rows: Batch) -> Non
     present = rows.present[config.anchor]
     if not present.any():
         return
-    device = model.device
-    encoded = model.modalities[config.anchor].encode(rows.values[config.anchor][present].to(device)).float()
+    with at(f"modalities.{config.anchor}"):
+        encoded = model.modalities[config.anchor].encode(rows.values[config.anchor][present].to(model.device)).float()
     size, largest = float(encoded.square().mean().sqrt()), float(encoded.abs().max())
     key, scale = f"modalities.{config.anchor}.scale", config.modalities[config.anchor].settings().get("scale", 1.0)
     if not size <= LARGEST:  # NaN, too

@@ -42,7 +42,26 @@ RESUMABLE = {
         )
     ),
 }
+MEASURED = ("latents_mean", "latents_std")  # settings of the anchor
 FOLDERS, CONFIG, ORIGIN = ("checkpoints", "samples"), "config.yaml", "origin.json"
+
+
+def with_measured(config: Config) -> Config:
+    """The config with what its run has measured on the data, so that a run that goes on uses the same numbers.
+
+    Args:
+        config: as read; `train.resume` says which run goes on.
+    """
+    source = Path(config.train.resume)
+    homes = {"never": (), "auto": (config.folder(),)}.get(config.train.resume, (source, source.parent.parent))
+    for file in (home / CONFIG for home in homes):
+        with contextlib.suppress(InputError):
+            before = load_config(file).modalities.get(config.anchor)
+            kept = {} if before is None else {n: v for n, v in before.settings().items() if n in MEASURED}
+            own = config.modalities[config.anchor]
+            update = {config.anchor: own.model_copy(update={**kept, **own.settings()})}
+            return config.model_copy(update={"modalities": {**config.modalities, **update}})
+    return config
 
 
 @contextlib.contextmanager

@@ -1,0 +1,266 @@
+"""Frozen autoencoders of diffusers: what makes an image a latent, at unit scale, and a latent an image.
+
+Which class a folder holds its `config.json` says. The number of latent channels and the compression factor are those of
+an example that passes through the class without weights. Scale and shift are the config's, or measured on data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import diffusers
+import torch
+from diffusers import ModelMixin
+from diffusers.models import autoencoders
+from torch import Generator, Tensor
+
+from mmdiff.errors import InputError
+
+MEASURED = 2048  # images whose latents are measured
+_EXAMPLE = 256  # pixels of the side of the example
+_DAMAGE = (OSError, ValueError, TypeError, LookupError, RuntimeError, AttributeError, ImportError)
+
+
+class Family(NamedTuple):
+    """How a class wants its images."""
+
+    frames: bool = False  # as videos of one frame, (B, C, 1, H, W)
+    alpha: bool = False  # with a fourth channel, opaque
+    low: float = -1.0  # its images lie in low … 1
+    scaled: bool = False  # its latents are scaled already
+
+
+#: {class of diffusers that reads images: how}
+FAMILIES: dict[str, Family] = {
+    "AsymmetricAutoencoderKL": Family(),
+    "AutoencoderDC": Family(),
+    "AutoencoderKL": Family(),
+    "AutoencoderKLFlux2": Family(),
+    "AutoencoderKLHunyuanImage": Family(),
+    "AutoencoderKLHunyuanImageRefiner": Family(frames=True),
+    "AutoencoderKLKVAE": Family(),
+    "AutoencoderKLQwenImage": Family(frames=True),
+    "AutoencoderKLQwenImage21": Family(frames=True, alpha=True),
+    "AutoencoderRAE": Family(low=0.0, scaled=True),
+    "AutoencoderTiny": Family(),
+    "ConsistencyDecoderVAE": Family(),
+    "VQModel": Family(),
+}
+
+
+class Posterior(NamedTuple):
+    """Latents of images before they are scaled: ``mean`` (B, C, h, w), and ``logvar`` of the same shape, or None."""
+
+    mean: Tensor
+    logvar: Tensor | None
+
+    def draw(self, noise: Tensor | None) -> Tensor:
+        """A latent from standard normal noise; None, or no variance: the mode."""
+        if noise is None or self.logvar is None:
+            return self.mean
+        return self.mean + torch.exp(0.5 * self.logvar) * noise.to(self.mean)
+
+    def joined(self) -> Tensor:
+        """(B, C or 2 C, h, w): the mean, and beside it the log-variance where there is one."""
+        return self.mean if self.logvar is None else torch.cat([self.mean, self.logvar], dim=1)
+
+
+class Scale(NamedTuple):
+    """Latents at unit scale are (latent − shift) · factor, with numbers or tensors (1, C, 1, 1)."""
+
+    shift: float | Tensor
+    factor: float | Tensor
+
+    def to(self, device: torch.device) -> Scale:
+        """The same on a device."""
+        return Scale(*(part.to(device) if isinstance(part, Tensor) else part for part in self))
+
+
+def find_autoencoder(name: Any, key: str = "autoencoder") -> type[ModelMixin]:
+    """The class of a name; code that a folder brings is never looked at.
+
+    Raises:
+        InputError: it is no autoencoder of diffusers, or one of videos or sounds.
+    """
+    found = getattr(diffusers, name, None) if isinstance(name, str) and name in FAMILIES else None
+    if found is not None:
+        return found
+    if isinstance(name, str) and hasattr(autoencoders, name):
+        raise InputError(key, name, f"does not read images; these do: {', '.join(FAMILIES)}")
+    raise InputError(key, name, f"is no autoencoder of diffusers; it has {', '.join(FAMILIES)}")
+
+
+def read_config(source: str, **hub: Any) -> tuple[type[ModelMixin], dict[str, Any]]:
+    """(class, config) of a folder or a hub repository, without its weights.
+
+    Raises:
+        InputError: it cannot be read, or is of another class.
+    """
+    try:
+        config = diffusers.AutoencoderKL.load_config(source, **hub)
+    except _DAMAGE as error:
+        raise InputError("autoencoder", source, f"cannot be read: {_said(error)}") from None
+    if not isinstance(config, Mapping):
+        raise InputError("autoencoder", source, "its config.json is no mapping")
+    try:
+        return find_autoencoder(config.get("_class_name")), dict(config)
+    except InputError as error:
+        raise InputError("autoencoder", source, f"its class {error.value} {error.remedy}") from None
+
+
+def load_autoencoder(source: str, **arguments: Any) -> ModelMixin:
+    """The network of a folder or a hub repository.
+
+    Args:
+        source: the folder or repository.
+        arguments: of `from_pretrained`.
+
+    Raises:
+        InputError: as of `read_config`; a tensor is missing, which would stay random.
+    """
+    hub = {name: value for name, value in arguments.items() if name != "use_safetensors"}
+    cls, _ = read_config(source, **hub)
+    try:
+        network, found = cls.from_pretrained(source, output_loading_info=True, **arguments)
+    except _DAMAGE as error:
+        raise InputError("autoencoder", source, f"cannot be read: {_said(error)}") from None
+    if missing := sorted(found["missing_keys"]):
+        remedy = f"its weights lack {len(missing)} tensors of {cls.__name__}, such as {missing[0]}; save it again"
+        raise InputError("autoencoder", source, remedy)
+    return network
+
+
+def latent_space(source: str) -> tuple[int, int]:
+    """(latent channels C, compression factor: pixels of an image's side for one of a latent's).
+
+    Raises:
+        InputError: as of `read_config`; the class cannot be built from its config.
+    """
+    cls, config = read_config(source)
+    try:
+        with torch.device("meta"), torch.no_grad():
+            network = cls.from_config(config).eval()
+            side = getattr(network, "decoder_image_size", _EXAMPLE)  # of a transformer, which has one size
+            latents = encode(network, torch.empty(1, image_channels(network), side, side)).mean
+    except _DAMAGE as error:
+        raise InputError("autoencoder", source, f"cannot be built from its config: {_said(error)}") from None
+    return latents.shape[1], side // latents.shape[2]
+
+
+def image_channels(network: ModelMixin) -> int:
+    """Channels of the images that a network reads."""
+    config = network.config
+    names = ("in_channels", "input_channels", "num_channels", "encoder_in_channels")
+    channels = next((config[name] for name in names if name in config), 3)
+    return channels - _family(network).alpha
+
+
+def check_images(network: ModelMixin, shape: tuple[int, ...]) -> None:
+    """Refuse images that a network does not read.
+
+    Args:
+        network: the autoencoder.
+        shape: (channels, height, width) of the images.
+
+    Raises:
+        InputError: naming channels or size.
+    """
+    if shape[0] != image_channels(network):
+        wanted = image_channels(network)
+        raise InputError("channels", shape[0], f"the autoencoder reads images of {wanted}; set channels: {wanted}")
+    side = getattr(network, "decoder_image_size", None)
+    if side is not None and tuple(shape[1:]) != (side, side):
+        raise InputError("size", tuple(shape[1:]), f"the autoencoder has one size; set size: {side}, resize: true")
+
+
+def encode(network: ModelMixin, images: Tensor) -> Posterior:
+    """Images (B, channels, H, W) in [−1, 1] as latents, in the network's dtype."""
+    family = _family(network)
+    images = images.to(network.dtype)
+    if family.alpha:
+        images = torch.cat([images, torch.ones_like(images[:, :1])], dim=1)
+    if family.low != -1.0:
+        images = (images + 1) * ((1 - family.low) / 2) + family.low
+    output = network.encode(images.unsqueeze(2) if family.frames else images)
+    if "latent_dist" not in output:
+        return Posterior(output["latents" if "latents" in output else "latent"], None)
+    mean, logvar = output.latent_dist.mode(), getattr(output.latent_dist, "logvar", None)
+    if family.frames:
+        mean, logvar = mean.squeeze(2), None if logvar is None else logvar.squeeze(2)
+    return Posterior(mean, logvar)
+
+
+def decode(network: ModelMixin, latents: Tensor) -> Tensor:
+    """Latents (B, C, h, w), not scaled, as images (B, channels, H, W) near [−1, 1].
+
+    A decoder that draws noise is given the same for every image, so that a batch can be split.
+    """
+    family = _family(network)
+    latents = latents.to(network.dtype)
+    noise = {}
+    if isinstance(network, diffusers.ConsistencyDecoderVAE):
+        noise = {"generator": [Generator(latents.device).manual_seed(0) for _ in latents]}
+    images = network.decode(latents.unsqueeze(2) if family.frames else latents, **noise).sample
+    images = images.squeeze(2) if family.frames else images
+    if family.low != -1.0:
+        images = (images - family.low) * (2 / (1 - family.low)) - 1
+    return images[:, :-1] if family.alpha else images
+
+
+def scale_of_config(name: str, config: Mapping[str, Any]) -> Scale | None:
+    """What a config says of the scale of the latents; None where it says nothing.
+
+    Args:
+        name: of the class.
+        config: of the network.
+
+    Returns:
+        By `latents_mean` and `latents_std` per channel, else by `shift_factor` and `scaling_factor`, as diffusers'
+        pipelines.
+    """
+    mean, std, factor = (config.get(key) for key in ("latents_mean", "latents_std", "scaling_factor"))
+    if FAMILIES[name].scaled:
+        return Scale(0.0, 1.0) if std is not None else None
+    if mean is not None and std is not None:
+        return measured_scale(mean, std, 1.0 if factor is None else factor)
+    return None if factor is None else Scale(config.get("shift_factor") or 0.0, factor)
+
+
+def measured_scale(mean: Iterable[float], std: Iterable[float], factor: float = 1.0) -> Scale:
+    """The scale by each channel's mean and standard deviation."""
+    shift, width = (torch.tensor(list(numbers)).reshape(1, -1, 1, 1) for numbers in (mean, std))
+    return Scale(shift, factor / width)
+
+
+def measure(latents: Iterable[Tensor]) -> tuple[list[float], list[float]]:
+    """(mean, standard deviation) of each channel over batches of latents (B, C, h, w), to six digits.
+
+    Raises:
+        InputError: there are none, or a channel never changes.
+    """
+    count, total, squares = 0, torch.zeros(()), torch.zeros(())
+    for batch in latents:
+        numbers = batch.double().cpu()
+        count += numbers[:, 0].numel()
+        total, squares = total + numbers.sum(dim=(0, 2, 3)), squares + numbers.square().sum(dim=(0, 2, 3))
+    if not count:
+        raise InputError("latent_scale", "measured", "there is no image to measure; check data.columns")
+    mean = total / count
+    std = (squares / count - mean.square()).clamp(min=0).sqrt()
+    if not bool((std > 1e-6 * (1 + mean.abs())).all()):  # NaN, too
+        raise InputError("latent_scale", "measured", "a channel of the latents is the same in all images; set config")
+    return [_rounded(x) for x in mean.tolist()], [_rounded(x) for x in std.tolist()]
+
+
+def _rounded(number: float) -> float:
+    return round(number, 6 - math.floor(math.log10(abs(number)))) if number else 0.0
+
+
+def _family(network: ModelMixin) -> Family:
+    return FAMILIES[type(getattr(network, "_orig_mod", network)).__name__]
+
+
+def _said(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
