@@ -153,7 +153,7 @@ def test_no_parameter_of_the_autoencoder_is_trained_or_saved(config: Callable[..
     trainer.step(*next(loader))
     loader.close()
     ours = {p.data_ptr() for p in frozen.parameters()}
-    optimized = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    optimized = [p for group in trainer.parallel.optimizer.param_groups for p in group["params"]]
     assert len(optimized) == len([p for p in experiment.objective.parameters() if p.requires_grad])
     assert not ours & {p.data_ptr() for p in optimized}
     assert not ours & {p.data_ptr() for p in experiment.model.state_dict().values()}
@@ -182,6 +182,7 @@ def test_it_trains_and_is_saved_beside_the_model(run: Run) -> None:
     assert all(terms <= set(line) and all(np.isfinite(line[name]) for name in terms) for line in lines)
     assert sorted(path.name for path in (run.folder / "pipeline").iterdir()) == [
         "autoencoder",
+        "average.json",
         "model",
         "model_index.json",
         "scheduler",
