@@ -52,7 +52,16 @@ def _controls(character: str) -> bool:
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message says where and why."""
+    """Training cannot go on; the message says where and why.
+
+    Args:
+        message: one line.
+        everywhere: whether every process of a run meets it, as with the loss.
+    """
+
+    def __init__(self, message: str, everywhere: bool = True) -> None:
+        self.everywhere = everywhere
+        super().__init__(message)
 
 
 @contextlib.contextmanager

@@ -78,7 +78,7 @@ def main() -> None:
     except typer.Abort:
         _fail("interrupted", 130)
     except TrainingError as error:
-        _fail(str(error), 1)
+        _fail(str(error), 1, everywhere=error.everywhere)
     except OSError as error:
         if error.errno not in _OF_THE_DISK:
             raise

@@ -24,6 +24,7 @@ _REMEDIES = {
     errno.EPERM: "there is no permission to write; grant it, or choose another output=…",
 }
 _CODE = re.compile(r"\(os error (\d+)\)")  # of safetensors, which raises no OSError
+_PEER = re.compile(r"gloo|NCCL|ProcessGroup|[Cc]onnection (was )?(closed|reset)|Broken pipe", re.IGNORECASE)
 _WORKER = re.compile(r"DataLoader worker .*(exited unexpectedly|is killed by signal)")
 
 
@@ -112,7 +113,7 @@ def faults(folder: Path) -> Iterator[None]:
         said = _said(error, folder)
         if said is None:
             raise
-        raise TrainingError(said) from error
+        raise TrainingError(said, everywhere=isinstance(error, OSError | SafetensorError)) from error
 
 
 def _said(error: Exception, folder: Path) -> str | None:
@@ -121,6 +122,8 @@ def _said(error: Exception, folder: Path) -> str | None:
     if isinstance(error, RuntimeError) and match:
         why = "a process that reads data was killed, mostly because memory ran out; lower data.workers or the batch"
         return f"{folder}: {why}; train.resume=auto continues ({' '.join(match.group().split())})"
+    if isinstance(error, RuntimeError) and "WORLD_SIZE" in os.environ and _PEER.search(str(error)):
+        return f"another process of this run is gone; its own line says why; train.resume=auto continues ({folder})"
     if isinstance(error, SafetensorError):
         code = _CODE.search(str(error))
         error = OSError(int(code.group(1)), os.strerror(int(code.group(1)))) if code else error

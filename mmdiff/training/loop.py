@@ -22,6 +22,7 @@ from mmdiff.training.run_folder import claimed, with_measured
 from mmdiff.training.start import check_origin, start
 from mmdiff.training.tracking import Tracker, Window
 from mmdiff.training.trainer import Trainer, check_finite
+from mmdiff.training.watch import watched
 
 
 def train(config: Config, progress: bool = True, trust_custom_modalities: bool = False) -> Path:
@@ -47,7 +48,7 @@ def train(config: Config, progress: bool = True, trust_custom_modalities: bool =
     with faults(folder):
         preflight(experiment, trainer, trust_custom_modalities)
         check_origin(trainer, config, folder, trust_custom_modalities)
-    with faults(folder), claimed(folder, config, accelerator) as config:
+    with faults(folder), watched(accelerator.num_processes), claimed(folder, config, accelerator) as config:
         done, window = start(trainer, config, folder, trust_custom_modalities)
         log = Log(folder, experiment, done, accelerator, progress)
         stopping = False

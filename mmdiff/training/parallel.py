@@ -34,11 +34,13 @@ class Replicated:
 
     Attributes:
         late: whether the state can only be laid out once the weights have their first values.
+        in_place: whether every process can compute with the averages in the place of the weights.
         objective: what a step calls.
         optimizer: torch's.
     """
 
     late = False
+    in_place = True
     objective: nn.Module
     optimizer: torch.optim.Optimizer
 

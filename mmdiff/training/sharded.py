@@ -38,6 +38,7 @@ class FullySharded(Replicated):
     end of the backward pass. Scalars, which cannot be split, are whole on every process."""
 
     late = True
+    in_place = False
 
     def lay_out(self, bare: nn.Module, make_optimizer: MakeOptimizer) -> None:
         self.bare = self.objective = bare

@@ -7,8 +7,9 @@ from accelerate import Accelerator
 from mmdiff.config import TrainConfig
 from mmdiff.training.parallel import Replicated
 from mmdiff.training.sharded import FullySharded
+from mmdiff.training.zero2 import DeepSpeedZero2
 
-SHARDINGS: dict[str, type[Replicated]] = {"none": Replicated, "fsdp2": FullySharded}
+SHARDINGS: dict[str, type[Replicated]] = {"none": Replicated, "fsdp2": FullySharded, "zero2": DeepSpeedZero2}
 
 
 def find_parallel(accelerator: Accelerator, config: TrainConfig) -> Replicated:

@@ -181,7 +181,7 @@ class Trainer:
     def averaged(self) -> Iterator[MTDiffusionPipeline | None]:
         """A pipeline with the averaged weights on the main process, None on the others."""
         parallel = self.parallel
-        if not parallel.late:
+        if parallel.in_place:
             with self.ema.swapped_in():
                 yield self.pipeline() if self.accelerator.is_main_process else None
             return
