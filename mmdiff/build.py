@@ -12,6 +12,7 @@ import torch
 from mmdiff.config import Config
 from mmdiff.data import Holes, Rows, StandIn, Table, open_splits
 from mmdiff.data.augment import Augment, build_augment
+from mmdiff.data.buckets import Buckets
 from mmdiff.data.embeddings import add_embeddings
 from mmdiff.data.files import undecoded, with_images
 from mmdiff.data.sources import folder_of
@@ -23,6 +24,7 @@ from mmdiff.objective import MTObjective
 from mmdiff.randomness import fold
 from mmdiff.resolve import check_modalities, resolve, scheduler_class
 from mmdiff.schedulers import MTScheduler
+from mmdiff.sizes import build_buckets, reader_of
 from mmdiff.states import DISTRIBUTIONS, StateProbabilities
 
 
@@ -54,7 +56,8 @@ def build(config: Config, hub: bool = True) -> Experiment:
     model = build_model(config)
     objective = build_objective(config, model, scheduler)
     augment = build_augment(config.data, model.modalities, model.anchor, config.train.seed)
-    train = build_table(config, model, rows, config.data.missing, augment)
+    buckets = build_buckets(config, model, rows)
+    train = build_table(config, model, rows, config.data.missing, augment, buckets)
     validation = build_table(config, model, held_out)
     return Experiment(config, train, validation, model, scheduler, objective)
 
@@ -199,6 +202,7 @@ def build_table(
     rows: Rows,
     missing: Mapping[str, float] | None = None,
     augment: Augment | None = None,
+    buckets: Buckets | None = None,
 ) -> Table:
     """Rows as batches of the model's values.
 
@@ -208,14 +212,14 @@ def build_table(
         rows: of the source.
         missing: {modality: share of rows whose value is hidden}.
         augment: changes the rows that training visits.
+        buckets: the sizes at which training visits them.
     """
     masking = config.data.masking
     return Table(
         rows,
         columns={name: config.column(name) for name in model.names if name not in masking},
-        preprocess={name: model.modalities[name].preprocess for name in model.names},
+        **reader_of(model)._asdict(),
         is_missing={name: model.modalities[name].is_missing for name in model.names},
-        placeholders={name: model.modalities[name].placeholder() for name in model.names},
         holes={
             name: Holes(model.anchor, mask.pattern, mask.ratio, config.train.seed) for name, mask in masking.items()
         },
@@ -226,4 +230,5 @@ def build_table(
         on_error=config.data.on_error,
         max_errors=config.data.max_errors,
         augment=augment,
+        buckets=buckets,
     )

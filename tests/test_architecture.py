@@ -19,7 +19,7 @@ LAYERS = {
     **dict.fromkeys(("data", "modalities", "schedulers", "backbones", "losses", "metrics"), 1),
     **dict.fromkeys(("model", "vlm"), 2),
     **dict.fromkeys(("objective", "sampling"), 3),
-    **dict.fromkeys(("pipeline", "plots", "grids", "resolve", "build", "pretrained"), 4),
+    **dict.fromkeys(("pipeline", "plots", "grids", "resolve", "sizes", "build", "pretrained"), 4),
     **dict.fromkeys(("training", "evaluation", "runs"), 5),
     "benchmarks": 6,
     "cli": 7,

@@ -1,6 +1,6 @@
 """The config of an experiment: its schema, reading and writing. Nothing here imports torch."""
 
-from mmdiff.config.data import AugmentConfig, DataConfig, MaskingConfig
+from mmdiff.config.data import AugmentConfig, BucketsConfig, DataConfig, MaskingConfig
 from mmdiff.config.evaluation import EvaluateConfig, SampleConfig
 from mmdiff.config.load import (
     as_yaml,
@@ -18,6 +18,7 @@ from mmdiff.config.training import StatesConfig, TrainConfig
 
 __all__ = [
     "AugmentConfig",
+    "BucketsConfig",
     "Config",
     "DataConfig",
     "EvaluateConfig",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from mmdiff.config.base import Share, Strict
 
 Range = tuple[float, float]
+Side = Annotated[int, Field(ge=1, le=2**16)]
 _BOUNDS = {"crop": (1e-3, 1.0), "crop_ratio": (0.1, 10.0), "hue": (-0.5, 0.5)}
 _BOUNDS |= dict.fromkeys(("brightness", "contrast", "saturation"), (0.0, 10.0))
 
@@ -81,6 +82,14 @@ class AugmentConfig(Strict):
         return [name for name, value in still.items() if getattr(self, name) != value]
 
 
+class BucketsConfig(Strict):
+    """Sizes at which training reads images of several shapes; every global batch has one of them."""
+
+    sizes: list[tuple[Side, Side]] | None = None  # (height, width) in pixels; default: generated about the image's area
+    ratio: float = Field(2.0, ge=1, le=100)  # of generated sizes: the longer side over the shorter one, at most
+    multiple: Side | None = None  # of generated sizes: of their heights and widths; default: what the backbone needs
+
+
 class DataConfig(Strict):
     """Where rows come from."""
 
@@ -91,6 +100,7 @@ class DataConfig(Strict):
     masking: dict[str, MaskingConfig] = {}  # {modality: holes}: made from the anchor, not read from a column
     embeddings: dict[str, EmbeddingConfig] = {}  # {modality: encoder}: computed if the source lacks the column
     augment: AugmentConfig = AugmentConfig()
+    buckets: BucketsConfig | None = None
     missing: dict[str, Share] = {}  # {modality: share of training rows whose value is hidden}
     split: str = "train"  # name of the training split
     validation_split: str = "validation"  # name of the held-out split

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -34,37 +34,35 @@ class Augment:
     Args:
         config: how much of what.
         follow: {modality: (value, change) -> value}; other modalities stay as they are.
-        grid: (rows, columns) on whose lines a crop is cut, so that it has whole pixels in maps of every size.
         seed: of the run.
     """
 
-    def __init__(self, config: AugmentConfig, follow: Mapping[str, Follow], grid: tuple[int, int], seed: int) -> None:
-        self.config, self.follow, self.grid, self.seed = config, dict(follow), grid, seed
+    def __init__(self, config: AugmentConfig, follow: Mapping[str, Follow], seed: int) -> None:
+        self.config, self.follow, self.seed = config, dict(follow), seed
 
     def __call__(self, values: Mapping[str, Tensor], samples: Tensor) -> dict[str, Tensor]:
         """{modality: (B, …)} after the changes of these sample numbers (B,)."""
-        changes = self.changes(samples)
+        changes = self.changes(samples, grid(values[name].shape[1:] for name in self.follow))
         followed = {
             name: torch.stack([follow(value, change) for value, change in zip(values[name], changes, strict=True)])
             for name, follow in self.follow.items()
         }
         return {**values, **followed}
 
-    def changes(self, samples: Tensor) -> list[Change]:
-        """The change of every sample."""
+    def changes(self, samples: Tensor, lines: tuple[int, int]) -> list[Change]:
+        """The change of every sample; crops are cut on a `grid` of these (rows, columns)."""
         config = self.config
         flips = (self._draw(name, samples) < getattr(config, name) for name in ("flip", "vertical_flip"))
         names = ("brightness", "contrast", "saturation", "hue")
         colours = (_between(getattr(config, name), self._draw(name, samples)) for name in names)
-        columns = (self._boxes(samples), *(column.tolist() for column in (*flips, *colours)))
+        columns = (self._boxes(samples, *lines), *(column.tolist() for column in (*flips, *colours)))
         return [Change(*row) for row in zip(*columns, strict=True)]
 
     def _draw(self, name: str, samples: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
         return uniform(self.seed, 0, f"augment/{name}", samples, shape)
 
-    def _boxes(self, samples: Tensor) -> list[tuple[float, float, float, float]]:
+    def _boxes(self, samples: Tensor, rows: int, columns: int) -> list[tuple[float, float, float, float]]:
         """Uniform area, log-uniform aspect, uniform place, as for Inception (Szegedy et al., arXiv 1409.4842)."""
-        rows, columns = self.grid
         if self.config.crop == (1.0, 1.0):
             return [WHOLE] * len(samples)
         area, aspect, down, right = self._draw("crop", samples, (4,)).double().unbind(1)
@@ -103,19 +101,21 @@ def build_augment(data: DataConfig, modalities: Mapping[str, Follower], anchor: 
     if anchor in config.unchanged and config.moves:
         raise InputError("data.augment.unchanged", anchor, "is the anchor: what moves, moves with it; leave it out")
     following = {n: one for n, one in modalities.items() if n not in {*config.unchanged, *data.masking}}
-    augment = Augment(config, {name: one.follow for name, one in following.items()}, _grid(following), seed)
-    if config.crop != (1.0, 1.0) and min(augment.grid) < _COARSEST:
-        rows, columns = augment.grid
+    rows, columns = grid(one.value_shape for one in following.values())
+    if config.crop != (1.0, 1.0) and min(rows, columns) < _COARSEST:
         remedy = f"the sizes of the maps have only a grid of {rows}x{columns} in common; resize or leave out the coarse"
         raise InputError("data.augment.crop", config.crop, remedy)
     with at("data.augment"):
         _try_on(config, following)
-    return augment
+    return Augment(config, {name: one.follow for name, one in following.items()}, seed)
 
 
-def _grid(following: Mapping[str, Follower]) -> tuple[int, int]:
-    """The finest grid whose lines lie between pixels of every map."""
-    maps = [one.value_shape[-2:] for one in following.values() if 2 <= len(one.value_shape) <= 3]
+def grid(shapes: Iterable[Sequence[int]]) -> tuple[int, int]:
+    """(rows, columns) of the finest grid whose lines lie between pixels of every map among values of these shapes.
+
+    A crop that is cut on its lines has whole pixels in maps of every size. Sets of images are left out.
+    """
+    maps = [shape[-2:] for shape in shapes if 2 <= len(shape) <= 3]
     return math.gcd(*(height for height, _ in maps)), math.gcd(*(width for _, width in maps))
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mmdiff.data.augment import Augment
+from mmdiff.data.buckets import BucketOrder, Buckets, Reader
 from mmdiff.data.files import ROW
 from mmdiff.data.masking import known_masks
 from mmdiff.data.order import Order, Visit
@@ -119,6 +120,7 @@ class Table(torch.utils.data.Dataset):
         max_errors: largest share of rows with such a value; more stop the run.
         is_missing: {modality: whether a raw value means missing}; None always does.
         augment: changes rows when training visits them.
+        buckets: the sizes at which training reads rows; nothing is cached then.
     """
 
     def __init__(
@@ -136,31 +138,33 @@ class Table(torch.utils.data.Dataset):
         max_errors: float = 0.01,
         is_missing: Mapping[str, Callable[[object], bool]] | None = None,
         augment: Augment | None = None,
+        buckets: Buckets | None = None,
     ) -> None:
         for name, column in columns.items():
             if column not in rows.column_names:
                 known = ", ".join(n for n in rows.column_names if n != ROW)
                 raise InputError(f"data.columns.{name}", column, f"the source has {known}")
         self.rows = rows.select_columns(sorted({*columns.values(), ROW} & set(rows.column_names)))
-        self.columns, self.preprocess, self.placeholders = dict(columns), dict(preprocess), dict(placeholders)
-        self.is_missing, self.augment = dict(is_missing or {}), augment
+        self.columns, self.reader = dict(columns), Reader(dict(preprocess), dict(placeholders))
+        self.is_missing, self.augment, self.buckets = dict(is_missing or {}), augment, buckets
         self.holes, self.missing, self.seed = dict(holes or {}), dict(missing or {}), seed
         self.source = origin(source, rows)
         self.skip, self.unusable = on_error == "skip", Unusable(len(rows), max_errors)
         row_bytes = sum(math.prod(placeholders[n].shape) * placeholders[n].element_size() for n in columns)
         self._cache: Batch | None = None
-        if len(rows) * row_bytes <= cache_mib * 2**20:
-            self._cache = self._read(range(len(rows)))
+        if len(rows) * row_bytes <= cache_mib * 2**20 and buckets is None:
+            self._cache = self._read(range(len(rows)), self.reader)
             self.unusable.add(self._cache.unusable)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def order(self, seed: int, streams: int, batch_size: int) -> Order:
+    def order(self, seed: int, streams: int, batch_size: int) -> Order | BucketOrder:
         """The order in which training visits the rows; arguments as of `Order`."""
-        if shards := getattr(self.rows, "shards", None):  # streamed
-            return Order(shards, seed, streams, batch_size)
-        return Order(len(self), seed)
+        shards = getattr(self.rows, "shards", None)  # streamed
+        if self.buckets is not None:
+            return BucketOrder(Order(shards or len(self), seed), self.buckets.of_rows, batch_size)
+        return Order(shards, seed, streams, batch_size) if shards else Order(len(self), seed)
 
     def __getitem__(self, index: int) -> Batch:
         return self.batch([index])
@@ -177,12 +181,13 @@ class Table(torch.utils.data.Dataset):
 
         Args:
             indices: of the rows.
-            samples: sample numbers in the run, from which holes and changes are drawn; by default the rows stay
-                unchanged and keep their holes.
+            samples: sample numbers in the run, from which holes and changes are drawn; the rows are of one bucket. By
+                default they have the model's own size, stay unchanged and keep their holes.
         """
         chosen = torch.as_tensor(indices, dtype=torch.int64)
         if self._cache is None:
-            read = self._read(indices)
+            bucketed = self.buckets is not None and samples is not None
+            read = self._read(indices, self.buckets.reader(indices) if bucketed else self.reader)
         else:
             read = Batch(*({name: tensor[chosen] for name, tensor in part.items()} for part in self._cache[:2]))
         numbers = chosen if samples is None else torch.as_tensor(samples, dtype=torch.int64)
@@ -211,16 +216,16 @@ class Table(torch.utils.data.Dataset):
             present[name] = present[holes.source]
         return Batch(values, present, batch.unusable)
 
-    def _read(self, indices: Sequence[int]) -> Batch:
+    def _read(self, indices: Sequence[int], reader: Reader) -> Batch:
         values: dict[str, list[Tensor]] = {name: [] for name in self.columns}
         present: dict[str, list[bool]] = {name: [] for name in self.columns}
         unusable: list[str] = []
         for index in indices:
             row = self._row(int(index), unusable)
             for name, column in self.columns.items():
-                value = self._value(name, row.get(column), row.get(ROW, index), unusable)
+                value = self._value(name, row.get(column), row.get(ROW, index), unusable, reader)
                 present[name].append(value is not None)
-                values[name].append(self.placeholders[name] if value is None else value)
+                values[name].append(reader.placeholders[name] if value is None else value)
         return Batch(
             {name: torch.stack(items) for name, items in values.items()},
             {name: torch.tensor(mask) for name, mask in present.items()},
@@ -237,13 +242,13 @@ class Table(torch.utils.data.Dataset):
             unusable.append(str(error))
             return {}
 
-    def _value(self, name: str, raw: object, row: int, unusable: list[str]) -> Tensor | None:
+    def _value(self, name: str, raw: object, row: int, unusable: list[str], reader: Reader) -> Tensor | None:
         """None for a missing value, and for one that cannot be used if such values are skipped."""
         if raw is None or (name in self.is_missing and self.is_missing[name](raw)):
             return None
         try:
             with at(f"data.columns.{name}={self.columns[name]}, row {row} of {self.source}", ": "):
-                return self.preprocess[name](raw)
+                return reader.preprocess[name](raw)
         except InputError as error:
             if not self.skip:
                 raise

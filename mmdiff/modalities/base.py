@@ -87,6 +87,10 @@ class Value(ABC):
             InputError: saying why.
         """
 
+    def size_of(self, raw: Any) -> tuple[int, int] | None:
+        """(height, width) of a raw value, from its header; None of one without a size of its own."""
+        return None
+
     def is_missing(self, raw: Any) -> bool:
         """Whether a raw value says that there is none: None, NaN, or a set of which nothing is there."""
         if isinstance(raw, list):

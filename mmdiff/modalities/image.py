@@ -172,6 +172,9 @@ class Image(Anchor):
     def check_readable(cls, raw: Any) -> None:
         header("image", raw)
 
+    def size_of(self, raw: Any) -> tuple[int, int]:
+        return header("image", raw)[1]
+
     def preprocess(self, raw: Any) -> Tensor:
         picture = self._picture(raw)
         if not self.resize:

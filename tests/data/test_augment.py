@@ -21,7 +21,7 @@ from mmdiff.config import parse_config
 from mmdiff.data.order import Visit
 from mmdiff.errors import InputError
 
-SIDE, ROWS = 32, 6
+SIDE, ROWS, GRID = 32, 6, (32, 32)
 EVERYTHING = {
     "flip": 0.5,
     "vertical_flip": 0.5,
@@ -123,7 +123,7 @@ def test_what_is_computed_from_the_image_is_so_after_crops(opened: Callable[...,
 def test_the_crop_of_a_map_is_the_map_of_the_crop(opened: Callable[..., Experiment]) -> None:
     """Half of each side, cut by hand; colours commute with what Pillow reads."""
     experiment = opened({"crop": 0.25}, cache_mib=0)
-    (change,) = experiment.train.augment.changes(torch.tensor([5]))
+    (change,) = experiment.train.augment.changes(torch.tensor([5]), (8, 8))
     top, left, height, width = (round(SIDE * part) for part in change.box)
     assert (height, width) == (SIDE // 2, SIDE // 2)
     value = experiment.train.batch([0]).values
@@ -176,12 +176,12 @@ def test_the_photos_of_a_set_change_alike(opened: Callable[..., Experiment]) -> 
 def test_changes_are_functions_of_seed_and_sample_number(opened: Callable[..., Experiment]) -> None:
     """Not of the batch, the row, the cache or the worker; another seed or sample is another change."""
     augment = opened(EVERYTHING).train.augment
-    together = augment.changes(torch.arange(40))
-    assert together == [augment.changes(torch.tensor([k]))[0] for k in range(40)] and len(set(together)) == 40
+    together = augment.changes(torch.arange(40), GRID)
+    assert together == [augment.changes(torch.tensor([k]), GRID)[0] for k in range(40)] and len(set(together)) == 40
     assert all(0.28 < h * w < 0.95 for _, _, h, w in (change.box for change in together))
     assert {change.flip for change in together} == {change.vertical_flip for change in together} == {True, False}
     augment.seed = 1
-    assert not set(together) & set(augment.changes(torch.arange(40)))
+    assert not set(together) & set(augment.changes(torch.arange(40), GRID))
 
 
 def batches_of(table: Any, workers: int) -> Iterator[dict[str, Tensor]]:
