@@ -165,9 +165,10 @@ def resized(
     if image.size == (width, height):
         return image
     factor = min(image.width / width, image.height / height)
-    crop_width, crop_height = factor * width, factor * height
+    crop_width, crop_height = min(factor * width, image.width), min(factor * height, image.height)  # rounding
     left, top = (image.width - crop_width) / 2, (image.height - crop_height) / 2
-    image = image.resize((width, height), by, box=(left, top, left + crop_width, top + crop_height))
+    right, bottom = min(left + crop_width, image.width), min(top + crop_height, image.height)
+    image = image.resize((width, height), by, box=(left, top, right, bottom))
     overshoots = image.mode == "F" and by == PILImage.Resampling.BICUBIC  # of a picture, whose floats lie in 0 … 1
     return PILImage.fromarray(np.asarray(image).clip(0, 1)) if overshoots else image
 
