@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from mmdiff.config import Config
+from mmdiff import lora
+from mmdiff.config import Config, LoraConfig
 from mmdiff.data import Holes, Rows, StandIn, Table, open_splits
 from mmdiff.data.augment import Augment, build_augment
 from mmdiff.data.buckets import Buckets
@@ -166,7 +167,7 @@ def build_scheduler(config: Config) -> MTScheduler:
 def build_objective(config: Config, model: MTDiffusionModel, scheduler: MTScheduler) -> MTObjective:
     """The objective, with the state distribution of `states` and of each modality's `states`."""
     learned = [n for n in config.auxiliary() if config.modalities[n].weight.schedule == "learned"]
-    return MTObjective(
+    objective = MTObjective(
         model,
         scheduler,
         state_probabilities={name: state_probabilities(config, name) for name in config.modalities},
@@ -179,6 +180,18 @@ def build_objective(config: Config, model: MTDiffusionModel, scheduler: MTSchedu
         learn_scale=tuple(name for name in learned if config.modalities[name].weight.learn_scale),
         seed=config.train.seed,
     )
+    if config.train.lora is not None:
+        adapt(objective, config.train.lora, config.train.seed)
+    return objective
+
+
+def adapt(objective: MTObjective, settings: LoraConfig, seed: int) -> None:
+    """Let LoRA layers be trained instead of the network; an adapter holds no weight schedules, so they stay."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(fold(seed, 0, "lora"))
+        lora.add(objective.model, settings.rank, settings.alpha, settings.targets, not settings.only_adapters)
+    for parameter in (*objective.schedule_shapes.parameters(), *objective.schedule_scales.parameters()):
+        parameter.requires_grad_(False)
 
 
 def state_probabilities(config: Config, name: str) -> StateProbabilities:

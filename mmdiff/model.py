@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mmdiff.backbones import Observation, find_backbone
 from mmdiff.errors import InputError, at
+from mmdiff.lora import LoraModel
 from mmdiff.modalities import Anchor, Condition, FillsAnchor, Modality, Shape, find_modality
 from mmdiff.modalities.grids import scaled
 from mmdiff.schedulers.arguments import check_value
@@ -38,7 +39,7 @@ class MTDiffusionModelOutput(BaseOutput):
     pooled: Tensor
 
 
-class MTDiffusionModel(ModelMixin, ConfigMixin):
+class MTDiffusionModel(LoraModel, ModelMixin, ConfigMixin):
     """Encoders, one backbone and decoder heads.
 
     Args:

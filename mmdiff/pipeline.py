@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from mmdiff.lora import LoraPipeline
 from mmdiff.modalities.autoencoder import load_autoencoder
 from mmdiff.model import MTDiffusionModel, complete
 from mmdiff.sampling.arguments import check_finite, memory_errors
@@ -41,7 +42,7 @@ class MTDiffusionPipelineOutput(BaseOutput):
     weights: dict[str, Tensor]
 
 
-class MTDiffusionPipeline(DiffusionPipeline):
+class MTDiffusionPipeline(LoraPipeline, DiffusionPipeline):
     """Joint and conditional sampling with one model.
 
     Args:

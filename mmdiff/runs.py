@@ -26,13 +26,14 @@ _FEW = 8  # numbers of an array that are printed
 _LONGEST = 2000  # characters of what is printed per modality
 
 
-def load(run: Path, solver: str | None = None, trust: bool = False) -> MTDiffusionPipeline:
+def load(run: Path, solver: str | None = None, trust: bool = False, lora: Path | None = None) -> MTDiffusionPipeline:
     """The pipeline of a run folder, or a pipeline folder itself, on the accelerator if there is one.
 
     Args:
         run: the folder.
         solver: in place of the run's.
         trust: import the modalities and encoders that it names by import path.
+        lora: folder of an adapter that is merged into it.
 
     Raises:
         InputError: if it holds no finished pipeline, or a damaged one.
@@ -45,6 +46,9 @@ def load(run: Path, solver: str | None = None, trust: bool = False) -> MTDiffusi
     logging.set_verbosity(logging.CRITICAL)  # errors are one line, see below
     with damage("run", run):
         pipeline = MTDiffusionPipeline.from_pretrained(folder, trust_custom_modalities=trust)
+    if lora is not None:
+        pipeline.load_lora_weights(lora)
+        pipeline.fuse_lora()
     if solver is not None:
         scheduler = pipeline.scheduler
         pipeline.scheduler = type(scheduler).from_config(scheduler.config, solver=solver, solver_config=None)

@@ -139,7 +139,7 @@ def test_a_resolved_config_needs_the_source_no_more(tmp_path: Path) -> None:
             started(resolved)
 
 
-@pytest.mark.parametrize("given", ["diffusers_dit", None])
+@pytest.mark.parametrize("given", ["dit", "diffusers_dit", None])
 def test_the_source_says_the_kind(given: str | None, tmp_path: Path) -> None:
     resolved = config(dit_folder(tmp_path / "dit"), backbone={} if given is None else {"kind": given})
     assert resolved.backbone.kind == "diffusers_dit" and resolved.backbone.network["num_layers"] == 2

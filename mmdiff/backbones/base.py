@@ -57,6 +57,8 @@ class Backbone(nn.Module, ABC):
     """
 
     stands_for: ClassVar[tuple[str, ...]] = ()  # kinds that a config may name where `initialize_from` gives this one
+    #: Begins the names of parameters through which modalities enter and are read: LoRA trains them whole.
+    modality_parts: tuple[str, ...] = ()
     training_only: ClassVar[frozenset[str]] = frozenset({"dropout", "gradient_checkpointing"})  # change no prediction
     #: Height and width of the diffusion space are multiples of it.
     multiple: int = 1
@@ -90,6 +92,10 @@ class Backbone(nn.Module, ABC):
         They are functions of (seed, step, position), so that several processes and accumulation draw the same.
         """
         return 0
+
+    def attention_layers(self) -> list[str]:
+        """Names of the linear layers of attention, which LoRA adapts by default."""
+        return []
 
     @abstractmethod
     def forward(self, sample: Tensor, timestep: Tensor, observation: Observation) -> BackboneOutput:

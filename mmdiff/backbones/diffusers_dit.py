@@ -98,9 +98,9 @@ class DiffusersDiT(NetworkBackbone):
 
     def examples(self, device: torch.device) -> tuple[Tensor, Tensor, Observation]:
         """Squares: diffusers puts patches together to nothing else."""
-        sample, timestep, (seen, told) = super().examples(device)
+        sample, timestep, seen = super().examples(device)
         side = min(sample.shape[2:])
-        return sample[:, :, :side, :side], timestep, Observation(seen[:, :, :side, :side], told)
+        return sample[:, :, :side, :side], timestep, seen._replace(channels=seen.channels[:, :, :side, :side])
 
     def _conditioning(self, embedding: nn.Module, timestep: Tensor, added: Tensor) -> Tensor:
         """Time and class as of `CombinedTimestepLabelEmbeddings`, which would drop classes in training, and ``added``;

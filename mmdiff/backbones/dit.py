@@ -13,7 +13,7 @@ from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
 from mmdiff.backbones.base import Backbone, BackboneOutput, Observation, Widths
-from mmdiff.backbones.transformer import FEED_FORWARD, Block, Rotation, modulated
+from mmdiff.backbones.transformer import FEED_FORWARD, Attention, Block, Rotation, modulated
 from mmdiff.errors import InputError
 from mmdiff.slots import Axes, Axis, Slot, of, parts, slots
 
@@ -51,6 +51,7 @@ class DiT(Backbone):
     """
 
     training_only: ClassVar[frozenset[str]] = frozenset({"gradient_checkpointing"})
+    modality_parts = ("patches.", "decoder_patches.", "flags.", "names")
 
     def __init__(
         self,
@@ -146,6 +147,10 @@ class DiT(Backbone):
 
     def blocks(self) -> Sequence[nn.Module]:
         return (*self.layers, *self.decoder)
+
+    def attention_layers(self) -> list[str]:
+        blocks = [name for name, block in self.named_modules() if isinstance(block, Attention)]
+        return [f"{name}.{layer}" for name in blocks for layer in ("qkv", "out")]
 
     def random_numbers(self, height: int, width: int) -> int:
         return height // self.patch_size * (width // self.patch_size) if self.token_drop else 0

@@ -15,6 +15,7 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from mmdiff.backbones.attention import attention_layers
 from mmdiff.backbones.base import Backbone, Observation
 from mmdiff.errors import InputError
 from mmdiff.trust import refuse_huge
@@ -33,6 +34,7 @@ class NetworkBackbone(Backbone):
     """
 
     network_class: ClassVar[type[ModelMixin]]
+    modality_parts = ("flags.", "observe.", "place.", "grid.")
 
     def __init__(
         self,
@@ -46,6 +48,9 @@ class NetworkBackbone(Backbone):
         self.channels = space[0]
         check_channels(self.network.config, self.channels)
         self.space, self.inputs = space, (observation_channels, sum(flag_widths))
+
+    def attention_layers(self) -> list[str]:
+        return attention_layers(self)
 
     @abstractmethod
     def alone(self, network: Any, sample: Tensor, timestep: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pixel_shuffle, pixel_unshuffle
 
+from mmdiff.backbones.attention import attention_layers
 from mmdiff.backbones.base import Backbone, BackboneOutput, Observation, Widths
 from mmdiff.errors import InputError
 from mmdiff.slots import Axes, Axis, Slot, of, parts, slots
@@ -42,6 +43,8 @@ class UNet(Backbone):
         time_scale_shift: "default" adds the time embedding, "scale_shift" also multiplies (ADM).
         gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
     """
+
+    modality_parts = ("unet.conv_in.", "flags.", "place.", "grid.")
 
     def __init__(
         self,
@@ -108,6 +111,9 @@ class UNet(Backbone):
         _check_ranges(locals())
         pooled = block_out_channels[-1] + block_out_channels[0] + GRID_CHANNELS * pooled_grid**2
         return Widths(block_out_channels[0], pooled, patch_size)
+
+    def attention_layers(self) -> list[str]:
+        return attention_layers(self)
 
     def slots(self, channels: Sequence[Slot], flags: Sequence[Slot]) -> dict[str, Axes]:
         """New inputs of the convolution and of the time embedding start at 0, so that they do not change the pretrained

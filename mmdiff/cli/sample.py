@@ -38,6 +38,7 @@ def sample(
         str | None, typer.Option(help="modalities to aggregate: all, none, or names with commas")
     ] = None,
     solver: Annotated[str | None, typer.Option(help="another solver: DDIMScheduler")] = None,
+    lora: Annotated[Path | None, typer.Option(help="an adapter for the run's network: adapter/ of a run")] = None,
     feedback: Annotated[str | None, typer.Option(help="of unknown aggregated modalities: draw, mean or mode")] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="samples per batch; default: the run's sample.batch_size", min=1)
@@ -49,7 +50,7 @@ def sample(
     seed: Annotated[int, typer.Option(help="sample k depends on the seed and on k alone", min=0)] = 0,
     out: Annotated[Path, typer.Option(help="the grid, a new PNG")] = Path("grid.png"),
     save_each: Annotated[
-        Path | None, typer.Option(help="a new folder for one file per modality and sample; --observe reads them")
+        Path | None, typer.Option(help="a new folder for one file per modality and sample, as --observe reads")
     ] = None,
     trust: Trust = False,
 ) -> None:
@@ -58,7 +59,7 @@ def sample(
     own = _sample_config(run)
     from mmdiff import runs
 
-    pipeline = runs.load(run, solver, trust)
+    pipeline = runs.load(run, solver, trust, lora)
     runs.prepare(pipeline, dtype, compiled)
     settings = {
         "num_inference_steps": steps or own.steps,
@@ -72,8 +73,7 @@ def sample(
     if aggregate is not None:
         settings["aggregate"] = {"all": True, "none": False}.get(aggregate, aggregate.split(","))
     scales = own.scales if guidance is None else guidance
-    for line in runs.sample(pipeline, observe or [], num, seed, out, save_each, scales, settings):
-        echo(line)
+    echo("\n".join(runs.sample(pipeline, observe or [], num, seed, out, save_each, scales, settings)))
 
 
 def _sample_config(run: Path) -> SampleConfig:

@@ -14,7 +14,7 @@ from mmdiff.config.load import (
 )
 from mmdiff.config.model import ModalityConfig, WeightConfig
 from mmdiff.config.schema import Config
-from mmdiff.config.training import StatesConfig, TrainConfig
+from mmdiff.config.training import LoraConfig, StatesConfig, TrainConfig
 
 __all__ = [
     "AugmentConfig",
@@ -22,6 +22,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvaluateConfig",
+    "LoraConfig",
     "MaskingConfig",
     "ModalityConfig",
     "SampleConfig",

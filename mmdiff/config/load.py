@@ -83,6 +83,12 @@ def parse_config(tree: Any) -> Config:
     if config.train.initialize_from is not None and config.backbone.initialize_from is not None:
         remedy = "a run starts from one folder; leave this or backbone.initialize_from out"
         raise InputError("train.initialize_from", config.train.initialize_from, remedy)
+    if config.train.lora is not None and config.train.initialize_from == config.backbone.initialize_from:
+        raise InputError(
+            "train.lora",
+            config.train.lora.model_dump(),
+            "adapts a pretrained network; name one, backbone.initialize_from or train.initialize_from",
+        )
     for name in config.data.columns:
         if name not in config.modalities:
             raise InputError(f"data.columns.{name}", config.data.columns[name], "names no modality")

@@ -37,6 +37,15 @@ class LossConfig(Strict):
         return value
 
 
+class LoraConfig(Strict):
+    """Low-rank adapters on a pretrained network, which stays as it is (Hu et al., 2021)."""
+
+    rank: int = Field(8, ge=1, le=2**16)  # r of W + (α / r) B A
+    alpha: float | None = Field(None, gt=0, le=2**16)  # α; default: rank
+    targets: list[str] | None = None  # ends of the names of linear layers: to_q; default: all of attention
+    only_adapters: bool = False  # leave the parts through which modalities enter and are read as they are, too
+
+
 class TrainConfig(Strict):
     """One training run."""
 
@@ -71,6 +80,7 @@ class TrainConfig(Strict):
     # never; auto: continue the newest checkpoint; a run or checkpoint folder: continue it in a new run folder
     resume: str = "never"
     initialize_from: str | None = None  # a pipeline, run or checkpoint folder; weights that fit are taken from it
+    lora: LoraConfig | None = None  # train low-rank adapters and the modalities' own parts instead of the whole network
 
     @field_validator("min_learning_rate")
     @classmethod

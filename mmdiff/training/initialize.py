@@ -14,6 +14,7 @@ from mmdiff import pretrained
 from mmdiff.backbones import NetworkBackbone
 from mmdiff.config import Config
 from mmdiff.errors import InputError, at
+from mmdiff.lora import base_name
 from mmdiff.model import MTDiffusionModel
 from mmdiff.objective import MTObjective
 from mmdiff.pretrained import check_agrees, contradictions, find, load_network
@@ -52,7 +53,8 @@ def initialize(
     """
     path, model = Path(source).expanduser(), objective.model
     found = read_source(path, model.config.modality_config, say, trust)
-    own, weights = _beginning(only, objective.state_dict()), _beginning(only, found.weights)
+    own = _beginning(only, {base_name(name): tensor for name, tensor in objective.state_dict().items()})
+    weights = _beginning(only, found.weights)
     axes, found_axes = _axes(model, found.model)
     other = _other_kinds(model, found.model)
     fitting = {
@@ -108,7 +110,9 @@ def initialize_backbone(
             raise InputError(pretrained.KEY, source, remedy)
     else:
         network, backbone = load_network(found), objective.model.backbone
-        backbone.network.load_state_dict(network.state_dict())
+        own = {base_name(name): tensor for name, tensor in backbone.network.state_dict().items()}
+        for name, tensor in network.state_dict().items():
+            own[name].copy_(tensor)
         _check_prediction(source, network, backbone)
         count = len(network.state_dict())
         say(f"{source}: all {count} tensors of a {type(network).__name__} taken, as backbone.kind {found.kind}")

@@ -72,6 +72,8 @@ def train(config: Config, progress: bool = True, trust_custom_modalities: bool =
             accelerator.print(f"stopped at step {done} of {config.train.steps}; continue with train.resume=auto")
         else:
             trainer.save_pipeline(folder / "pipeline", done)
+            if config.train.lora is not None:
+                trainer.save_adapter(folder / "adapter")
             log.grid(trainer, done)
         log.close()
     accelerator.end_training()

@@ -17,6 +17,7 @@ from mmdiff.config import Config
 from mmdiff.data import Batch
 from mmdiff.errors import InputError, at
 from mmdiff.evaluation.readiness import check_evaluation
+from mmdiff.lora import merged
 from mmdiff.model import MTDiffusionModel
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.training.trainer import Trainer
@@ -156,7 +157,7 @@ def check_saving(pipeline: MTDiffusionPipeline) -> None:
     Raises:
         InputError: the pipeline cannot be saved, or comes back as another one.
     """
-    before = pipeline.model.state_dict()
+    before = merged(pipeline.model).state_dict()
     with tempfile.TemporaryDirectory(prefix="mmdiff-") as folder:
         pipeline.save_pretrained(folder)
         after = _read_back(lambda: MTDiffusionPipeline.from_pretrained(folder, trust_custom_modalities=True))

@@ -15,6 +15,7 @@ from torch import Tensor
 from mmdiff.build import model_settings
 from mmdiff.config import parse_config
 from mmdiff.errors import InputError
+from mmdiff.lora import merged_tensors
 from mmdiff.model import MTDiffusionModel
 from mmdiff.schedulers.weights import checked_weight
 from mmdiff.training.checkpoint import STATE, checkpoints, find_checkpoint
@@ -68,14 +69,14 @@ def _of_pipeline(home: Path, own: Mapping[str, Any], trust: bool) -> Source:
 def _of_checkpoint(path: Path, own: Mapping[str, Any], say: Callable[[str], object], trust: bool) -> Source:
     checkpoint = find_checkpoint(path, KEY, say)
     try:
-        settings = model_settings(parse_config(checkpoint.state.get("config")))
+        config = parse_config(checkpoint.state.get("config"))
+        settings, lora = model_settings(config), config.train.lora
     except InputError as error:
         raise InputError(KEY, str(checkpoint.path / STATE), f"its config is damaged: {error}") from None
     weights = _finite(checkpoint.path / "weights.safetensors", checkpoint.weights)
     averages = _finite(checkpoint.path / "ema.safetensors", checkpoint.ema)
-    return _checked(
-        checkpoint.path, Source({**weights, **averages}, _model(checkpoint.path / STATE, settings, own, trust))
-    )
+    whole = merged_tensors({**weights, **averages}, 1.0 if lora is None else (lora.alpha or lora.rank) / lora.rank)
+    return _checked(checkpoint.path, Source(whole, _model(checkpoint.path / STATE, settings, own, trust)))
 
 
 def _weight_files(home: Path) -> list[Path]:

@@ -116,7 +116,7 @@ def _check_model(checkpoint: Checkpoint, config: Config) -> None:
             "train.steps", config.train.steps, f"{checkpoint.path} has taken {done} steps already; set more"
         )
     before = parse_config(checkpoint.state.get("config"))
-    train = {f"train.{key}" for key in type(config.train).model_fields} - {"train.optimizer"}
+    train = {f"train.{key}" for key in type(config.train).model_fields} - {"train.optimizer", "train.lora"}
     difference = first_difference(before, config, ignore=_CONTINUABLE | train)
     if difference:
         key, then, now = difference

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from mmdiff import plots
+from mmdiff import lora, plots
 from mmdiff.build import Experiment, build_model, build_objective
 from mmdiff.config import SampleConfig, TrainConfig
 from mmdiff.data import Batch
@@ -194,6 +194,13 @@ class Trainer:
         objective = build_objective(config, build_model(config, initial_weights=False), self.bare.scheduler)
         objective.load_state_dict(state)
         return pipeline_of(objective.to(self.accelerator.device))
+
+    def save_adapter(self, path: Path) -> None:
+        """The averaged LoRA layers, and what was trained with them; every process must call it."""
+        with self.averaged() as pipeline:
+            if pipeline is not None:
+                with whole(path) as partial:
+                    lora.save(pipeline.model, partial)
 
     def pipeline(self) -> MTDiffusionPipeline:
         """A pipeline on the live model."""
