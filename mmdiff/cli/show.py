@@ -34,11 +34,15 @@ def show(
         refuse_custom(loaded.model_dump()["modalities"])
     from mmdiff.build import build_model, build_scheduler, open_rows
     from mmdiff.resolve import needs_data, resolve
+    from mmdiff.sizes import build_buckets
 
-    splits = open_rows(loaded, hub=trust) if needs_data(loaded) else None
+    splits = open_rows(loaded, hub=trust) if needs_data(loaded) or loaded.data.buckets else None
     resolved = resolve(loaded, splits[0] if splits else None)
-    scheduler = build_scheduler(resolved)
-    echo(describe(resolved, build_model(resolved, initial_weights=False), scheduler, splits))
+    scheduler, model = build_scheduler(resolved), build_model(resolved, initial_weights=False)
+    echo(describe(resolved, model, scheduler, splits))
+    if splits and (buckets := build_buckets(resolved, model, splits[0])):
+        for (height, width), count in zip(buckets.sizes, buckets.counts, strict=True):
+            echo(f"bucket {width}x{height:<12} {count:>8} rows")
     if plot is not None:
         from mmdiff.plots import weight_schedules
 

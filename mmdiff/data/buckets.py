@@ -29,6 +29,11 @@ class Buckets(NamedTuple):
     readers: Sequence[Reader]
     of_rows: np.ndarray
 
+    @property
+    def counts(self) -> list[int]:
+        """How many rows each bucket has."""
+        return np.bincount(self.of_rows, minlength=len(self.sizes)).tolist()
+
     def reader(self, rows: Sequence[int]) -> Reader:
         """Of rows of one bucket."""
         (bucket,) = set(self.of_rows[list(rows)].tolist())
