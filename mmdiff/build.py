@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mmdiff import lora
+from mmdiff.alignment import Alignment
 from mmdiff.config import Config, LoraConfig
 from mmdiff.data import Holes, Rows, StandIn, Table, open_splits
 from mmdiff.data.augment import Augment, build_augment
@@ -178,6 +179,9 @@ def build_objective(config: Config, model: MTDiffusionModel, scheduler: MTSchedu
         min_snr_gamma=config.loss.min_snr_gamma,
         uncertainty=config.loss.uncertainty,
         learn_scale=tuple(name for name in learned if config.modalities[name].weight.learn_scale),
+        learn_weights=config.loss.weighting == "learned",
+        contrastive=checked_contrastive(config),
+        alignment=build_alignment(config, model),
         seed=config.train.seed,
     )
     if config.train.lora is not None:
@@ -192,6 +196,29 @@ def adapt(objective: MTObjective, settings: LoraConfig, seed: int) -> None:
         lora.add(objective.model, settings.rank, settings.alpha, settings.targets, not settings.only_adapters)
     for parameter in (*objective.schedule_shapes.parameters(), *objective.schedule_scales.parameters()):
         parameter.requires_grad_(False)
+
+
+def checked_contrastive(config: Config) -> float:
+    """λ of contrastive flow matching, which is defined for velocities.
+
+    Raises:
+        InputError: for another target.
+    """
+    chosen, scheduler = config.loss.contrastive, config.scheduler
+    if chosen and scheduler.settings().get("prediction_type") != "velocity":
+        remedy = "is defined for scheduler.kind flow_match with prediction_type velocity; leave it out"
+        raise InputError("loss.contrastive", chosen, remedy)
+    return chosen
+
+
+def build_alignment(config: Config, model: MTDiffusionModel) -> Alignment | None:
+    """What `loss.repa` asks for, its projector drawn from train.seed."""
+    chosen = config.loss.repa
+    if chosen is None:
+        return None
+    with torch.random.fork_rng(devices=[]), at("loss.repa"):
+        torch.manual_seed(fold(config.train.seed, 0, "repa"))
+        return Alignment(model, **chosen.model_dump())
 
 
 def state_probabilities(config: Config, name: str) -> StateProbabilities:

@@ -1,4 +1,4 @@
-"""The four terms of the bound, L0 … L3, per sample: (B,), Eq. (7)–(10).
+"""The four terms of the bound, L0 … L3, per sample: (B,), Eq. (7)–(10), and what training adds, Eq. (21)–(23).
 
 `mmdiff.evaluation.elbo` sums their exact forms in nats. Training uses the reweighted `denoising_error` or
 `uncertain_error` for L1 and L3, and each modality's `nll` for L2.
@@ -10,8 +10,11 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from mmdiff.likelihoods import Gaussian, discretised_gaussian_log_prob, mean_except_batch, sum_except_batch
+
+WEIGHT_FACTOR = 100.0  # a learned weight stays within this factor of the fixed one
 
 
 def terminal_kl(terminal: Gaussian) -> Tensor:
@@ -64,3 +67,37 @@ def min_snr_weight(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
         "v_prediction": capped / (snr + 1),
         "velocity": capped / (snr.sqrt() + 1) ** 2,  # z_0 = u − σ v with 1/σ = 1 + √SNR
     }[prediction_type]
+
+
+def learned_weight(parameter: Tensor, start: float, factor: float = WEIGHT_FACTOR) -> tuple[Tensor, Tensor]:
+    """(w, −½ log w) of one modality, Eq. (21): its loss L counts w L − ½ log w (Kendall et al., 2018, 1705.07115).
+
+    For a fixed L the best w is 1 / (2 L). A likelihood of a continuous value has no lower bound, and where L < 0 there
+    is no best w, so w keeps within a ``factor`` of where it starts. It stays able to turn back: the bound is smooth.
+
+    Args:
+        parameter: trained, any shape of one number; 0 is w = ``start``.
+        start: the fixed weight, > 0.
+        factor: > 1.
+    """
+    bound = math.log(factor)
+    log_weight = math.log(start) + bound * torch.tanh(parameter.float().squeeze() / bound)
+    return log_weight.exp(), -0.5 * log_weight
+
+
+def contrastive_error(prediction: Tensor, other_target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The negative of contrastive flow matching, Eq. (22): ‖prediction − another sample's target‖² per dimension: (B,).
+
+    Stoica et al. (2025, arXiv 2506.05350) subtract λ times it from the error of flow matching.
+    """
+    return denoising_error(prediction, other_target, weight)
+
+
+def misalignment(projected: Tensor, teacher: Tensor) -> Tensor:
+    """Representation alignment, Eq. (23): minus the mean cosine over places, in [−1, 1] (Yu et al., 2025, 2410.06940).
+
+    Args:
+        projected: the backbone's features, projected, (B, K, h, w).
+        teacher: the frozen encoder's, (B, K, h, w).
+    """
+    return -cosine_similarity(projected.float(), teacher.float(), dim=1).mean(dim=(1, 2))

@@ -1,4 +1,4 @@
-"""One training step: states → encodings → z_t → backbone → the four terms. Read this file first.
+"""One training step: states → encodings → z_t → backbone → the terms. Read this file first.
 
 Everything random is a function of (seed, step, position in the global batch), and every term is divided by the full
 batch, so that one process, several processes and accumulation compute the same numbers.
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdiff import losses
+from mmdiff.alignment import Alignment
 from mmdiff.data import Batch
 from mmdiff.model import MTDiffusionModel
 from mmdiff.randomness import normal, uniform
@@ -28,16 +29,27 @@ class BatchPosition(NamedTuple):
     positions: Tensor  # (B,) int64, in the global batch
     global_batch: int
 
+    def neighbours(self) -> Tensor:
+        """(B,) index of each row's neighbour: positions 2k and 2k + 1 of the global batch are a pair.
+
+        A part of an even number of rows cuts no pair, so that parts and processes agree. The order of rows is drawn
+        anew in every epoch, and so are the pairs.
+        """
+        order = self.positions.argsort()
+        return order[torch.searchsorted(self.positions[order], self.positions ^ 1)]
+
 
 class ObjectiveOutput(NamedTuple):
-    """``loss`` to differentiate and ``terms`` by name, detached, both means over the batch."""
+    """``loss`` to differentiate, ``terms`` by name, detached, and the ``parts`` whose sum is the loss, with their
+    weights and gradients; all means over the batch."""
 
     loss: Tensor
     terms: dict[str, Tensor]
+    parts: dict[str, Tensor]
 
 
 class MTObjective(nn.Module):
-    """L1 + L3 + Σ_i λ_i L2_i + L0 for one batch.
+    """L1 + L3 + Σ_i λ_i L2_i + L0 for one batch, and what `loss` adds.
 
     Args:
         model, scheduler: what is trained, and the forward process.
@@ -50,6 +62,9 @@ class MTObjective(nn.Module):
         min_snr_gamma: cap of the SNR weight of L1, or None for the plain error.
         uncertainty: L1 and L3 as the likelihood of a Gaussian whose σ the network tells, one number per sample.
         learn_scale: auxiliary modalities with a learned schedule whose scale is learned too.
+        learn_weights: train the weight of every modality, 1 of the anchor and λ_i of the others, from there on.
+        contrastive: λ of contrastive flow matching; 0: off.
+        alignment: of the backbone's features with a frozen encoder's, or None.
         seed: of the run.
     """
 
@@ -65,6 +80,9 @@ class MTObjective(nn.Module):
         min_snr_gamma: float | None = None,
         uncertainty: bool = False,
         learn_scale: tuple[str, ...] = (),
+        learn_weights: bool = False,
+        contrastive: float = 0.0,
+        alignment: Alignment | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -77,12 +95,20 @@ class MTObjective(nn.Module):
         if self.log_std is not None:
             nn.init.zeros_(self.log_std.weight)  # start from σ = 1
             nn.init.zeros_(self.log_std.bias)
+        self.contrastive, self.alignment = contrastive, alignment
+        trained = [model.anchor, *(name for name, weight in self.loss_weights.items() if weight > 0)]
+        self.log_weights = nn.ParameterDict({n: nn.Parameter(torch.zeros(1)) for n in trained if learn_weights})
         self.weighted = tuple(sorted(scheduler.config.weights or {}))
         learned = [n for n, w in (scheduler.config.weights or {}).items() if w.get("schedule") == "learned"]
         self.schedule_shapes = nn.ParameterDict({name: initial_parameters() for name in learned})
         self.schedule_scales = nn.ParameterDict(
             {name: nn.Parameter(torch.zeros(()), requires_grad=name in learn_scale) for name in learned}
         )
+
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether a term asks for a row's neighbour, so that parts must have an even number of rows."""
+        return self.contrastive > 0 or (self.alignment is not None and self.alignment.shuffled)
 
     def learned_weights(self) -> dict[str, tuple[Tensor, Tensor]]:
         """{modality: (parameters, log_scale)} of learned weight schedules."""
@@ -112,8 +138,8 @@ class MTObjective(nn.Module):
             observation = observation._replace(random=numbers)
         output = model(z_t, timesteps, observation)
 
-        target = scheduler.training_target(z_0, noise, timesteps)
-        error = losses.denoising_error(output.prediction, target, self.snr_weight(timesteps))  # (B,)
+        target, weight = scheduler.training_target(z_0, noise, timesteps), self.snr_weight(timesteps)
+        error = losses.denoising_error(output.prediction, target, weight)  # (B,)
         if self.log_std is not None:
             error = losses.uncertain_error(error, self.log_std(output.pooled)[:, 0])
         error = error * denoised
@@ -129,6 +155,12 @@ class MTObjective(nn.Module):
                 source, asked = model.anchor, modality.target(asked, anchor)
             nll = modality.nll(output.params[name].float(), asked)
             terms[f"l2/{name}"] = nll * (batch.present[name] & batch.present[source] & ~observed[source])
+        if self.contrastive:
+            other = where.neighbours()
+            push = losses.contrastive_error(output.prediction, target[other], weight)
+            terms["contrastive"] = push * (denoised & batch.present[model.anchor][other])
+        if self.alignment is not None:
+            terms |= self.alignment(anchor, z_t.shape[2:], denoised, where.step, where.neighbours)
         return self.total(terms)
 
     def normals(self, stream: str, where: BatchPosition) -> Callable[[tuple[int, ...]], Tensor]:
@@ -147,10 +179,24 @@ class MTObjective(nn.Module):
     def total(self, terms: dict[str, Tensor]) -> ObjectiveOutput:
         """The weighted sum of the terms; the only place where (B,) becomes a number."""
         means = {name: term.mean() for name, term in terms.items()}
-        loss = self.terminal_weight * means["l0"].float() + means["l1"] + means["l3"]
-        for name, weight in self.loss_weights.items():
-            loss = loss + weight * means[f"l2/{name}"]
-        return ObjectiveOutput(loss, {"loss": loss.detach(), **{name: mean.detach() for name, mean in means.items()}})
+        weights, penalties = self.trained_weights()
+        own = weights.get(self.model.anchor, 1.0)
+        parts = {"l0": self.terminal_weight * means["l0"].float(), "l1": own * means["l1"], "l3": own * means["l3"]}
+        parts |= {f"l2/{n}": weights.get(n, fixed) * means[f"l2/{n}"] for n, fixed in self.loss_weights.items()}
+        if "contrastive" in means:
+            parts["contrastive"] = -self.contrastive * own * means["contrastive"]
+        if "repa" in means:
+            parts["repa"] = self.alignment.weight * means["repa"]
+        parts |= {f"penalty/{name}": penalty for name, penalty in penalties.items()}
+        loss = sum(list(parts.values())[1:], start=parts["l0"])
+        told = {"loss": loss, **means, **{f"weight/{name}": weight for name, weight in weights.items()}}
+        return ObjectiveOutput(loss, {name: value.detach() for name, value in told.items()}, parts)
+
+    def trained_weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """({modality: w}, {modality: −½ log w}) of learned weights."""
+        fixed = {self.model.anchor: 1.0, **self.loss_weights}
+        both = {name: losses.learned_weight(p, fixed[name]) for name, p in self.log_weights.items()}
+        return {name: weight for name, (weight, _) in both.items()}, {name: rest for name, (_, rest) in both.items()}
 
     def draw_states(self, batch: Batch, where: BatchPosition) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         """({name: aggregated}, {name: observed}, denoised), (B,) bool each; a missing value is absent.

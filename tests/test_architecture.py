@@ -17,7 +17,7 @@ LAYERS = {
     **dict.fromkeys(("errors", "randomness", "likelihoods", "config", "slots", "trust", "states"), 0),
     **dict.fromkeys(("values", "image_files", "clip", "augmentation"), 0),
     **dict.fromkeys(("data", "lora", "modalities", "schedulers", "backbones", "losses", "metrics"), 1),
-    **dict.fromkeys(("model", "vlm"), 2),
+    **dict.fromkeys(("model", "vlm", "alignment"), 2),
     **dict.fromkeys(("objective", "sampling"), 3),
     **dict.fromkeys(("pipeline", "plots", "grids", "resolve", "sizes", "build", "pretrained"), 4),
     **dict.fromkeys(("training", "evaluation", "runs"), 5),

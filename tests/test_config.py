@@ -141,7 +141,7 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier(configure: Conf
 
 def test_every_choice_can_be_written_as_documented(configure: Configure) -> None:
     """Plain YAML reads a bare `no` as false."""
-    for key in ["train.mixed_precision", "track", "train.lr_scheduler_type"]:
+    for key in ["train.mixed_precision", "train.lr_scheduler_type"]:
         section, name = key.split(".") if "." in key else ("", key)
         for choice in LEAVES[key].__args__:
             config: Any = configure(f"{key}={choice}")

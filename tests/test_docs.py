@@ -134,7 +134,7 @@ def test_the_page_on_configuration_lists_classes_types_and_defaults(configuratio
     page = configuration.page()
     for line in (
         "| `train.min_learning_rate` | float, ≥ 0 | `0.0` |",
-        "| `track` | `none` / `wandb` | `none` |",
+        "| `loss.weighting` | `fixed` / `learned` | `fixed` |",
         "### `kind: label`",
         "### `kind: unet`",
         "| `table_size` | int or none | – |",

@@ -97,6 +97,10 @@ class Backbone(nn.Module, ABC):
         """Names of the linear layers of attention, which LoRA adapts by default."""
         return []
 
+    def map_of(self, output: Any, height: int, width: int) -> Tensor:
+        """The map (B, D, h, w) in what one of the `blocks` gives, for a diffusion space of this size."""
+        return output[0] if isinstance(output, tuple) else output
+
     @abstractmethod
     def forward(self, sample: Tensor, timestep: Tensor, observation: Observation) -> BackboneOutput:
         """sample (B, C, H, W), timestep (B,) in 0 … T − 1; H and W may be other multiples than those of `space`."""

@@ -178,10 +178,9 @@ class DiT(Backbone):
         prediction = rearrange(self.out(h), "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=p, q=p)
         return BackboneOutput(prediction, rearrange(h, "b (h w) d -> b d h w", h=rows), pooled)
 
-    def map_of(self, output: Any) -> Tensor:
-        """The patches of a block's output as a map; the number of rows is that of a square."""
-        patches = output[0][:, self.unplaced :]
-        return rearrange(patches, "b (h w) d -> b d h w", h=round(patches.shape[1] ** 0.5))
+    def map_of(self, output: Any, height: int, width: int) -> Tensor:
+        rows, columns = height // self.patch_size, width // self.patch_size
+        return rearrange(output[0][:, self.unplaced :], "b (h w) d -> b d h w", h=rows, w=columns)
 
     def _tokens(self, tokens: Tensor, conditioning: Tensor, turn: Tensor, random: Tensor | None) -> Tensor:
         """All blocks. Those in the middle see the patches with the smallest random numbers, or all without any."""

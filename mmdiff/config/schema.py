@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from pydantic import field_validator
 
@@ -12,6 +12,8 @@ from mmdiff.config.data import DataConfig
 from mmdiff.config.evaluation import EvaluateConfig, SampleConfig
 from mmdiff.config.model import BackboneConfig, ModalityConfig, SchedulerConfig
 from mmdiff.config.training import LossConfig, StatesConfig, TrainConfig
+
+TRACKERS = ("none", "wandb")
 
 
 class Config(Strict):
@@ -29,7 +31,16 @@ class Config(Strict):
     train: TrainConfig = TrainConfig()
     sample: SampleConfig = SampleConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    track: Literal["none", "wandb"] = "none"  # where metrics are sent beside metrics.jsonl
+    # where metrics are sent beside metrics.jsonl: none, wandb, or a list of them
+    track: str | list[str] = "none"
+
+    @field_validator("track", mode="before")
+    @classmethod
+    def _known_trackers(cls, value: Any) -> Any:
+        names = value if isinstance(value, list) else [value]
+        if not all(isinstance(name, str) and name in TRACKERS for name in names) or not names:
+            raise ValueError(f"choose none, {', '.join(TRACKERS[1:])}, or a list of them")
+        return value
 
     @field_validator("name")
     @classmethod
@@ -43,6 +54,10 @@ class Config(Strict):
     def column(self, modality: str) -> str:
         """The data column of a modality."""
         return self.data.columns.get(modality, modality)
+
+    def trackers(self) -> list[str]:
+        """The names in `track`, each once, sorted."""
+        return sorted(({self.track} if isinstance(self.track, str) else set(self.track)) - {"none"})
 
     def auxiliary(self) -> list[str]:
         """Names of all modalities but the anchor, sorted."""

@@ -22,18 +22,42 @@ class StatesConfig(Strict):
     anchor_hidden: float = Field(0.0, ge=0, le=1)
 
 
+class RepaConfig(Strict):
+    """Representation alignment with a frozen image encoder (docs/theory.md, section 8)."""
+
+    # of open_clip: a name, hf-hub:NAME or local-dir:FOLDER; or timm:NAME
+    model: str = "ViT-B-32"
+    # tag of its weights, or a local file; null with hf-hub: and local-dir:, and for the weights that timm names
+    pretrained: str | None = "laion2b_s34b_b79k"
+    weight: float = Field(0.5, ge=0, le=1e6)  # coefficient of the term
+    # number of the backbone's block whose output is aligned; none: the features that pixel heads read
+    layer: int | None = Field(None, ge=0, le=10_000)
+    until: int = Field(0, ge=0, le=10**9)  # the step from which the term is gone; 0: it stays
+    teacher: Literal["own", "shuffled"] = "own"  # shuffled, a control: the encoder sees the neighbour's image
+
+
 class LossConfig(Strict):
     """Weights of the loss terms."""
 
+    # learned: a weight per modality that is trained, from loss_weight on (docs/theory.md, section 8)
+    weighting: Literal["fixed", "learned"] = "fixed"
     min_snr_gamma: float | None = Field(None, gt=0, le=1e9)  # cap of the SNR weight of L1; none: no weight
     uncertainty: bool = False  # L1 as a Gaussian likelihood whose σ the network predicts, instead of a squared error
     terminal: float = Field(1.0, ge=0, le=1e6)  # coefficient of L0
+    # λ of contrastive flow matching: how far a velocity is pushed off another sample's; 0: off, published: 0.05
+    contrastive: float = Field(0.0, ge=0, lt=1)
+    repa: RepaConfig | None = None  # align the backbone's features with those of an encoder
 
-    @field_validator("uncertainty")
+    @field_validator("uncertainty", "contrastive")
     @classmethod
-    def _one_weighting(cls, value: bool, info: ValidationInfo) -> bool:
-        if value and info.data.get("min_snr_gamma") is not None:
+    def _one_weighting(cls, value: bool | float, info: ValidationInfo) -> bool | float:
+        before = info.data
+        if info.field_name == "uncertainty" and value and before.get("min_snr_gamma") is not None:
             raise ValueError("one weighting of L1 is enough; leave this or min_snr_gamma out")
+        if info.field_name == "uncertainty" and value and before.get("weighting") == "learned":
+            raise ValueError("one weighting of L1 is enough; leave this out or set weighting: fixed")
+        if info.field_name == "contrastive" and value and before.get("uncertainty"):
+            raise ValueError("loss.uncertainty makes a likelihood of the error that this subtracts from; leave one out")
         return value
 
 

@@ -22,7 +22,8 @@ from mmdiff.slots import Axes, take
 from mmdiff.training.source import KEY, read_source
 
 _LISTED = 6  # names in a printed line
-_OF_MODALITIES = ("modalities", "schedule_shapes", "schedule_scales")  # what stands before a modality's name
+# what stands before a modality's name
+_OF_MODALITIES = ("modalities", "schedule_shapes", "schedule_scales", "log_weights")
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ class Tracker:
         self.path = folder / "metrics.jsonl"
         self._cut(first_step)
         self._wandb = None
-        if config.track == "wandb":
+        if "wandb" in config.trackers():
             import wandb
 
             try:
@@ -38,7 +38,7 @@ class Tracker:
                 )
             except wandb.Error as error:
                 remedy = f"W&B cannot be used: {error}; or set WANDB_MODE=offline"
-                raise InputError("track", config.track, remedy, everywhere=False) from None
+                raise InputError("track", "wandb", remedy, everywhere=False) from None
 
     def _cut(self, step: int) -> None:
         """Keep the lines up to a step; half a line, or one that was damaged, goes."""

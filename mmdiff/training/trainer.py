@@ -51,6 +51,9 @@ class Trainer:
                 f"train.accumulate = {per_part}",
             )
         self.bare: MTObjective = experiment.objective
+        if self.bare.needs_pairs and self.config.batch_size // per_part % 2:
+            remedy = f"each of its {per_part} parts must have an even number of rows: loss pairs neighbours"
+            raise InputError("train.batch_size", self.config.batch_size, remedy)
         self.bare.to(accelerator.device)
         self.parallel = find_parallel(accelerator, self.config)
         self.ema: Ema | None = None
@@ -220,14 +223,23 @@ def pipeline_of(objective: MTObjective) -> MTDiffusionPipeline:
 
 
 def make_optimizer(objective: MTObjective, config: TrainConfig) -> torch.optim.Optimizer:
-    """`train.optimizer`; Muon is for the backbone's matrices, tables and heads stay with AdamW."""
-    trained = [p for p in objective.parameters() if p.requires_grad]
+    """`train.optimizer`; Muon is for the backbone's matrices, tables and heads stay with AdamW.
+
+    Learned weights of the loss do not decay: a decay would draw them to the fixed ones.
+    """
+    kept = {id(p) for p in objective.log_weights.parameters()}
+    trained = [p for p in objective.parameters() if p.requires_grad and id(p) not in kept]
     arguments = {"lr": config.learning_rate, "betas": config.betas, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(trained, **arguments, fused=True)
-    matrices = [p for p in objective.model.backbone.parameters() if p.requires_grad and p.ndim > 1]
-    kept = {id(p) for p in matrices}
-    return Muon(matrices, [p for p in trained if id(p) not in kept], **arguments)
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(trained, **arguments, fused=True)
+    else:
+        matrices = [p for p in objective.model.backbone.parameters() if p.requires_grad and p.ndim > 1]
+        orthogonal = {id(p) for p in matrices}
+        optimizer = Muon(matrices, [p for p in trained if id(p) not in orthogonal], **arguments)
+    if kept:
+        group = {"params": list(objective.log_weights.parameters()), "weight_decay": 0.0}
+        optimizer.add_param_group(group | ({"orthogonal": False} if config.optimizer == "muon" else {}))
+    return optimizer
 
 
 def check_finite(rows: torch.Tensor, names: tuple[str, ...], done: int, config: TrainConfig) -> None:
