@@ -33,6 +33,8 @@ class Shard(ABC):
 
     #: rows of every block
     blocks: list[int]
+    #: columns that every row has; None: known only when a row is read
+    columns: list[str] | None = None
     #: hash of the metadata, and of some of a local file's content
     digest: str
 
@@ -60,7 +62,8 @@ class ParquetShard(Shard):
 
     def index(self) -> bytes:
         with opened(self.path) as file:
-            metadata = pq.ParquetFile(file).metadata
+            parquet = pq.ParquetFile(file)
+            metadata, self.columns = parquet.metadata, parquet.schema_arrow.names
             groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
             file.seek(-8 - metadata.serialized_size, 2)
             footer = file.read()
@@ -83,7 +86,7 @@ class ArrowShard(Shard):
     def index(self) -> bytes:
         table = self._table()
         table.validate(full=True)  # offsets of a broken file would lead out of it
-        self.blocks = [table.num_rows]
+        self.blocks, self.columns = [table.num_rows], table.schema.names
         return table.schema.serialize().to_pybytes()
 
     def _table(self) -> pa.Table:

@@ -13,6 +13,7 @@ from itertools import accumulate
 from typing import Any, Self
 
 import datasets
+from pandas.errors import EmptyDataError
 
 from mmdiff.data.files import ROW, undecoded_features
 from mmdiff.data.shards import SHARDS, Block, Shard
@@ -32,6 +33,7 @@ def open_streamed(streams: int, path: str, **arguments: Any) -> dict[str, Stream
 
     Raises:
         InputError: for another kind of file than shards, and for a shard that is broken.
+        EmptyDataError: there is no row at all.
     """
     builder = datasets.load_dataset_builder(path, **arguments)
     kind = type(builder).__module__.removeprefix("datasets.packaged_modules.").split(".")[0]
@@ -43,6 +45,8 @@ def open_streamed(streams: int, path: str, **arguments: Any) -> dict[str, Stream
             str(split): list(pool.map(SHARDS[kind], map(str, files), _names(list(map(str, files)))))
             for split, files in builder.config.data_files.items()
         }
+    if not any(sum(shard.blocks) for files in shards.values() for shard in files):
+        raise EmptyDataError("no rows")
     builder.as_streaming_dataset()  # reads the features off the first file
     return {split: StreamedRows(files, builder.info.features, split, streams) for split, files in shards.items()}
 
@@ -161,7 +165,15 @@ class StreamedRows:
         return self._with(_chosen=indices if whole else [self._chosen[index] for index in indices], _layout=None)
 
     def select_columns(self, names: Sequence[str]) -> Self:
-        """The same rows with some of the columns."""
+        """The same rows with some of the columns.
+
+        Raises:
+            InputError: for a shard that lacks one.
+        """
+        for shard in self._files:
+            lacks = [name for name in names if name in self.features and name not in (shard.columns or names)]
+            if lacks:
+                raise InputError("data.source", shard.path, f"lacks the column {lacks[0]} that the first shard has")
         shown, stored = (
             datasets.Features({name: features[name] for name in names if name != ROW})
             for features in (self.features, self._stored)

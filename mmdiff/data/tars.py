@@ -100,7 +100,7 @@ def _scan(path: str, size: int) -> pa.Table:
     """One pass over the headers. Neighbours of one key are a sample, as in `datasets`; hidden files are none."""
     samples: list[dict[str, Any]] = []
     end = 0
-    with opened(path) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+    with _not_packed(path), opened(path) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
         for member in tar:
             check_member(path, member)
             tar.members = []  # tarfile keeps every header otherwise
@@ -119,6 +119,14 @@ def _scan(path: str, size: int) -> pa.Table:
         if stream.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:  # tarfile takes it for the end, too
             raise InputError("data.source", path, "is cut: no block of zeros ends it; copy it again")
     return pa.Table.from_pylist(samples, schema=_SCHEMA).combine_chunks()
+
+
+@contextlib.contextmanager
+def _not_packed(path: str) -> Iterator[None]:
+    try:
+        yield
+    except tarfile.ReadError as error:
+        raise InputError("data.source", path, f"is cut, or no tar, or a packed one ({error}); unpack .gz") from None
 
 
 def _check_data(path: str, member: tarfile.TarInfo, size: int) -> None:

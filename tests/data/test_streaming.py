@@ -281,6 +281,15 @@ def test_a_tar_that_could_do_harm_is_refused(members: Mapping[str, bytes | str],
         open_splits(str(file), holdout=2, streams=2)
 
 
+def test_a_shard_that_lacks_a_column_is_named_before_the_training(configure: Configure, tmp_path: Path) -> None:
+    source = write(tmp_path / "data", "parquet")
+    lacking = Path(source) / "shard-3.parquet"
+    pq.write_table(pq.read_table(lacking).drop_columns("label"), lacking)
+    options = [f"data.source={source}", "data.holdout=5", "data.streaming=true"]
+    with refused("data.source", str(lacking), "label"):
+        build(configure(*options))
+
+
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "tar"])
 def test_a_cut_file_is_named(kind: str, tmp_path: Path) -> None:
     source = write(tmp_path / "data", kind)
