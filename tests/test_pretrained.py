@@ -7,15 +7,18 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKL,
     DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
+    DiTPipeline,
     DiTTransformer2DModel,
     PNDMScheduler,
     UNet2DModel,
@@ -52,8 +55,8 @@ def dit_folder(folder: Path) -> Path:
     return folder
 
 
-def config(source: Path | str, modalities: dict[str, Any] | None = None, **sections: Any) -> Config:
-    backbone = {"initialize_from": str(source), **sections.pop("backbone", {})}
+def config(source: Path | str | None, modalities: dict[str, Any] | None = None, **sections: Any) -> Config:
+    backbone = {**({} if source is None else {"initialize_from": str(source)}), **sections.pop("backbone", {})}
     modalities = {"image": IMAGE} if modalities is None else {"image": IMAGE, **modalities}
     tree = {"name": "x", "data": {"source": "digits"}, "modalities": modalities, "backbone": backbone}
     return resolve(parse_config({**tree, **sections}), None)
@@ -94,6 +97,22 @@ def test_samples_are_those_of_the_source(scheduler: str, tmp_path: Path) -> None
     images = (found.samples["image"].permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1)
     assert images.std() > 0.1
     torch.testing.assert_close(images, torch.tensor(expected.images), rtol=0, atol=2e-4)
+
+
+@torch.no_grad()
+def test_a_dit_samples_like_its_pipeline_at_the_null_class(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = alive(DiTTransformer2DModel(**DIFFUSERS_DIT, out_channels=6))
+    scheduler = DDIMScheduler(clip_sample=False)
+    DiTPipeline(network, AutoencoderKL(latent_channels=3), scheduler).save_pretrained(tmp_path / "source")
+    pipeline = started(config(tmp_path / "source", scheduler={"clip_sample": False}))
+    z_t = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    scheduler.set_timesteps(10)
+    for timestep in scheduler.timesteps:
+        prediction = network(z_t, timestep.expand(2), torch.tensor([10, 10])).sample[:, :3]
+        z_t = scheduler.step(prediction, timestep, z_t).prev_sample
+    found = pipeline(2, num_inference_steps=10, generator=torch.Generator().manual_seed(1), output_type="pt")
+    torch.testing.assert_close(found.samples["image"], z_t, rtol=1e-3, atol=1e-4 * float(z_t.abs().max()))
 
 
 def test_the_config_may_choose_another_solver_and_is_told_of_another_path(tmp_path: Path) -> None:
@@ -147,14 +166,44 @@ def test_the_source_says_the_kind(given: str | None, tmp_path: Path) -> None:
         config(tmp_path / "dit", backbone={"kind": "unet"})
 
 
+OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def test_folders_of_older_versions(tmp_path: Path) -> None:
+    source = unet_folder(tmp_path / "source")  # google/ddpm-…: everything in one folder, other names
+    expected = load_file(source / "unet" / "diffusion_pytorch_model.safetensors")
+    for file in (*(source / "unet").iterdir(), *(source / "scheduler").iterdir()):
+        file.rename(source / file.name)
+    renamed = {name: tensor for name, tensor in expected.items() if "attentions" not in name}
+    for name in expected.keys() - renamed.keys():
+        old = next((name.replace(new, old) for new, old in OLD_NAMES.items() if new in name), name)
+        renamed[old] = expected[name]
+    assert renamed.keys() != expected.keys()
+    save_file(renamed, source / "diffusion_pytorch_model.safetensors")
+    resolved = config(source)
+    assert resolved.scheduler.solver == "DDPMScheduler"
+    found = started(resolved).model.backbone.network.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    older = dit_folder(tmp_path / "older") / "config.json"  # facebook/DiT-XL-2-256: the class had another name
+    more = {"_class_name": "Transformer2DModel", "cross_attention_dim": None, "only_cross_attention": False}
+    older.write_text(json.dumps({**json.loads(older.read_text()), **more}))
+    assert started(config(older.parent)).model.backbone.network.config.num_layers == 2
+
+
+def test_a_network_may_be_described_without_a_source() -> None:
+    resolved = config(None, backbone={"kind": "diffusers_unet", "network": DIFFUSERS_UNET})
+    assert resolved.backbone.network["norm_eps"] == 1e-5 and resolve(resolved, None) == resolved
+    build_model(resolved)
+    for network in (None, {}, {"smell": 1}, [], "x"):
+        with refused(ANY, ANY):
+            build_model(config(None, backbone={"kind": "diffusers_dit", "network": network}))
+
+
 def test_where_a_network_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = unet_folder(tmp_path / "source")
     for place in (source, source / "unet"):
         found = find(str(place))
         assert found.kind == "diffusers_unet" and found.scheduler["prediction_type"] == "epsilon"
-    older = dit_folder(tmp_path / "older") / "config.json"
-    older.write_text(json.dumps({**json.loads(older.read_text()), "_class_name": "Transformer2DModel"}))
-    assert find(str(older.parent)).kind == "diffusers_dit"  # as facebook/DiT-XL-2-256 is saved
     hub = tmp_path / "hub" / "models--someone--ddpm"
     shutil.copytree(source, hub / "snapshots" / ("a" * 40))
     (hub / "refs").mkdir()

@@ -44,9 +44,9 @@ class NetworkBackbone(Backbone):
         network: dict[str, Any],
     ) -> None:
         super().__init__(space, observation_channels, flag_widths)
-        self.network = build_network(self.network_class, network)
         self.channels = space[0]
-        check_channels(self.network.config, self.channels)
+        check_channels(complete_config(self.network_class, network), self.channels)
+        self.network = build_network(self.network_class, network)
         self.space, self.inputs = space, (observation_channels, sum(flag_widths))
 
     def attention_layers(self) -> list[str]:
@@ -104,19 +104,20 @@ def build_network(cls: type[ModelMixin], config: Any) -> Any:
         raise InputError(KEY, cls.__name__, f"cannot be built: {said}") from None
 
 
-def check_channels(config: Any, channels: int) -> None:
+def check_channels(config: Mapping[str, Any], channels: int) -> None:
     """The network must work on the diffusion space. Outputs beyond it are a learned variance, which is left out.
 
     Args:
-        config: of the network.
+        config: of the network, complete.
         channels: of the diffusion space.
 
     Raises:
         InputError: naming the setting.
     """
-    if config.in_channels != channels:
-        raise InputError(f"{KEY}.in_channels", config.in_channels, f"the diffusion space has {channels} channels")
-    outputs = config.in_channels if config.out_channels is None else config.out_channels
+    inputs, outputs = config["in_channels"], config["out_channels"]
+    if inputs != channels:
+        raise InputError(f"{KEY}.in_channels", inputs, f"the diffusion space has {channels} channels")
+    outputs = inputs if outputs is None else outputs
     if outputs not in (channels, 2 * channels):
         remedy = f"the diffusion space has {channels} channels, with a learned variance {2 * channels}"
         raise InputError(f"{KEY}.out_channels", outputs, remedy)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from mmdiff import lora
 from mmdiff.training.shards import local
 from mmdiff.training.width import exponent
 
@@ -27,7 +28,8 @@ class Ema:
             **{f"decay={value}": _exponential(value) for value in decays},
             **{f"sigma_rel={value}": _power(value) for value in sigma_rel},
         }
-        self.parameters = dict(module.named_parameters())
+        whole = not lora.layers(module)  # the network under LoRA layers stays as it is, without a second copy
+        self.parameters = {name: p for name, p in module.named_parameters() if whole or p.requires_grad}
         self.kept = {label: {n: p.detach().clone() for n, p in self.parameters.items()} for label in self._decays}
 
     @property

@@ -1,7 +1,6 @@
-"""`backbone.initialize_from`: what a network of diffusers or the backbone of another mmdiff model is, and its weights.
+"""What a source is: a network of diffusers in a folder or on the hub, or the backbone of a model of mmdiff.
 
-A folder's JSON says how the network is built and which path it was trained on. Nothing that it names is imported, and
-only safetensors are read.
+Only its JSON and YAML are read, and nothing that they name is imported.
 """
 
 from __future__ import annotations
@@ -15,20 +14,17 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from torch import nn
 
 from mmdiff.backbones import BACKBONES, Backbone, NetworkBackbone, complete_config, find_backbone
-from mmdiff.config import Config, load_config, parse_config
+from mmdiff.config import load_config, parse_config
 from mmdiff.errors import InputError
 from mmdiff.schedulers import SCHEDULERS
-from mmdiff.schedulers.settings import BETAS, PATH, settings_of
-from mmdiff.trust import check_links, damage, refuse_huge
+from mmdiff.schedulers.settings import settings_of
+from mmdiff.trust import check_links, refuse_huge
 
 KEY = "backbone.initialize_from"
 _NETWORKS = {kind.network_class.__name__: name for name, kind in BACKBONES.items() if issubclass(kind, NetworkBackbone)}
 _OLDER = {"Transformer2DModel": "DiTTransformer2DModel"}  # with adaLN-Zero, which diffusers renames while it loads
-_WEIGHTS = "diffusion_pytorch_model"
-_INDEX = f"{_WEIGHTS}.safetensors.index.json"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _LARGEST = 2**24  # bytes of a JSON file
 
@@ -99,9 +95,6 @@ def read_json(file: Path) -> dict[str, Any]:
     return tree
 
 
-# ------------------------------------------------------------------------------------------------------- what it is
-
-
 def find(name: str) -> Found:
     """What a source is; only JSON and YAML of it are read.
 
@@ -111,9 +104,10 @@ def find(name: str) -> Found:
     source = Source(name)
     index = source.read("model_index.json") or {}
     parts = [part for part, entry in index.items() if _is_network(entry)]
-    if len(parts) == 1:
-        scheduler = source.read("scheduler/scheduler_config.json") if "scheduler" in index else None
-        return _network(source, parts[0], index[parts[0]][1], scheduler)
+    if len(parts) == 1:  # older pipelines have everything in one folder
+        scheduler = source.read("scheduler/scheduler_config.json") or source.read("scheduler_config.json")
+        part = parts[0] if source.read(f"{parts[0]}/config.json") is not None else None
+        return _network(source, part, index[parts[0]][1], scheduler)
     config = source.read("config.json") or {}
     if _newer(config.get("_class_name")) in _NETWORKS:
         beside = source.folder.absolute().parent / "scheduler" / "scheduler_config.json"
@@ -176,124 +170,15 @@ def _own(backbone: Mapping[str, Any], scheduler: dict[str, Any], inexpressible: 
     kind = find_backbone(backbone.get("kind"))
     settings = {name: value for name, value in backbone.items() if name != "kind"}
     refuse_huge(settings, "backbone")
-    return Found(backbone["kind"], {**_arguments(kind), **settings}, scheduler, inexpressible, None)
+    return Found(backbone["kind"], {**arguments_of(kind), **settings}, scheduler, inexpressible, None)
 
 
-# ------------------------------------------------------------------------------------------- what the config says of it
-
-
-def with_source(config: Config) -> Config:
-    """The config with the backbone that `backbone.initialize_from` names, complete, and with its path and solver where
-    the config leaves them open. A complete one is returned as it is: the source need not be there any more.
-
-    Raises:
-        InputError: the source cannot be used, or the config contradicts it.
-    """
-    backbone, scheduler = config.backbone, config.scheduler
-    if backbone.initialize_from is None or is_complete(config):
-        return config
-    found = find(backbone.initialize_from)
-    check_agrees(config, found)
-    settings = {
-        "initialize_from": backbone.initialize_from,
-        "kind": found.kind,
-        **found.settings,
-        **backbone.settings(),
-    }
-    chosen = scheduler.model_dump(exclude_unset=True)
-    taken = found.scheduler if chosen.get("kind", found.scheduler.get("kind")) == found.scheduler.get("kind") else {}
-    if "solver" in chosen:
-        taken = {name: value for name, value in taken.items() if name != "solver_config"}
-    if any(name in chosen for name in BETAS):
-        taken = {name: value for name, value in taken.items() if name not in BETAS}
-    return config.model_copy(
-        update={
-            "backbone": type(backbone).model_validate(settings),
-            "scheduler": type(scheduler).model_validate({**taken, **chosen}),
-        }
-    )
-
-
-def contradictions(config: Config, found: Found) -> list[str]:
-    """In which settings that its weights depend on the config's scheduler is not the source's, a line each."""
-    source, lines = config.backbone.initialize_from, []
-    theirs, ours = found.scheduler, config.scheduler.model_dump()
-    if found.inexpressible:
-        lines.append(f"scheduler: that of {source} cannot be expressed in full, {found.inexpressible}")
-    for name in ("kind", *PATH) if theirs else ():
-        if ours.get(name) != theirs.get(name, ours.get(name)):
-            there = f"{theirs[name]!r}" if name != "trained_betas" else "other betas"
-            lines.append(f"scheduler.{name} = {ours.get(name)!r}: {source} was trained with {there}")
-    return lines
-
-
-def is_complete(config: Config) -> bool:
-    """Whether the config builds its backbone without the source."""
-    backbone, settings = config.backbone, config.backbone.settings()
-    return settings.get("network") is not None or set(_arguments(find_backbone(backbone.kind))) <= set(settings)
-
-
-def check_agrees(config: Config, found: Found) -> None:
-    """The config's own settings of the backbone must be those of the source.
-
-    Raises:
-        InputError: naming the first that differs.
-    """
-    backbone, kind = config.backbone, find_backbone(found.kind)
-    if "kind" in backbone.model_fields_set and backbone.kind not in (found.kind, *kind.stands_for):
-        raise InputError("backbone.kind", backbone.kind, f"{backbone.initialize_from} is of kind {found.kind}")
-    for name, value in backbone.settings().items():
-        there = found.settings.get(name, value)
-        if _plain(value) != _plain(there) and name not in kind.training_only:
-            remedy = f"{backbone.initialize_from} has {there!r}; leave it out"
-            raise InputError(f"backbone.{name}", value, remedy)
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _arguments(kind: type[Backbone]) -> dict[str, Any]:
+def arguments_of(kind: type[Backbone]) -> dict[str, Any]:
     """The defaults of the arguments that a config can set."""
     own = inspect.signature(kind.__init__).parameters
-    return {n: _plain(own[n].default) for n in own.keys() - inspect.signature(Backbone.__init__).parameters.keys()}
+    return {n: plain(own[n].default) for n in own.keys() - inspect.signature(Backbone.__init__).parameters.keys()}
 
 
-# ----------------------------------------------------------------------------------------------------- its weights
-
-
-def load_network(found: Found) -> nn.Module:
-    """The network of diffusers with its weights, in float32.
-
-    Raises:
-        InputError: there are no safetensors, they do not fit the config, or a number in them is not finite.
-    """
-    assert found.network is not None
-    name, part = found.network
-    if Path(name).is_dir():
-        _check_files(Path(name))
-    cls = BACKBONES[found.kind].network_class
-    with damage(KEY, name):
-        network, info = cls.from_pretrained(
-            name, subfolder=part, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
-        )
-    for words, key in (("lacks", "missing_keys"), ("has besides", "unexpected_keys")):
-        if info[key]:
-            raise InputError(KEY, name, f"its weights are not those of its config: it {words} {sorted(info[key])[0]}")
-    for tensor_name, tensor in network.state_dict().items():
-        if not bool(tensor.isfinite().all()):
-            raise InputError(KEY, name, f"{tensor_name} is not finite")
-    return network.float().eval()
-
-
-def _check_files(folder: Path) -> None:
-    """Only safetensors are read, and only files of the folder."""
-    if not any(folder.glob(f"{_WEIGHTS}*.safetensors")):
-        there = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        remedy = f"{there[0]} is a pickle, which can run code; save it again as safetensors" if there else "is no file"
-        raise InputError(KEY, str(folder / f"{_WEIGHTS}.safetensors"), remedy)
-    if (folder / _INDEX).is_file():
-        shards = read_json(folder / _INDEX).get("weight_map")
-        for shard in shards.values() if isinstance(shards, dict) else [None]:
-            if not isinstance(shard, str) or Path(shard).name != shard:
-                raise InputError(KEY, str(folder / _INDEX), f"names {shard!r}, which is no file of the folder")
+def plain(value: Any) -> Any:
+    """As JSON has it."""
+    return list(value) if isinstance(value, tuple) else value
