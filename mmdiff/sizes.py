@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -10,6 +11,9 @@ import torch
 from mmdiff.config import BucketsConfig, Config
 from mmdiff.data import Rows
 from mmdiff.data.buckets import Buckets, Reader, Size, generated_sizes, nearest
+from mmdiff.data.fingerprint import fingerprint
+from mmdiff.data.opening import cached_array
+from mmdiff.data.streamed import StreamedRows
 from mmdiff.data.table import ROW, origin
 from mmdiff.errors import InputError, at
 from mmdiff.modalities import Condition, Modality
@@ -49,7 +53,12 @@ def build_buckets(config: Config, model: MTDiffusionModel, rows: Rows) -> Bucket
             sized = model.of_size(height, width)
         _check(sized)
         readers.append(reader_of(sized))
-    return Buckets(sizes, readers, _of_rows(config, model, rows, sizes, base))
+    read = functools.partial(_of_rows, config, model, rows, sizes, base)
+    if not isinstance(rows, StreamedRows):
+        return Buckets(sizes, readers, read())
+    anchor = type(model.modalities[model.anchor]).__qualname__, config.column(model.anchor)
+    key = repr((fingerprint(rows), config.data.holdout, anchor, sizes, base))
+    return Buckets(sizes, readers, cached_array("buckets", key, len(rows), read))  # a pass over all files else
 
 
 def _generated(config: BucketsConfig, model: MTDiffusionModel, base: Size) -> list[Size]:

@@ -70,16 +70,13 @@ class Order:
         blocks, ends = self._sequence(epoch)
         at = int(np.searchsorted(ends, place, side="right"))
         block = int(blocks[at])
-        return int(ends[at] - self.sizes[block]), self._rows_of(epoch, block).tolist()
-
-    def _rows_of(self, epoch: int, block: int) -> np.ndarray:
         rows = self._shuffled(epoch, "order" if len(self.sizes) == 1 else f"order/{block}", int(self.sizes[block]))
-        return rows.numpy() + self.starts[block]
+        return int(ends[at] - self.sizes[block]), (rows + int(self.starts[block])).tolist()
 
     def rows(self, epoch: int) -> np.ndarray:
-        """All rows in the order of an epoch's sequence."""
-        blocks, _ = self._sequence(epoch)
-        return np.concatenate([self._rows_of(epoch, int(block)) for block in blocks])
+        """All rows of an epoch in the order in which it gives them."""
+        samples = range(epoch * self.num_rows, (epoch + 1) * self.num_rows)
+        return np.fromiter(map(self.row, samples), np.int64, self.num_rows)
 
     def _sequence(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(blocks in their order, the place where each of them ends) in an epoch."""

@@ -162,9 +162,10 @@ class Table(torch.utils.data.Dataset):
     def order(self, seed: int, streams: int, batch_size: int) -> Order | BucketOrder:
         """The order in which training visits the rows; arguments as of `Order`."""
         shards = getattr(self.rows, "shards", None)  # streamed
+        order = Order(shards, seed, streams, batch_size) if shards else Order(len(self), seed)
         if self.buckets is not None:
-            return BucketOrder(Order(shards or len(self), seed), self.buckets.of_rows, batch_size)
-        return Order(shards, seed, streams, batch_size) if shards else Order(len(self), seed)
+            return BucketOrder(order, self.buckets.of_rows, batch_size)
+        return order
 
     def __getitem__(self, index: int) -> Batch:
         return self.batch([index])

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import os
 import tarfile
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +14,7 @@ import datasets
 import pyarrow as pa
 from datasets.packaged_modules.webdataset.webdataset import WebDataset, base_plus_ext
 
-from mmdiff.data.opening import is_local, opened, readable
+from mmdiff.data.opening import cache_file, is_local, opened, readable, written
 from mmdiff.data.source_checks import check_member
 from mmdiff.errors import InputError
 
@@ -56,13 +54,13 @@ def index(path: str, size: int) -> Index:
         InputError: for a tar that is compressed, cut, or has members that could do harm.
     """
     stamp = [str(Path(path).resolve()), str(Path(path).stat().st_mtime_ns)] if is_local(path) else [path]
-    name = hashlib.sha256("\n".join([*stamp, str(size)]).encode()).hexdigest()[:32]
-    file = Path(datasets.config.HF_DATASETS_CACHE) / "mmdiff-tars" / f"{name}.arrow"
+    file = cache_file("tars", "\n".join([*stamp, str(size)]))
     with contextlib.suppress(OSError, pa.ArrowInvalid):
         return _described(_mapped(file), file)
     table = _scan(path, size)
     try:
-        _write(file, table)
+        with written(file) as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
     except OSError:  # no cache: the index stays in memory
         return Index(table.num_rows, _digest(table), None, table)
     return _described(table, file)
@@ -81,19 +79,6 @@ def _digest(table: pa.Table) -> bytes:
 
 def _mapped(file: Path | None) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
-
-
-def _write(file: Path, table: pa.Table) -> None:
-    """Whole or not at all, as several processes may write it at once."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=file.parent)
-    try:
-        with os.fdopen(handle, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table)
-        Path(partial).replace(file)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
 
 
 def _scan(path: str, size: int) -> pa.Table:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image as PILImage
@@ -188,3 +190,24 @@ def test_a_modality_of_one_size_is_refused(
     tree["modalities"]["mask"]["kind"] = "one_size:Fixed"
     with refused("data.buckets", "20x12", "mask (Fixed)"):
         build(parse_config(tree))
+
+
+def test_streamed_rows_have_the_same_buckets_and_a_stop_changes_no_bit(
+    tree: dict[str, Any], source: Path, tmp_path: Path
+) -> None:
+    """Row groups of four, workers and accumulation; the second start finds the buckets in the cache."""
+    streamed = tmp_path / "rows.parquet"
+    pq.write_table(pq.read_table(source), streamed, row_group_size=4)
+    tree["data"] |= {"workers": 2, "streams": 4, "missing": {}}
+    tree["modalities"]["label"]["num_classes"] = tree["modalities"]["mask"]["num_classes"] = 3
+    tree["train"] |= {"accumulate": 2, "batch_size": 8, "steps": 9, "checkpoint_every": 4, "resume": "auto"}
+    whole = build(parse_config(tree)).train.buckets
+    tree["data"] |= {"source": str(streamed), "streaming": True}
+    assert [build(parse_config(tree)).train.buckets.of_rows.tolist() for _ in range(2)] == [whole.of_rows.tolist()] * 2
+    runs = [train(parse_config(tree | {"output": str(tmp_path / name)}), progress=False) for name in ("a", "b")]
+    for lost in ("checkpoints/step-9", "pipeline"):
+        shutil.rmtree(runs[1] / lost)
+    tree["data"]["workers"] = 0
+    train(parse_config(tree | {"output": str(runs[1])}), progress=False)
+    one, other = (load_file(run / "checkpoints" / "step-9" / "weights.safetensors") for run in runs)
+    assert all(torch.equal(one[name], other[name]) for name in one)
