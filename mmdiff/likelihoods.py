@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,14 +115,34 @@ def log_bessel_i(order: float, x: Tensor) -> Tensor:
         x: positive, any shape; float32 or float64.
     """
     wide = x.double()
-    steps = max(0, math.ceil(_DEBYE_ORDER - order))
-    value = _log_bessel_debye(order + steps, wide)
-    if steps:
-        ratio = (_log_bessel_debye(order + steps + 1, wide) - value).exp()  # I_{μ+1}/I_μ at the highest order μ
-        for k in range(steps, 0, -1):  # I_{μ−1} = I_{μ+1} + (2μ/x) I_μ, stable downwards
-            ratio = 1 / (ratio + 2 * (order + k) / wide)
-            value = value - ratio.log()
+    value = _log_bessel_debye(order, wide) if order >= _DEBYE_ORDER else _LowOrder.apply(order, wide)
     return value.to(x.dtype)
+
+
+class _LowOrder(torch.autograd.Function):
+    """log I_ν(x) for ν below `_DEBYE_ORDER`; the recursion gives its slope I_{ν+1}/I_ν + ν/x, DLMF 10.29.2, for free.
+
+    Autograd would go back through all steps of the recursion, four times as long.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, order: float, x: Tensor) -> Tensor:
+        steps = math.ceil(_DEBYE_ORDER - order)
+        value = _log_bessel_debye(order + steps, x)
+        ratio = (_log_bessel_debye(order + steps + 1, x) - value).exp()  # I_{μ+1}/I_μ at the highest order μ
+        for k in range(steps, 0, -1):  # I_{μ−1} = I_{μ+1} + (2μ/x) I_μ, stable downwards
+            ratio = 1 / (ratio + 2 * (order + k) / x)
+            value = value - ratio.log()
+        ctx.order = order
+        ctx.save_for_backward(x, ratio + order / x)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        x, slope = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again
+            slope = (log_bessel_i(ctx.order + 1, x) - log_bessel_i(ctx.order, x)).exp() + ctx.order / x
+        return None, gradient * slope
 
 
 def vmf_log_prob(mean_direction: Tensor, concentration: Tensor, value: Tensor) -> Tensor:

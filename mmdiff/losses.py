@@ -19,8 +19,9 @@ WEIGHT_FACTOR = 100.0  # a learned weight stays within this factor of the fixed 
 
 def terminal_kl(terminal: Gaussian) -> Tensor:
     """L0 = KL( q(z_T | z_0, X) ‖ N(0, I) ), Eq. (7), nats."""
-    standard = Gaussian(torch.zeros_like(terminal.mean), torch.ones_like(terminal.variance))
-    return terminal.kl(standard)
+    mean, variance = terminal
+    per_dim = 0.5 * (mean.square() + variance - 1 - variance.log())  # as `Gaussian.kl`, without tensors of 0 and 1
+    return sum_except_batch(per_dim.expand_as(mean))
 
 
 def transition_kl(posterior: Gaussian, predicted: Gaussian) -> Tensor:

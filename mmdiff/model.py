@@ -223,12 +223,14 @@ class MTDiffusionModel(LoraModel, ModelMixin, ConfigMixin):
             like: a tensor (B, C, H, W) of the device, dtype and size.
         """
         nowhere = torch.zeros(len(like), dtype=torch.bool, device=like.device)
+        pairs = [flags.get(name, nowhere) for name in self.names for flags in (aggregated, observed)]
+        flags = torch.stack(pairs, dim=1).to(like.dtype)  # (B, 2 N)
         channels, context = [], []
-        for name in self.names:
+        for name, own in zip(self.names, flags.split(2, dim=1), strict=True):
             modality: Condition = self.modalities[name]
-            flag = observed.get(name, nowhere)
-            context += [torch.stack([aggregated.get(name, nowhere), flag], dim=1).to(like.dtype)]  # (B, 2)
+            context.append(own)
             if name in values and name in observed:
+                flag = own[:, 1]
                 channels.append(modality.observe(values[name]).to(like.dtype) * flag[:, None, None, None])
                 context.append(modality.context(values[name]).to(like.dtype) * flag[:, None])
             else:

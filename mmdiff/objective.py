@@ -7,7 +7,7 @@ batch, so that one process, several processes and accumulation compute the same 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,10 @@ from mmdiff import losses
 from mmdiff.alignment import Alignment
 from mmdiff.data import Batch
 from mmdiff.model import MTDiffusionModel
-from mmdiff.randomness import normal, uniform
+from mmdiff.randomness import normal, uniform, uniform_number, uniforms
 from mmdiff.schedulers import MTScheduler
 from mmdiff.schedulers.weights import initial_parameters
-from mmdiff.states import DISTRIBUTIONS, StateProbabilities
+from mmdiff.states import COLUMNS, DISTRIBUTIONS, Draw, StateProbabilities, streams
 
 
 class BatchPosition(NamedTuple):
@@ -87,8 +87,11 @@ class MTObjective(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.scheduler = model, scheduler
-        self.state_probabilities, self.loss_weights = dict(state_probabilities), dict(loss_weights)
-        self.distribution = DISTRIBUTIONS[distribution]
+        self.loss_weights, self.distribution = dict(loss_weights), DISTRIBUTIONS[distribution]
+        self.anchor_index = model.names.index(model.anchor)
+        probabilities = torch.tensor([state_probabilities[name] for name in model.names])  # (N, 2)
+        probabilities[self.anchor_index, 0] = 0.0
+        self.register_buffer("state_probabilities", probabilities, persistent=False)
         self.terminal_weight, self.min_snr_gamma, self.seed = terminal_weight, min_snr_gamma, seed
         self.anchor_hidden = anchor_hidden
         self.log_std = nn.Linear(model.pooled_width, 1) if uncertainty else None
@@ -98,8 +101,14 @@ class MTObjective(nn.Module):
         self.contrastive, self.alignment = contrastive, alignment
         trained = [model.anchor, *(name for name, weight in self.loss_weights.items() if weight > 0)]
         self.log_weights = nn.ParameterDict({n: nn.Parameter(torch.zeros(1)) for n in trained if learn_weights})
-        self.weighted = tuple(sorted(scheduler.config.weights or {}))
-        learned = [n for n, w in (scheduler.config.weights or {}).items() if w.get("schedule") == "learned"]
+        weights = scheduler.config.weights or {}
+        learned = [n for n, w in weights.items() if w.get("schedule") == "learned"]
+        # a weight of 0 at every t takes nothing into c_t
+        self.weighted = tuple(
+            n for n in sorted(weights) if n in learned or bool(scheduler.cumulative_weights(n).any())
+        )
+        self.unweighted = tuple(sorted(set(weights) - set(self.weighted)))
+        self._placeholders: dict[tuple[Any, ...], Tensor] = {}
         self.schedule_shapes = nn.ParameterDict({name: initial_parameters() for name in learned})
         self.schedule_scales = nn.ParameterDict(
             {name: nn.Parameter(torch.zeros(()), requires_grad=name in learn_scale) for name in learned}
@@ -161,7 +170,17 @@ class MTObjective(nn.Module):
             terms["contrastive"] = push * (denoised & batch.present[model.anchor][other])
         if self.alignment is not None:
             terms |= self.alignment(anchor, z_t.shape[2:], denoised, where.step, where.neighbours)
-        return self.total(terms)
+        return self.total(terms, self.untouched(batch, model))
+
+
+    def untouched(self, batch: Batch, model: MTDiffusionModel) -> Tensor | float:
+        """0, as a function of the encoders that take no part in c_t.
+
+        Their weights belong to the model: in a graph they get the gradient 0, which DDP waits for and weight decay
+        needs. One row is enough.
+        """
+        rows = {name: batch.values[name][:1] for name in self.unweighted}
+        return sum(0.0 * encoding.sum() for encoding in model.encode(rows).values())
 
     def normals(self, stream: str, where: BatchPosition) -> Callable[[tuple[int, ...]], Tensor]:
         """shape -> standard normal numbers (B, *shape) of a stream."""
@@ -172,12 +191,18 @@ class MTObjective(nn.Module):
         values = {}
         for name, value in batch.values.items():
             present = batch.present[name].reshape(-1, *(1,) * (value.ndim - 1))
-            placeholder = model.modalities[name].placeholder().to(value)
-            values[name] = torch.where(present, value, placeholder)
+            values[name] = torch.where(present, value, self._placeholder(name, value, model))
         return Batch(values, batch.present)
 
-    def total(self, terms: dict[str, Tensor]) -> ObjectiveOutput:
-        """The weighted sum of the terms; the only place where (B,) becomes a number."""
+    def _placeholder(self, name: str, like: Tensor, model: MTDiffusionModel) -> Tensor:
+        """Kept: to send one to an accelerator would wait for it in every step."""
+        key = name, like.shape[1:], like.device, like.dtype
+        if key not in self._placeholders:
+            self._placeholders[key] = model.modalities[name].placeholder().to(like)
+        return self._placeholders[key]
+
+    def total(self, terms: dict[str, Tensor], nothing: Tensor | float = 0.0) -> ObjectiveOutput:
+        """The weighted sum of the terms, plus ``nothing``, 0; the only place where (B,) becomes a number."""
         means = {name: term.mean() for name, term in terms.items()}
         weights, penalties = self.trained_weights()
         own = weights.get(self.model.anchor, 1.0)
@@ -188,7 +213,7 @@ class MTObjective(nn.Module):
         if "repa" in means:
             parts["repa"] = self.alignment.weight * means["repa"]
         parts |= {f"penalty/{name}": penalty for name, penalty in penalties.items()}
-        loss = sum(list(parts.values())[1:], start=parts["l0"])
+        loss = sum(list(parts.values())[1:], start=parts["l0"]) + nothing
         told = {"loss": loss, **means, **{f"weight/{name}": weight for name, weight in weights.items()}}
         return ObjectiveOutput(loss, {name: value.detach() for name, value in told.items()}, parts)
 
@@ -204,26 +229,22 @@ class MTObjective(nn.Module):
         Nothing is denoised where the anchor is observed, missing or hidden: the heads are read at t = T, nothing is
         aggregated, and L1 and L3 count 0.
         """
-        anchor = self.model.anchor
-        flags = self.distribution.draw(
-            lambda stream, columns: uniform(self.seed, where.step, stream, where.positions, (columns,)),
-            self.state_probabilities,
-            anchor,
-        )
-        observed = {name: mask & batch.present[name] for name, mask in flags.observed.items()}
-        hidden = uniform(self.seed, where.step, "hidden", where.positions) < self.anchor_hidden
-        denoised = batch.present[anchor] & ~observed[anchor] & ~hidden
-        aggregated = {name: mask & batch.present[name] & denoised for name, mask in flags.aggregated.items()}
-        aggregated[anchor] = torch.zeros_like(denoised)
-        return aggregated, observed, denoised
+        names, anchor = self.model.names, self.anchor_index
+        u = uniforms(self.seed, where.step, [*streams(names), "hidden"], where.positions, (COLUMNS,))  # (N + 3, B, 3)
+        flags = self.distribution.draw(Draw(u[:-1], self.state_probabilities, anchor))
+        present = torch.stack([batch.present[name] for name in names])  # (N, B)
+        observed = flags.observed & present
+        denoised = present[anchor] & ~observed[anchor] & (u[-1, :, 0] >= self.anchor_hidden)  # (B,)
+        aggregated = flags.aggregated & present & denoised
+        return dict(zip(names, aggregated, strict=True)), dict(zip(names, observed, strict=True)), denoised
 
     def draw_timesteps(self, where: BatchPosition, denoised: Tensor) -> Tensor:
         """(B,): one uniform number, spread evenly over the global batch (Kingma et al., 2021), mapped by the scheduler.
 
         Where nothing is denoised t = T, as sampling asks then.
         """
-        offset = uniform(self.seed, where.step, "times", where.positions[:1] * 0)
-        u = (offset + where.positions.double() / where.global_batch) % 1.0
+        offset = uniform_number(self.seed, where.step, "times")
+        u = (where.positions.double() / where.global_batch + offset) % 1.0
         return torch.where(denoised, self.scheduler.training_timesteps(u), self.scheduler.terminal_timestep)
 
     def snr_weight(self, timesteps: Tensor) -> Tensor | None:

@@ -8,7 +8,9 @@ SplitMix64 (Steele et al., 2014), used as a hash of the counter.
 from __future__ import annotations
 
 import math
+import struct
 import zlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,49 +27,66 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser: int64 -> int64, a bijection that scrambles every bit."""
-    x = (x ^ _shift(x, 30)) * _MIX_1
-    x = (x ^ _shift(x, 27)) * _MIX_2
-    return x ^ _shift(x, 31)
+    """SplitMix64's finaliser: int64 -> int64, a bijection that scrambles every bit. ``x`` is overwritten."""
+    x ^= _shift(x, 30)
+    x *= _MIX_1
+    x ^= _shift(x, 27)
+    x *= _MIX_2
+    x ^= _shift(x, 31)
+    return x
 
 
-def _signed(x: int) -> int:
-    x &= _MASK_64
-    return x - (1 << 64) if x >> 63 else x
+def _mixed(x: int) -> int:
+    """The same of a Python number, 0 … 2^64 − 1: no tensor, so that nothing waits for an accelerator."""
+    x = ((x ^ (x >> 30)) * _MIX_1) & _MASK_64
+    x = ((x ^ (x >> 27)) * _MIX_2) & _MASK_64
+    return x ^ (x >> 31)
 
 
 def fold(seed: int, step: int, stream: str) -> int:
     """One 63-bit key for (seed, step, stream); streams are names such as ``"noise"`` and ``"times"``."""
-    words = torch.tensor([_signed(seed), step, zlib.crc32(stream.encode())], dtype=torch.int64)
-    key = torch.zeros((), dtype=torch.int64)
-    for word in words:
-        key = _mix(key + _GOLDEN + word)
-    return int(key) & ((1 << 63) - 1)
+    key = 0
+    for word in (seed, step, zlib.crc32(stream.encode())):
+        key = _mixed((key + _GOLDEN + word) & _MASK_64)
+    return key & (_MASK_64 >> 1)
 
 
-def _bits(key: int, positions: Tensor, size: int) -> Tensor:
-    """(B,) positions -> (B, size) random int64 words."""
-    rows = _mix(positions.to(torch.int64) * _GOLDEN + key)  # one well-mixed word per sample
+def _bits(keys: Sequence[int], positions: Tensor, size: int) -> Tensor:
+    """(B,) positions -> (keys, B, size) random int64 words."""
+    counters = positions.to(torch.int64) * _GOLDEN
+    rows = _mix(torch.stack([counters + key for key in keys]))  # one well-mixed word per key and sample
     columns = torch.arange(1, size + 1, device=positions.device, dtype=torch.int64) * _GOLDEN
-    return _mix(rows[:, None] + columns)
+    return _mix(rows[..., None] + columns)
 
 
 def _unit(words: Tensor, shift: int) -> Tensor:
     """24 of the 64 bits as float32 in the open interval (0, 1)."""
-    return ((_shift(words, shift) & 0xFFFFFF).to(torch.float32) + 0.5) * 2.0**-24
+    return ((words >> shift) & 0xFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-24)
 
 
 def uniform(seed: int, step: int, stream: str, positions: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
     """Uniform numbers in (0, 1), float32, shape (B, *shape), on the device of ``positions`` (B,)."""
-    words = _bits(fold(seed, step, stream), positions, math.prod(shape))
-    return _unit(words, 40).reshape(len(positions), *shape)
+    return uniforms(seed, step, [stream], positions, shape)[0]
+
+
+def uniforms(seed: int, step: int, streams: Sequence[str], positions: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
+    """`uniform` of several streams at once: (streams, B, *shape)."""
+    words = _bits([fold(seed, step, stream) for stream in streams], positions, math.prod(shape))
+    return _unit(words, 40).reshape(len(streams), len(positions), *shape)
+
+
+def uniform_number(seed: int, step: int, stream: str) -> float:
+    """`uniform` of position 0 as a Python number, without a tensor."""
+    word = _mixed((_mixed(fold(seed, step, stream)) + _GOLDEN) & _MASK_64)
+    rounded = struct.unpack("f", struct.pack("f", ((word >> 40) & 0xFFFFFF) + 0.5))[0]  # to float32, as in `_unit`
+    return rounded * 2.0**-24
 
 
 def normal(seed: int, step: int, stream: str, positions: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
     """Standard normal numbers, float32, shape (B, *shape), by Box and Muller's transform of one word per pair."""
     size = math.prod(shape)
-    words = _bits(fold(seed, step, stream), positions, (size + 1) // 2)
-    radius = (-2.0 * _unit(words, 40).log()).sqrt()
-    angle = (2.0 * math.pi) * _unit(words, 12)
-    pairs = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1)  # (B, ceil(size / 2), 2)
+    words = _bits([fold(seed, step, stream)], positions, (size + 1) // 2)[0]
+    radius = _unit(words, 40).log_().mul_(-2.0).sqrt_()
+    angle = _unit(words, 12).mul_(2.0 * math.pi)
+    pairs = torch.stack([angle.cos(), angle.sin()], dim=-1).mul_(radius[..., None])  # (B, ceil(size / 2), 2)
     return pairs.flatten(1)[:, :size].reshape(len(positions), *shape)

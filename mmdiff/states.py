@@ -6,14 +6,13 @@ draw the same states.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-#: (stream, columns) -> (B, columns) uniform numbers in (0, 1), a function of (seed, step, stream, position) alone.
-Uniforms = Callable[[str, int], Tensor]
+COLUMNS = 3  # uniform numbers of a sample from each stream
 
 
 class StateProbabilities(NamedTuple):
@@ -24,63 +23,77 @@ class StateProbabilities(NamedTuple):
 
 
 class Flags(NamedTuple):
-    """{modality: (B,) bool} each, the anchor included. A modality without a flag is *absent*."""
+    """(N, B) bool each, for N modalities in the order of their names. A modality without a flag is *absent*."""
 
-    aggregated: dict[str, Tensor]
-    observed: dict[str, Tensor]
+    aggregated: Tensor
+    observed: Tensor
 
 
-def independent(uniforms: Uniforms, probabilities: Mapping[str, StateProbabilities], anchor: str) -> Flags:
-    """All flags are independent: P(flags) is the product over all modalities and both flags.
+def streams(names: Sequence[str]) -> list[str]:
+    """The names of the streams of random numbers that a draw takes: one per modality, then two for all."""
+    return [*(f"states/{name}" for name in names), "alone", "half"]
 
-    Args:
-        uniforms: see `Uniforms`.
-        probabilities: of every modality, the anchor included.
-        anchor: name of the anchor.
+
+class Draw(NamedTuple):
+    """What flags are a function of.
+
+    ``uniforms`` (N + 2, B, `COLUMNS`) are numbers in (0, 1) of the `streams`. ``probabilities`` (N, 2) float32 are
+    those of (aggregated, observed), ``anchor`` is the anchor's index.
     """
-    drawn = {name: uniforms(f"states/{name}", 2) for name in sorted(probabilities)}  # (B, 2)
-    return Flags(
-        {name: u[:, 0] < probabilities[name].aggregated for name, u in drawn.items()},
-        {name: u[:, 1] < probabilities[name].observed for name, u in drawn.items()},
-    )
+
+    uniforms: Tensor
+    probabilities: Tensor
+    anchor: int
+
+    @property
+    def alone(self) -> Tensor:
+        """(B, 3): whether the anchor, which other, whether that."""
+        return self.uniforms[-2]
+
+    @property
+    def half(self) -> Tensor:
+        """(B,)."""
+        return self.uniforms[-1, :, 0]
 
 
-def each_alone(uniforms: Uniforms, probabilities: Mapping[str, StateProbabilities], anchor: str) -> Flags:
+def independent(draw: Draw) -> Flags:
+    """All flags are independent: P(flags) is the product over all modalities and both flags."""
+    drawn = draw.uniforms[:-2, :, :2] < draw.probabilities[:, None]  # (N, B, 2)
+    return Flags(*drawn.unbind(2))
+
+
+def each_alone(draw: Draw) -> Flags:
     """At most one modality is observed; the aggregated flags are as in `independent`.
 
     Let a be `observed` of the anchor and p_i that of auxiliary modality i of N. The anchor is observed with probability
     a. Otherwise one auxiliary modality is picked uniformly and observed with probability p_i. So P({anchor}) = a,
     P({i}) = (1 − a) p_i / N and P(∅) = (1 − a)(1 − Σ_i p_i / N).
     """
-    auxiliary = sorted(set(probabilities) - {anchor})
-    u = uniforms("alone", 3)  # (B, 3): whether the anchor, which other, whether that
-    others = u[:, 0] >= probabilities[anchor].observed
-    picked = (u[:, 1] * len(auxiliary)).long()  # (B,)
-    observed = {
-        name: others & (picked == index) & (u[:, 2] < probabilities[name].observed)
-        for index, name in enumerate(auxiliary)
-    }
-    return Flags(independent(uniforms, probabilities, anchor).aggregated, {**observed, anchor: ~others})
+    anchor, observed = draw.anchor, draw.probabilities[:, 1, None]  # (N, 1)
+    indices = torch.arange(len(observed), device=observed.device)[:, None]  # (N, 1)
+    whether_anchor, which, whether = draw.alone.unbind(1)  # (B,) each
+    picked = (which * (len(observed) - 1)).long()
+    picked = picked + (picked >= anchor)  # the index of an auxiliary modality
+    others = whether_anchor >= observed[anchor]
+    flags = others & (indices == picked) & (whether < observed)
+    return Flags(independent(draw).aggregated, flags | (~others & (indices == anchor)))
 
 
-def half_alone(uniforms: Uniforms, probabilities: Mapping[str, StateProbabilities], anchor: str) -> Flags:
+def half_alone(draw: Draw) -> Flags:
     """`each_alone` for half of the samples, `independent` for the other half.
 
     With many modalities `independent` rarely observes none or one of them. Here these cases have at least half of the
     probability, and every subset has some.
     """
-    half = uniforms("half", 1)[:, 0] < 0.5  # (B,)
-    alone, free = each_alone(uniforms, probabilities, anchor), independent(uniforms, probabilities, anchor)
-    return Flags(
-        free.aggregated, {name: torch.where(half, flag, free.observed[name]) for name, flag in alone.observed.items()}
-    )
+    alone, free = each_alone(draw), independent(draw)
+    return Flags(free.aggregated, torch.where(draw.half < 0.5, alone.observed, free.observed))
 
 
 class StateDistribution(NamedTuple):
-    """``probabilities`` maps those of a config to those in use, ``draw`` draws the flags of all modalities."""
+    """``probabilities`` maps those of a config to those in use, ``draw`` draws the flags."""
 
     probabilities: Callable[[StateProbabilities], StateProbabilities]
-    draw: Callable[[Uniforms, Mapping[str, StateProbabilities], str], Flags]
+    draw: Callable[[Draw], Flags]
 
 
 DISTRIBUTIONS: dict[str, StateDistribution] = {

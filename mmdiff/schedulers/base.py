@@ -123,17 +123,18 @@ class MTScheduler(GaussianPath):
         self, original_samples: Tensor, noise: Tensor, timesteps: Tensor, encodings: Encodings | None = None
     ) -> Tensor:
         """z_t of Eq. (2) and (11) at ``timesteps`` (B,), (B, C, H, W)."""
-        u_t = self._noised(original_samples, noise, timesteps)
+        signal, sigma = self._training_factors(timesteps, original_samples)
+        u_t = signal * original_samples + sigma * noise
         return u_t + self.aggregate(encodings, timesteps, u_t) if encodings else u_t
-
-    def _noised(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        signal, sigma = self._coefficients(timesteps, original_samples)
-        return signal * original_samples + sigma * noise
 
     def training_target(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The network's target for u_t, by `prediction_type`; (B, C, H, W)."""
-        coefficients = self._coefficients(timesteps, original_samples)
+        coefficients = self._training_factors(timesteps, original_samples)
         return PREDICTIONS[self.config.prediction_type].target(original_samples, noise, *coefficients)
+
+    def _training_factors(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(s_t, σ_t) of training at ``timesteps`` (B,), in the dtype of ``like``."""
+        return self._factors(timesteps, like)
 
     def predict_original_sample(
         self, model_output: Tensor, timesteps: Tensor | float, sample: Tensor, encodings: Encodings | None = None

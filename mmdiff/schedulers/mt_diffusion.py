@@ -176,15 +176,16 @@ class MTDiffusionScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
         alpha_bar = self._at("a_bar", timesteps, like).to(like.dtype)
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
-    def _noised(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """diffusers' own float32 arithmetic, for whole ``timesteps``."""
-        return self._forward_process.add_noise(original_samples, noise, timesteps)
+    def _training_factors(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(s_t, σ_t) by diffusers' own arithmetic, as of `DDPMScheduler.add_noise`, for whole ``timesteps``."""
+        key = "training", like.dtype, like.device
+        tables = self._once(key, lambda: self._training_tables(like))
+        signal, sigma = (table[timesteps].reshape(-1, *(1,) * (like.ndim - 1)) for table in tables)
+        return signal, sigma
 
-    def training_target(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The network's target: v, the noise or z_0 of u_t, by `prediction_type`; (B, C, H, W)."""
-        if self.config.prediction_type == "v_prediction":
-            return self._forward_process.get_velocity(original_samples, noise, timesteps)
-        return super().training_target(original_samples, noise, timesteps)
+    def _training_tables(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        alpha_bar = self._forward_process.alphas_cumprod.to(like.device, like.dtype)
+        return alpha_bar**0.5, (1 - alpha_bar) ** 0.5
 
     # ---------------------------------------------------------------------------------------------------- sampling
 

@@ -59,6 +59,8 @@ class GaussianPath:
         Args:
             learned: {modality: (parameters (LEARNED_NODES,), log_scale ())}.
         """
+        if not learned:
+            return self
         process = copy.copy(self)  # it shares the tables of the path and the solver
         process._cumulative, process._tables, process._numbers = dict(self._cumulative), dict(self._tables), {}
         for name, parameters in learned.items():
