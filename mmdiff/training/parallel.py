@@ -50,6 +50,7 @@ class Replicated:
     def lay_out(self, bare: nn.Module, make_optimizer: MakeOptimizer) -> None:
         """Make ``objective`` and ``optimizer`` from the whole module."""
         self.bare = bare
+        self._parameters = list(bare.parameters())  # to find them takes a millisecond
         self.objective, self._stepper = self.accelerator.prepare(bare, make_optimizer(bare, self.config))
         self.optimizer = self._stepper.optimizer
 
@@ -65,7 +66,7 @@ class Replicated:
 
     def update(self) -> Tensor:
         """Clip the gradients, take the step and clear them; their norm before."""
-        norm = self.accelerator.clip_grad_norm_(self.bare.parameters(), self.config.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(self._parameters, self.config.max_grad_norm)
         self._stepper.step()
         self._stepper.zero_grad()
         return norm

@@ -37,6 +37,16 @@ def set_threads(threads: int) -> None:
     torch.set_num_threads(threads or chosen or max(1, share))
 
 
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed the generators of the CPU and of one device.
+
+    `torch.manual_seed` seeds all devices; where CUDA is not in use it keeps a stack trace of every call, 0.4 ms each.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
+
+
 class StopSignal:
     """Within its context SIGTERM and SIGINT ask for a checkpoint and a clean exit."""
 

@@ -28,6 +28,7 @@ from mmdiff.training.disk import whole
 from mmdiff.training.ema import Ema
 from mmdiff.training.learning_rate import learning_rate
 from mmdiff.training.muon import Muon
+from mmdiff.training.process import seed_generators
 from mmdiff.training.sharding import find_parallel
 from mmdiff.training.tracking import Window
 
@@ -100,7 +101,8 @@ class Trainer:
             micro_batches: `train.accumulate` of them.
         """
         config, accelerator, parallel = self.config, self.accelerator, self.parallel
-        torch.manual_seed(fold(config.seed, step, f"process {accelerator.process_index}"))  # dropout resumes too
+        # dropout resumes too
+        seed_generators(fold(config.seed, step, f"process {accelerator.process_index}"), accelerator.device)
         for group in parallel.optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         total: dict[str, torch.Tensor] = {}
