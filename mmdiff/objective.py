@@ -104,9 +104,7 @@ class MTObjective(nn.Module):
         weights = scheduler.config.weights or {}
         learned = [n for n, w in weights.items() if w.get("schedule") == "learned"]
         # a weight of 0 at every t takes nothing into c_t
-        self.weighted = tuple(
-            n for n in sorted(weights) if n in learned or bool(scheduler.cumulative_weights(n).any())
-        )
+        self.weighted = tuple(n for n in sorted(weights) if n in learned or bool(scheduler.cumulative_weights(n).any()))
         self.unweighted = tuple(sorted(set(weights) - set(self.weighted)))
         self._placeholders: dict[tuple[Any, ...], Tensor] = {}
         self.schedule_shapes = nn.ParameterDict({name: initial_parameters() for name in learned})
@@ -171,7 +169,6 @@ class MTObjective(nn.Module):
         if self.alignment is not None:
             terms |= self.alignment(anchor, z_t.shape[2:], denoised, where.step, where.neighbours)
         return self.total(terms, self.untouched(batch, model))
-
 
     def untouched(self, batch: Batch, model: MTDiffusionModel) -> Tensor | float:
         """0, as a function of the encoders that take no part in c_t.
