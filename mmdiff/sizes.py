@@ -65,7 +65,14 @@ def _generated(config: BucketsConfig, model: MTDiffusionModel, base: Size) -> li
     unit = model.backbone.multiple
     needed = [unit * side // inner for side, inner in zip(base, model.space[1:], strict=True)]
     steps = [math.lcm(least, config.multiple or 1) for least in needed]
-    return generated_sizes(base, (steps[0], steps[1]), config.ratio)
+    if any(side % step for side, step in zip(base, steps, strict=True)):
+        remedy = f"gives with the backbone multiples of {steps[0]} and {steps[1]}; {base} is none"
+        raise InputError(f"{KEY}.multiple", config.multiple, remedy)
+    sizes = generated_sizes(base, (steps[0], steps[1]), config.ratio)
+    if len(sizes) == 1:
+        remedy = f"gives no size but {base} by multiples of {steps[0]} and {steps[1]}; raise it, or set sizes"
+        raise InputError(f"{KEY}.ratio", config.ratio, remedy)
+    return sizes
 
 
 def _of_rows(config: Config, model: MTDiffusionModel, rows: Rows, sizes: list[Size], base: Size) -> np.ndarray:

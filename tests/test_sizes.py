@@ -41,15 +41,21 @@ def modalities(height: int, width: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def of(modality_config: dict[str, Any], **settings: Any) -> MTDiffusionModel:
+BACKBONES = {
+    "unet": {"kind": "unet", **LAYERS, "pooled_grid": 2, "context_grid": 2},
+    "dit": {"kind": "dit", "depth": 2, "width": 16, "heads": 2, "patch_size": 2, "decoder_depth": 1},
+}
+
+
+def of(modality_config: dict[str, Any], backbone: dict[str, Any]) -> MTDiffusionModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return alive(MTDiffusionModel(modality_config, {"kind": "unet", **LAYERS, **settings}))
+        return alive(MTDiffusionModel(modality_config, backbone))
 
 
-@pytest.fixture(scope="module")
-def model() -> MTDiffusionModel:
-    return of(modalities(16, 16), pooled_grid=2, context_grid=2)
+@pytest.fixture(scope="module", params=BACKBONES.values(), ids=BACKBONES)
+def model(request: pytest.FixtureRequest) -> MTDiffusionModel:
+    return of(modalities(16, 16), request.param)
 
 
 def pipeline(model: MTDiffusionModel) -> MTDiffusionPipeline:
@@ -69,7 +75,7 @@ def test_at_its_own_size_it_is_itself(model: MTDiffusionModel) -> None:
 @pytest.mark.parametrize("size", [(24, 8), (8, 24)])
 def test_it_is_the_model_of_that_size(model: MTDiffusionModel, size: tuple[int, int]) -> None:
     """Encodings, observations, and samples with and without conditions, bit by bit."""
-    built = of(modalities(*size), pooled_grid=2, context_grid=2)
+    built = of(modalities(*size), model.config.backbone_config)
     built.load_state_dict(model.state_dict())
     view = model.of_size(*size)
     values = {name: one.examples(2, Generator().manual_seed(0)) for name, one in built.modalities.items()}
@@ -97,7 +103,7 @@ def test_it_is_the_model_of_that_size(model: MTDiffusionModel, size: tuple[int, 
     ],
 )
 def test_other_sizes_are_refused(arguments: dict[str, Any], key: str) -> None:
-    model = of({"image": {"kind": "image", "channels": 1, "size": 16}}, patch_size=2)
+    model = of({"image": {"kind": "image", "channels": 1, "size": 16}}, {"kind": "unet", **LAYERS, "patch_size": 2})
     with refused(key):
         pipeline(model)(1, **arguments)
 

@@ -85,9 +85,17 @@ class AugmentConfig(Strict):
 class BucketsConfig(Strict):
     """Sizes at which training reads images of several shapes; every global batch has one of them."""
 
-    sizes: list[tuple[Side, Side]] | None = None  # (height, width) in pixels; default: generated about the image's area
+    # (height, width) in pixels; default: generated, with about as many pixels as the image's own size
+    sizes: list[tuple[Side, Side]] | None = Field(None, min_length=1)
     ratio: float = Field(2.0, ge=1, le=100)  # of generated sizes: the longer side over the shorter one, at most
     multiple: Side | None = None  # of generated sizes: of their heights and widths; default: what the backbone needs
+
+    @field_validator("ratio", "multiple")
+    @classmethod
+    def _of_generated_sizes(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.data.get("sizes") is not None and value != cls.model_fields[info.field_name or ""].default:
+            raise ValueError("is of generated sizes, and sizes are given; leave one out")
+        return value
 
 
 class DataConfig(Strict):

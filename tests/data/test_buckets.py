@@ -161,7 +161,11 @@ REFUSED = [
     ("data.buckets.sizes", {"sizes": [[16, 16], [15, 17]]}),
     ("data.buckets.sizes", {"sizes": [[16, 16], [16, 16]]}),
     ("data.buckets.sizes.0.1", {"sizes": [[16, 0]]}),
+    ("data.buckets.sizes", {"sizes": []}),
     ("data.buckets.ratio", {"ratio": 0.5}),
+    ("data.buckets.ratio", {"ratio": 1.1}),
+    ("data.buckets.ratio", {"sizes": [[16, 16]], "ratio": 3}),
+    ("data.buckets.multiple", {"multiple": 7}),
     ("data.buckets.aspect", {"aspect": 2}),
 ]
 
