@@ -86,6 +86,11 @@ class Backbone(nn.Module, ABC):
         """Parts that are called one after the other, each as a module: training may compile them or share them out."""
         return ()
 
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile each of the `blocks` in place, as one graph without breaks; equal blocks share their code."""
+        for block in self.blocks():
+            block.compile(fullgraph=True, backend=backend)
+
     def random_numbers(self, height: int, width: int) -> int:
         """R, uniform numbers per sample that a training step hands over, for a diffusion space of this size.
 

@@ -69,6 +69,9 @@ class DiffusersDiT(NetworkBackbone):
         axes: dict[str, Axes] = {"flags.0.weight": {1: Axis(flags, zero=True)}}
         return axes | ({} if self.observe is None else {"observe.weight": {1: Axis(list(channels), zero=True)}})
 
+    def blocks(self) -> Sequence[nn.Module]:
+        return [part for block in self.network.transformer_blocks for part in (block.attn1, block.ff)]
+
     def forward(self, sample: Tensor, timestep: Tensor, observation: Observation) -> BackboneOutput:
         dit, rows = self.network, sample.shape[2] // self.patch_size
         added = self.flags(observation.flags.to(sample.dtype))  # (B, D)

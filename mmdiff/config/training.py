@@ -93,6 +93,7 @@ class TrainConfig(Strict):
     ema_snapshot_every: int = Field(0, ge=0, le=10**9)  # steps between these snapshots; 0: only the last
     ema_snapshot_dtype: Literal["float32", "float16"] = "float32"  # of the snapshots' files
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # precision of the forward and backward pass
+    compile: bool = False  # compile the backbone's blocks by torch.compile; the first steps take minutes
     # how the state lies on several processes: whole on each (DDP), or in parts (FSDP2, DeepSpeed's ZeRO-2)
     sharding: Literal["none", "fsdp2", "zero2"] = "none"
     seed: Seed = 0  # of weights, noise, times, states and the order of rows

@@ -66,6 +66,8 @@ class Trainer:
         config = self.config
         if self.ema is None:
             self.parallel.lay_out(self.bare, make_optimizer)
+            if config.compile:
+                self.bare.model.backbone.compile_blocks()
             self.ema = Ema(self.bare, (config.ema_decay, *config.ema_further_decays), config.ema_sigma_rel)
 
     def batches(self, first_step: int) -> MicroBatches:

@@ -152,3 +152,16 @@ def test_double_precision_is_kept() -> None:
         sample, timestep, observation = inputs(case)
         output = build(case).double()(sample.double(), timestep, observation.to(torch.float64))
         assert all(tensor.dtype == torch.float64 for tensor in output)
+
+
+def test_blocks_compile_in_one_graph_each_and_compute_the_same() -> None:
+    one_of_each = {case.kind: case for case in reversed(CASES)}.values()
+    for case in [*one_of_each, *(case for case in CASES if {"value_residual", "token_drop"} & set(case.settings))]:
+        torch.compiler.reset()
+        backbone, batch = build(case), inputs(case)
+        names, before = list(backbone.state_dict()), backbone(*batch)
+        backbone.compile_blocks(backend="aot_eager")
+        after = backbone(*batch)
+        assert list(backbone.state_dict()) == names and backbone.blocks()
+        for one, other in zip(before, after, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

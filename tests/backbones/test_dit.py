@@ -135,17 +135,6 @@ def test_checkpointing_changes_no_gradient_and_keeps_autocast(option: str) -> No
     same(*gradients, rtol=0, atol=0)
 
 
-@every_option
-def test_every_block_compiles_in_one_graph_and_computes_the_same(option: str) -> None:
-    torch.compiler.reset()
-    backbone, batch = dit(**OPTIONS[option]), inputs(random=16)
-    names, before = list(backbone.state_dict()), backbone(*batch)
-    for block in backbone.blocks():
-        block.compile(backend="aot_eager", fullgraph=True)
-    same(backbone(*batch), before)
-    assert list(backbone.state_dict()) == names
-
-
 def test_presets_are_the_published_sizes() -> None:
     """Parameters of DiT-S, B, L and XL without embeddings of classes: 33, 130, 458 and 675 million."""
     for preset, millions in {"S": 33, "B": 130, "L": 458, "XL": 675}.items():
