@@ -21,7 +21,7 @@ from mmdiff.errors import InputError, at
 from mmdiff.modalities import Anchor, Condition, find_modality
 from mmdiff.model import check_name
 from mmdiff.pretrained import with_source
-from mmdiff.schedulers import SCHEDULERS, MTScheduler
+from mmdiff.schedulers import SCHEDULERS, MTScheduler, resolution_shift
 
 LARGEST = 1e9  # any number among the settings of a class
 _RESERVED = {  # arguments that a config cannot set
@@ -65,6 +65,8 @@ def resolve(config: Config, rows: Rows | None) -> Config:
     resolved = config.model_dump()
     resolved["modalities"] = {name: entry.model_dump() for name, entry in modalities.items()}
     resolved["scheduler"]["clip_sample"] = _clip_sample(config, modalities)
+    if resolved["scheduler"].get("time_shift") == "resolution":
+        resolved["scheduler"]["time_shift"] = _resolution_shift(config, modalities[config.anchor])
     return resolve_scheduler(Config.model_validate(resolved))
 
 
@@ -153,6 +155,12 @@ class _Readable:
 def _check_holes(key: str, masking: MaskingConfig) -> None:
     with at(key):
         known_masks(masking.pattern, masking.ratio, 32, 32, 0, torch.zeros(1, dtype=torch.int64))
+
+
+def _resolution_shift(config: Config, anchor: ModalityConfig) -> float:
+    """`time_shift: resolution` of the anchor's diffusion space."""
+    _, height, width = find_modality(anchor.kind, "").diffusion_space(**anchor.settings())
+    return resolution_shift(height, width)
 
 
 def _weight(name: str, entry: ModalityConfig, kind: type[Condition]) -> WeightConfig:

@@ -113,7 +113,11 @@ class MTScheduler(GaussianPath):
         """Timesteps to train at, by `timestep_sampling`: monotone in ``u`` (B,), uniform numbers in [0, 1)."""
         sampling = TIMESTEP_SAMPLING[self.config.timestep_sampling]
         u = u.double().clamp(_EDGE, 1 - _EDGE)
-        return self._timesteps_at(sampling(u, self.config.logit_mean, self.config.logit_std))
+        return self._timesteps_at(self._shifted(sampling(u, self.config.logit_mean, self.config.logit_std)))
+
+    def _shifted(self, share: Tensor) -> Tensor:
+        """Shares of the path at which training happens, moved towards the noise where a path allows it."""
+        return share
 
     def _timesteps_at(self, share: Tensor) -> Tensor:
         """Timesteps at shares of the path in (0, 1), (B,) float64."""

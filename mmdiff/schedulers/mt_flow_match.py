@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,6 +14,15 @@ from mmdiff.errors import InputError
 from mmdiff.schedulers.base import MTScheduler
 from mmdiff.schedulers.solvers import FLOW_REFUSED, FLOW_SOLVERS
 from mmdiff.schedulers.weights import Coefficients
+
+
+_LARGEST_SHIFT = 100.0
+
+
+def resolution_shift(height: int, width: int) -> float:
+    """s of a diffusion space (height, width): √(positions / 1024), which keeps the ratio of signal to noise that a mean
+    over positions has in a space of 32 × 32, but 1 at least."""
+    return max(1.0, math.sqrt(height * width / 1024))
 
 
 class MTFlowMatchScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
@@ -33,6 +43,9 @@ class MTFlowMatchScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
             al. (2024), or "uniform".
         logit_mean: of logit_normal.
         logit_std: of logit_normal.
+        time_shift: s ≥ 1 moves training and sampling towards the noise, σ -> s σ / (1 + (s − 1) σ), as images of many
+            positions need (Esser et al., 2024, arXiv 2403.03206, Eq. (23)); an own shift in `solver_config` comes first.
+            In a config, "resolution" stands for `resolution_shift`.
 
     Raises:
         InputError: for an unknown or refused choice.
@@ -54,12 +67,17 @@ class MTFlowMatchScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
         timestep_sampling: str = "logit_normal",
         logit_mean: float = 0.0,
         logit_std: float = 1.0,
+        time_shift: float = 1.0,
     ) -> None:
         checked = self._prepare(weights=weights, solver_config=solver_config)
+        if not 0 < time_shift <= _LARGEST_SHIFT:
+            raise InputError("time_shift", time_shift, f"needs a number above 0, up to {_LARGEST_SHIFT}; 1 is off")
+        shift = {name: time_shift for name in self._traits.options if name in ("shift", "flow_shift")}
         total = self.config.num_train_timesteps
         self._solver = self._traits.scheduler(
             num_train_timesteps=total,
             **self._traits.arguments[self._solver_prediction],
+            **(shift if time_shift != 1 else {}),
             **(self.config.solver_config or {}),
         )
         sigma = torch.arange(total + 1, dtype=torch.float64) / total  # σ_0 … σ_T
@@ -74,6 +92,10 @@ class MTFlowMatchScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
 
     def _timesteps_at(self, share: Tensor) -> Tensor:
         return (share * len(self)).float()
+
+    def _shifted(self, share: Tensor) -> Tensor:
+        shift = self.config.time_shift
+        return shift * share / (1 + (shift - 1) * share)
 
     def _place_steps(self, num_inference_steps: int, index: int) -> Tensor:
         """Our timesteps come from the solver's σ: the multistep classes round theirs to whole numbers."""
