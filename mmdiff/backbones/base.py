@@ -86,6 +86,10 @@ class Backbone(nn.Module, ABC):
         """Parts that are called one after the other, each as a module: training may compile them or share them out."""
         return ()
 
+    def matrices(self) -> Sequence[nn.Parameter]:
+        """The weights that Muon trains: matrices and kernels, not tables."""
+        return [parameter for parameter in self.parameters() if parameter.ndim > 1]
+
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile each of the `blocks` in place, as one graph without breaks; equal blocks share their code."""
         for block in self.blocks():

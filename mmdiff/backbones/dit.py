@@ -152,6 +152,10 @@ class DiT(Backbone):
         blocks = [name for name, block in self.named_modules() if isinstance(block, Attention)]
         return [f"{name}.{layer}" for name in blocks for layer in ("qkv", "out")]
 
+    def matrices(self) -> Sequence[nn.Parameter]:
+        """Those of the blocks: embeddings and the last layer are not hidden, and are left to AdamW."""
+        return [p for block in self.blocks() for p in block.parameters() if p.ndim == 2]
+
     def random_numbers(self, height: int, width: int) -> int:
         return height // self.patch_size * (width // self.patch_size) if self.token_drop else 0
 

@@ -15,7 +15,6 @@ from mmdiff.schedulers.base import MTScheduler
 from mmdiff.schedulers.solvers import FLOW_REFUSED, FLOW_SOLVERS
 from mmdiff.schedulers.weights import Coefficients
 
-
 _LARGEST_SHIFT = 100.0
 
 
@@ -43,9 +42,9 @@ class MTFlowMatchScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
             al. (2024), or "uniform".
         logit_mean: of logit_normal.
         logit_std: of logit_normal.
-        time_shift: s ≥ 1 moves training and sampling towards the noise, σ -> s σ / (1 + (s − 1) σ), as images of many
-            positions need (Esser et al., 2024, arXiv 2403.03206, Eq. (23)); an own shift in `solver_config` comes first.
-            In a config, "resolution" stands for `resolution_shift`.
+        time_shift: s above 1 moves training and sampling towards the noise, σ -> s σ / (1 + (s − 1) σ), as images of
+            many positions need (Esser et al., 2024, arXiv 2403.03206, Eq. (23)). A shift in `solver_config` comes
+            first. In a config, "resolution" stands for `resolution_shift`.
 
     Raises:
         InputError: for an unknown or refused choice.
@@ -77,8 +76,7 @@ class MTFlowMatchScheduler(MTScheduler, SchedulerMixin, ConfigMixin):
         self._solver = self._traits.scheduler(
             num_train_timesteps=total,
             **self._traits.arguments[self._solver_prediction],
-            **(shift if time_shift != 1 else {}),
-            **(self.config.solver_config or {}),
+            **((shift if time_shift != 1 else {}) | (self.config.solver_config or {})),
         )
         sigma = torch.arange(total + 1, dtype=torch.float64) / total  # σ_0 … σ_T
         signal = 1 - sigma

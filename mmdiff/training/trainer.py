@@ -237,7 +237,7 @@ def make_optimizer(objective: MTObjective, config: TrainConfig) -> torch.optim.O
     if config.optimizer == "adamw":
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(trained, **arguments, fused=True)
     else:
-        matrices = [p for p in objective.model.backbone.parameters() if p.requires_grad and p.ndim > 1]
+        matrices = [p for p in objective.model.backbone.matrices() if p.requires_grad]
         orthogonal = {id(p) for p in matrices}
         optimizer = Muon(matrices, [p for p in trained if id(p) not in orthogonal], **arguments)
     if kept:

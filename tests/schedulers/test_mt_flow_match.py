@@ -15,7 +15,7 @@ from refusals import refused
 from scipy.stats import norm
 from torch import Tensor
 
-from mmdiff.schedulers import FLOW_SOLVERS, SOLVERS, MTDiffusionScheduler, MTFlowMatchScheduler
+from mmdiff.schedulers import FLOW_SOLVERS, SOLVERS, MTDiffusionScheduler, MTFlowMatchScheduler, resolution_shift
 from mmdiff.schedulers.weights import SCHEDULES
 
 Options = dict[str, Any]
@@ -141,6 +141,24 @@ def test_logit_normal_times_have_the_quantiles_of_scipy() -> None:
         assert flow.dtype == torch.float32
         diffusion = MTDiffusionScheduler(**options).training_timesteps(u)
         assert diffusion.tolist() == np.floor(expected * 1000).astype(int).tolist()
+
+
+@pytest.mark.parametrize("solver", [EULER, DPM, UNIPC])
+def test_a_time_shift_moves_training_and_sampling_alike(solver: str) -> None:
+    """σ -> s σ / (1 + (s − 1) σ), as the solver's own option does; s is √(positions / 1024), never below 1."""
+    plain, shifted = scheduler(solver=solver), scheduler(solver=solver, time_shift=3.0)
+    u = torch.linspace(0.01, 0.99, 9, dtype=torch.float64)
+    share = plain.training_timesteps(u).double() / 1000
+    expected = 1000 * 3 * share / (1 + 2 * share)
+    torch.testing.assert_close(shifted.training_timesteps(u).double(), expected, rtol=1e-6, atol=0)
+    option = "shift" if solver == EULER else "flow_shift"
+    own = scheduler(solver=solver, solver_config={option: 3.0})
+    for one in (plain, shifted, own):
+        one.set_timesteps(10)
+    assert torch.equal(shifted.timesteps, own.timesteps) and (shifted.timesteps[1:] > plain.timesteps[1:]).all()
+    own = scheduler(solver=solver, solver_config={option: 2.0}, time_shift=3.0)
+    assert own._solver.config[option] == 2.0
+    assert [resolution_shift(*size) for size in ((8, 8), (32, 32), (64, 64), (128, 32))] == [1.0, 1.0, 2.0, 2.0]
 
 
 def test_uniform_times_and_the_ends() -> None:
