@@ -16,9 +16,11 @@ from mmdiff.data import Holes, Rows, StandIn, Table, open_splits
 from mmdiff.data.augment import Augment, build_augment
 from mmdiff.data.buckets import Buckets
 from mmdiff.data.embeddings import add_embeddings
+from mmdiff.data.encoded import check_decided, latents_of, open_encoded, read_manifest
 from mmdiff.data.files import undecoded, with_images
 from mmdiff.data.sources import folder_of
 from mmdiff.data.streamed import StreamedRows
+from mmdiff.encoded import encoded_table, uses_latents
 from mmdiff.errors import InputError, at
 from mmdiff.modalities import find_modality
 from mmdiff.model import MTDiffusionModel
@@ -59,7 +61,7 @@ def build(config: Config, hub: bool = True) -> Experiment:
     objective = build_objective(config, model, scheduler)
     augment = build_augment(config.data, model.modalities, model.anchor, config.train.seed)
     buckets = build_buckets(config, model, rows)
-    train = build_table(config, model, rows, config.data.missing, augment, buckets)
+    train = build_table(config, model, rows, config.data.missing, augment, buckets, latents=True)
     validation = build_table(config, model, held_out)
     return Experiment(config, train, validation, model, scheduler, objective)
 
@@ -73,7 +75,12 @@ def build_stand_in(config: Config) -> Experiment:
     config = resolve(config, None)
     model = build_model(config)
     scheduler = build_scheduler(config)
-    table = StandIn({name: modality.examples for name, modality in model.modalities.items()})
+    examples = {name: modality.examples for name, modality in model.modalities.items()}
+    manifest = read_manifest(config.data.source)
+    if manifest is not None and uses_latents(model, manifest):
+        shape, name = manifest.columns[latents_of(model.anchor)].shape, latents_of(model.anchor)
+        examples[name] = lambda count, generator: torch.randn(count, *shape, generator=generator)
+    table = StandIn(examples)
     return Experiment(config, table, table, model, scheduler, build_objective(config, model, scheduler))
 
 
@@ -86,6 +93,9 @@ def open_rows(config: Config, hub: bool = True) -> tuple[Rows, Rows]:
     """
     check_modalities(config)
     data = config.data
+    if (manifest := read_manifest(data.source)) is not None:
+        check_decided(data, manifest)
+        return open_encoded(data, manifest)
     streams = data.streams if data.streaming else 0
     splits = open_splits(data.source, data.split, data.validation_split, data.holdout, data.options, hub, streams)
     splits = tuple(undecoded(_with_images(config, rows)) for rows in splits)
@@ -243,6 +253,7 @@ def build_table(
     missing: Mapping[str, float] | None = None,
     augment: Augment | None = None,
     buckets: Buckets | None = None,
+    latents: bool = False,
 ) -> Table:
     """Rows as batches of the model's values.
 
@@ -253,10 +264,11 @@ def build_table(
         missing: {modality: share of rows whose value is hidden}.
         augment: changes the rows that training visits.
         buckets: the sizes at which training visits them.
+        latents: whether the anchor of an encoded data set is read as latents, where it has them.
     """
     masking = config.data.masking
-    return Table(
-        rows,
+    arguments = dict(  # noqa: C408 (they read as a call)
+        rows=rows,
         columns={name: config.column(name) for name in model.names if name not in masking},
         **reader_of(model)._asdict(),
         is_missing={name: model.modalities[name].is_missing for name in model.names},
@@ -272,3 +284,5 @@ def build_table(
         augment=augment,
         buckets=buckets,
     )
+    manifest = read_manifest(config.data.source)
+    return Table(**arguments) if manifest is None else encoded_table(config, model, manifest, latents, arguments)

@@ -130,7 +130,8 @@ class MTObjective(nn.Module):
         timesteps = self.draw_timesteps(where, denoised)  # (B,)
 
         anchor = batch.values[model.anchor]
-        model.modalities[model.anchor].prepare(anchor, self.normals("latent", where))
+        stored = batch.values.get(f"{model.anchor}/latents")
+        model.modalities[model.anchor].prepare(anchor, self.normals("latent", where), stored)
         z_0 = model.modalities[model.anchor].encode(anchor)  # (B, C, H, W)
         noise = normal(self.seed, where.step, "noise", where.positions, z_0.shape[1:])
         weighted = {name: batch.values[name] for name in self.weighted}
@@ -187,15 +188,18 @@ class MTObjective(nn.Module):
         """Missing values as placeholders: whatever a data set left there has no effect."""
         values = {}
         for name, value in batch.values.items():
-            present = batch.present[name].reshape(-1, *(1,) * (value.ndim - 1))
-            values[name] = torch.where(present, value, self._placeholder(name, value, model))
+            present = batch.present[name.partition("/")[0]].reshape(-1, *(1,) * (value.ndim - 1))
+            # an anchor that comes as latents alone has no channels
+            values[name] = torch.where(present, value, self._placeholder(name, value, model)) if value.numel() else value
         return Batch(values, batch.present)
 
     def _placeholder(self, name: str, like: Tensor, model: MTDiffusionModel) -> Tensor:
         """Kept: to send one to an accelerator would wait for it in every step."""
-        key = name, like.shape[1:], like.device, like.dtype
+        key = name, like.shape, like.device, like.dtype
         if key not in self._placeholders:
-            self._placeholders[key] = model.modalities[name].placeholder().to(like)
+            modality = model.modalities[name.partition("/")[0]]
+            missing = modality.blank(len(like), like.device) if "/" in name else modality.placeholder()
+            self._placeholders[key] = missing.to(like)
         return self._placeholders[key]
 
     def total(self, terms: dict[str, Tensor], nothing: Tensor | float = 0.0) -> ObjectiveOutput:

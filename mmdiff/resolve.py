@@ -14,9 +14,11 @@ from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserErro
 from mmdiff.backbones import Backbone, find_backbone
 from mmdiff.config import Config, DataConfig, MaskingConfig, ModalityConfig, WeightConfig, parse_arguments
 from mmdiff.data import Rows
+from mmdiff.data.encoded import check_decided, read_manifest
 from mmdiff.data.masking import known_masks
 from mmdiff.data.streamed import FIRST, StreamedRows
 from mmdiff.data.table import ROW, origin
+from mmdiff.encoded import encoded_settings
 from mmdiff.errors import InputError, at
 from mmdiff.modalities import Anchor, Condition, find_modality
 from mmdiff.model import check_name
@@ -115,7 +117,12 @@ def _resolved_settings(
     settings = {**kind.settings_from_anchor(**anchor), **config.modalities[name].settings()}
     with at(f"modalities.{name}"):
         settings = {**kind.settings_from_files(**settings), **settings}
-    if rows is None or name in config.data.masking:
+    if name in config.data.masking:
+        return settings
+    if (manifest := read_manifest(config.data.source)) is not None:
+        check_decided(config.data, manifest)
+        return encoded_settings(config, name, kind, settings, manifest)
+    if rows is None:
         return settings
     column = config.column(name)
     if column not in rows.column_names:

@@ -20,6 +20,8 @@ LAYERS = {
     **dict.fromkeys(("model", "vlm", "alignment"), 2),
     **dict.fromkeys(("objective", "sampling"), 3),
     **dict.fromkeys(("pipeline", "plots", "grids", "resolve", "sizes", "build", "pretrained"), 4),
+    "encoded": 4,
+    "encode": 6,
     **dict.fromkeys(("training", "evaluation", "runs"), 5),
     "benchmarks": 6,
     "cli": 7,

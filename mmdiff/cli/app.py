@@ -11,6 +11,7 @@ import typer
 
 from mmdiff.cli.benchmark import benchmark
 from mmdiff.cli.check_modality import check_modality
+from mmdiff.cli.encode import encode
 from mmdiff.cli.evaluate import evaluate
 from mmdiff.cli.options import is_main
 from mmdiff.cli.sample import sample
@@ -38,7 +39,7 @@ app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     help=_HELP,
 )  # fmt: skip
-for command in (train, sample, evaluate, show):
+for command in (train, encode, sample, evaluate, show):
     app.command()(command)
 app.command("check-modality")(check_modality)
 app.add_typer(benchmark, name="benchmark")

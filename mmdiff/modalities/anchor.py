@@ -6,8 +6,10 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from mmdiff.errors import InputError
 from mmdiff.modalities.base import Modality
 
 
@@ -36,14 +38,26 @@ class Anchor(Modality):
         """A network that the anchor uses and never trains (an autoencoder); pipelines save it as a part of theirs."""
         return None
 
+    def frozen_encoding(self, value: Tensor) -> Tensor | None:
+        """What the frozen network makes of values, before anything is drawn of it: (B, K, h, w).
+
+        `mmdiff encode` writes it once, and `prepare` takes it. None: there is no such network.
+        """
+        return None
+
+    def blank(self, count: int, device: torch.device) -> Tensor:
+        """The `frozen_encoding` of a missing value, (1, K, h, w), in a batch of ``count``, on which bits may depend."""
+        raise InputError("anchor", type(self).__name__, "has no frozen network")
+
     def prepare(  # noqa: B027 (by default there is nothing to prepare)
-        self, value: Tensor, noise: Callable[[tuple[int, ...]], Tensor]
+        self, value: Tensor, noise: Callable[[tuple[int, ...]], Tensor], stored: Tensor | None = None
     ) -> None:
         """Before a training step encodes these values: draw what E draws.
 
         Args:
             value: the batch's, of which `encode` and `observe` are asked next.
             noise: shape -> standard normal numbers (B, *shape), a function of the step and the samples' positions.
+            stored: their `frozen_encoding` where it was written before; the value may then lack its channels.
         """
 
     @abstractmethod

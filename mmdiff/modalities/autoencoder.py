@@ -6,6 +6,8 @@ an example that passes through the class without weights. Scale and shift are th
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -65,6 +67,11 @@ class Posterior(NamedTuple):
     def joined(self) -> Tensor:
         """(B, C or 2 C, h, w): the mean, and beside it the log-variance where there is one."""
         return self.mean if self.logvar is None else torch.cat([self.mean, self.logvar], dim=1)
+
+    @classmethod
+    def parted(cls, joined: Tensor, channels: int) -> Posterior:
+        """What `joined` gave, of latents with so many channels."""
+        return cls(joined[:, :channels], joined[:, channels:] if joined.shape[1] > channels else None)
 
 
 class Scale(NamedTuple):
@@ -147,6 +154,18 @@ def latent_space(source: str) -> tuple[int, int]:
     except _DAMAGE as error:
         raise InputError("autoencoder", source, f"cannot be built from its config: {_said(error)}") from None
     return latents.shape[1], side // latents.shape[2]
+
+
+def digest(network: ModelMixin) -> str:
+    """A hash of the weights, the class and its settings; not of the folder they come from."""
+    network = getattr(network, "_orig_mod", network)
+    found = hashlib.sha256(type(network).__name__.encode())
+    settings = {name: value for name, value in network.config.items() if not name.startswith("_")}
+    found.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:32]
 
 
 def image_channels(network: ModelMixin) -> int:

@@ -44,6 +44,10 @@ class Value(ABC):
 
     #: Whether raw values are images, so that a text column of their paths is read as the images.
     reads_images: ClassVar[bool] = False
+    #: Whether values are images (1 or 3, height, width) in [−1, 1], which `mmdiff encode` writes as image files.
+    are_images: ClassVar[bool] = False
+    #: Settings that change nothing of what `preprocess` gives: encoded values can be used with others.
+    free_settings: ClassVar[frozenset[str]] = frozenset()
     #: Names of the classes of a value, where it has classes and they have names.
     names: list[str] | None = None
 

@@ -21,6 +21,7 @@ from mmdiff.modalities.grids import Size, cells, check_size, grown, height_width
 from mmdiff.modalities.heads import GaussianHead, gaussian_nll, gaussian_sample
 from mmdiff.modalities.pictures import MODES, flat, header, headers, loaded, one_size, pixels_of, resized
 
+LATENT = ("latent_channels", "latent_factor", "latent_scale", "latents_mean", "latents_std", "latent_draw")
 Background = int | tuple[int, int, int] | list[int]
 
 
@@ -49,6 +50,8 @@ class Image(Anchor):
     """
 
     reads_images: ClassVar[bool] = True
+    are_images: ClassVar[bool] = True
+    free_settings: ClassVar[frozenset[str]] = frozenset({"scale", "space", "autoencoder", *LATENT})
 
     def __init__(
         self,
@@ -84,6 +87,7 @@ class Image(Anchor):
         self._measured = _measured(latents_mean, latents_std, shape.space[0]) if self.latent else None
         self._frozen: list[ModelMixin] = []  # in a list: no submodule, so neither trained nor saved
         self._encoded: tuple[Tensor, Tensor] | None = None
+        self._blanks: dict[int, Tensor] = {}
 
     @staticmethod
     def diffusion_space(
@@ -247,11 +251,23 @@ class Image(Anchor):
         """(B, channels, height, width) -> the autoencoder's latents, not scaled."""
         return latents.encode(self.frozen.to(value.device), value)
 
-    def prepare(self, value: Tensor, noise: Callable[[tuple[int, ...]], Tensor]) -> None:
-        """A fresh draw of the posterior, if one is asked for."""
-        if self.latent and self.latent_draw:
-            posterior = self.posterior(value)
-            self._remember(value, posterior.draw(noise(posterior.mean.shape[1:])))
+    def frozen_encoding(self, value: Tensor) -> Tensor | None:
+        """Mean and log-variance of the autoencoder's posterior, or its latents where it has no variance."""
+        return self.posterior(value).joined() if self.latent else None
+
+    def blank(self, count: int, device: torch.device) -> Tensor:
+        if count not in self._blanks:
+            missing = self.placeholder().to(device).expand(count, *self.value_shape).contiguous()
+            self._blanks[count] = self.posterior(missing).joined()[:1]
+        return self._blanks[count]
+
+    def prepare(self, value: Tensor, noise: Callable[[tuple[int, ...]], Tensor], stored: Tensor | None = None) -> None:
+        """Remember stored latents, or a fresh draw of the posterior if one is asked for."""
+        if self.latent and (stored is not None or self.latent_draw):
+            channels = self.shape.space[0]
+            posterior = self.posterior(value) if stored is None else latents.Posterior.parted(stored, channels)
+            drawn = posterior.draw(noise(posterior.mean.shape[1:]) if self.latent_draw else None)
+            self._remember(value, drawn)
 
     def _remember(self, value: Tensor, drawn: Tensor) -> None:
         """The latents of a batch, brought to unit scale."""

@@ -42,6 +42,7 @@ class MaskedImage(FillsAnchor):
     """
 
     reads_images: ClassVar[bool] = True
+    free_settings: ClassVar[frozenset[str]] = frozenset({"fill"})
 
     def __init__(self, shape: Shape, channels: int, size: Size, resize: bool = False, fill: str = "zero") -> None:
         super().__init__(shape)

@@ -19,9 +19,9 @@ _REMEDIES = {
     errno.ENOSPC: "the disk is full; make room",
     errno.EDQUOT: "the quota is used up; make room",
     errno.EFBIG: "the file is larger than the limit of this process; raise it (ulimit -f)",
-    errno.EROFS: "the file system is read-only; mount it writable, or choose another output=…",
-    errno.EACCES: "there is no permission to write; grant it, or choose another output=…",
-    errno.EPERM: "there is no permission to write; grant it, or choose another output=…",
+    errno.EROFS: "the file system is read-only; mount it writable, or choose another {output}",
+    errno.EACCES: "there is no permission to write; grant it, or choose another {output}",
+    errno.EPERM: "there is no permission to write; grant it, or choose another {output}",
 }
 _CODE = re.compile(r"\(os error (\d+)\)")  # of safetensors, which raises no OSError
 _PEER = re.compile(r"gloo|NCCL|ProcessGroup|[Cc]onnection (was )?(closed|reset)|Broken pipe", re.IGNORECASE)
@@ -101,29 +101,31 @@ def _merge(partial: Path, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def faults(folder: Path) -> Iterator[None]:
+def faults(folder: Path, then: str = "train.resume=auto continues", output: str = "output=…") -> Iterator[None]:
     """What the disk or the machine refuses within the block is a `TrainingError` that names the path and the remedy.
 
     Args:
         folder: named where the error names no file.
+        then: how the work goes on.
+        output: what names another folder.
     """
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        said = _said(error, folder)
+        said = _said(error, folder, then, output)
         if said is None:
             raise
         raise TrainingError(said, everywhere=isinstance(error, OSError | SafetensorError)) from error
 
 
-def _said(error: Exception, folder: Path) -> str | None:
+def _said(error: Exception, folder: Path, then: str, output: str) -> str | None:
     """The line for an error of the machine; None for any other."""
     match = _WORKER.search(str(error))
     if isinstance(error, RuntimeError) and match:
         why = "a process that reads data was killed, mostly because memory ran out; lower data.workers or the batch"
-        return f"{folder}: {why}; train.resume=auto continues ({' '.join(match.group().split())})"
+        return f"{folder}: {why}; {then} ({' '.join(match.group().split())})"
     if isinstance(error, RuntimeError) and "WORLD_SIZE" in os.environ and _PEER.search(str(error)):
-        return f"another process of this run is gone; its own line says why; train.resume=auto continues ({folder})"
+        return f"another process of this run is gone; its own line says why; {then} ({folder})"
     if isinstance(error, SafetensorError):
         code = _CODE.search(str(error))
         error = OSError(int(code.group(1)), os.strerror(int(code.group(1)))) if code else error
@@ -131,5 +133,5 @@ def _said(error: Exception, folder: Path) -> str | None:
         return None
     path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else folder
     path = path.with_name(path.name.removeprefix(PARTIAL))
-    why = _REMEDIES.get(error.errno, f"{error.strerror}; mend it, or choose another output=…")
-    return f"{path}: {why}; train.resume=auto continues"
+    why = _REMEDIES.get(error.errno, f"{error.strerror}; mend it, or choose another {{output}}").format(output=output)
+    return f"{path}: {why}; {then}"

@@ -13,24 +13,30 @@ from typing import Any
 
 import psutil
 
-from mmdiff.errors import InputError
+from mmdiff.errors import InputError, at
 
 NAME = "train.lock"
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, name: str = NAME, key: str = "output") -> Iterator[None]:
     """Hold the folder's lock within the block.
 
+    Args:
+        folder: that exists.
+        name: of the lock's file.
+        key: for the error.
+
     Raises:
-        InputError: another training holds it, by process and host.
+        InputError: another process holds it, by process and host.
     """
-    path = folder / NAME
+    path = folder / name
     own = _record(folder)
     if not _created(path, own):
-        _clear_stale(path, folder)
-        if not _created(path, own):  # another one was faster
-            raise _refusal(folder, _read(path))
+        with at(key, join=None):
+            _clear_stale(path, folder)
+            if not _created(path, own):  # another one was faster
+                raise _refusal(path, _read(path))
     try:
         yield
     finally:
@@ -90,7 +96,7 @@ def _clear_stale(path: Path, folder: Path) -> None:
     """Take away the lock of a process that is gone, and no other."""
     record = _read(path)
     if _holds(record, folder):
-        raise _refusal(folder, record)
+        raise _refusal(path, record)
     aside = path.with_name(f".{path.name}-{os.getpid()}")
     with contextlib.suppress(FileNotFoundError):  # another one was faster
         path.rename(aside)
@@ -110,7 +116,7 @@ def _holds(record: dict[str, Any], folder: Path) -> bool:
     return started is not None and started == record.get("started")
 
 
-def _refusal(folder: Path, record: dict[str, Any]) -> InputError:
-    who = f"process {record.get('pid')} on {record.get('host')} trains here since {record.get('since')}"
-    remedy = f"wait for its end or stop it; where it is gone, delete {folder / NAME}"
-    return InputError("output", str(folder), f"{who}; {remedy}")
+def _refusal(path: Path, record: dict[str, Any]) -> InputError:
+    who = f"process {record.get('pid')} on {record.get('host')} writes here since {record.get('since')}"
+    remedy = f"wait for its end or stop it; where it is gone, delete {path}"
+    return InputError("output", str(path.parent), f"{who}; {remedy}")

@@ -53,7 +53,7 @@ def _use_everything(experiment: Experiment, trainer: Trainer, trust_judges: bool
     config, model = experiment.config, trainer.bare.model
     check_learns(config, model)
     with _undisturbed(model):
-        check_encodings(config, model, experiment.train.all(ROWS))
+        check_encodings(config, model, experiment.train.batch(range(min(ROWS, len(experiment.train)))))
         pipeline = trainer.pipeline()
         check_sampling(config, pipeline)
         check_saving(pipeline)
@@ -107,7 +107,11 @@ def check_encodings(config: Config, model: MTDiffusionModel, rows: Batch) -> Non
     if not present.any():
         return
     with at(f"modalities.{config.anchor}"):
-        encoded = model.modalities[config.anchor].encode(rows.values[config.anchor][present].to(model.device)).float()
+        anchor, stored = model.modalities[config.anchor], rows.values.get(f"{config.anchor}/latents")
+        value = rows.values[config.anchor][present].to(model.device)
+        stored = None if stored is None else stored[present].to(model.device)
+        anchor.prepare(value, lambda shape: value.new_zeros(len(value), *shape), stored)
+        encoded = anchor.encode(value).float()
     size, largest = float(encoded.square().mean().sqrt()), float(encoded.abs().max())
     key, scale = f"modalities.{config.anchor}.scale", config.modalities[config.anchor].settings().get("scale", 1.0)
     if not size <= LARGEST:  # NaN, too

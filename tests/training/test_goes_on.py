@@ -225,7 +225,7 @@ def test_a_live_training_holds_its_folder(run_copy: Path) -> None:
     try:
         record = {**lock._record(run_copy), "pid": holder.pid, "started": lock._started(holder.pid)}
         (run_copy / "train.lock").write_text(json.dumps(record))
-        with pytest.raises(InputError, match=f"process {holder.pid} on .* trains here"):
+        with pytest.raises(InputError, match=f"process {holder.pid} on .* writes here"):
             again(run_copy, "train.steps=13")
     finally:
         holder.kill()
