@@ -76,7 +76,8 @@ def encoded_table(
         "is_missing": {},
     }
     changed = arguments["augment"] is not None
-    if not manifest.images and (changed or model.filling or not uses_latents(model, manifest)):
+    looks = bool(model.filling) or config.loss.repa is not None  # training looks at pixels
+    if not manifest.images and (changed or looks or not uses_latents(model, manifest)):
         raise _no_images(source)
     if manifest.images and (changed or not latents or not uses_latents(model, manifest)):
         return Table(**whole)
@@ -86,7 +87,7 @@ def encoded_table(
     visited = {key: dict(whole[key]) for key in ("columns", "preprocess", "placeholders")}
     visited["columns"][name], visited["preprocess"][name] = name, manifest.columns[name].load
     visited["placeholders"][name] = torch.zeros(manifest.columns[name].shape)
-    if not model.filling:  # nothing looks at the pixels
+    if not looks:
         nothing = torch.empty(0, *model.modalities[anchor].value_shape[1:])
         visited["columns"][anchor], visited["preprocess"][anchor] = name, functools.partial(_nothing, nothing)
         visited["placeholders"][anchor] = nothing

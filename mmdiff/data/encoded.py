@@ -54,7 +54,7 @@ class Manifest(Strict):
     rows_per_shard: int
     images: bool  # whether the anchor's images are there beside its latents
     dtype: Literal["float32", "float16"]  # of latents and other arrays of floats
-    unusable: list[str]  # an error line for every value that was skipped
+    unusable: dict[str, list[str]]  # {split: an error line for every value that was skipped}
     shards: list[Shard]
 
     def of(self) -> Config:

@@ -1,15 +1,14 @@
-"""Frozen autoencoders of diffusers: what makes an image a latent, at unit scale, and a latent an image.
+"""Frozen autoencoders of diffusers: what makes an image a latent, and a latent an image.
 
 Which class a folder holds its `config.json` says. The number of latent channels and the compression factor are those of
-an example that passes through the class without weights. Scale and shift are the config's, or measured on data.
+an example that passes through the class without weights.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import diffusers
@@ -20,7 +19,6 @@ from torch import Generator, Tensor
 
 from mmdiff.errors import InputError
 
-MEASURED = 2048  # images whose latents are measured
 _EXAMPLE = 256  # pixels of the side of the example
 _DAMAGE = (OSError, ValueError, TypeError, LookupError, RuntimeError, AttributeError, ImportError)
 
@@ -72,17 +70,6 @@ class Posterior(NamedTuple):
     def parted(cls, joined: Tensor, channels: int) -> Posterior:
         """What `joined` gave, of latents with so many channels."""
         return cls(joined[:, :channels], joined[:, channels:] if joined.shape[1] > channels else None)
-
-
-class Scale(NamedTuple):
-    """Latents at unit scale are (latent − shift) · factor, with numbers or tensors (1, C, 1, 1)."""
-
-    shift: float | Tensor
-    factor: float | Tensor
-
-    def to(self, device: torch.device) -> Scale:
-        """The same on a device."""
-        return Scale(*(part.to(device) if isinstance(part, Tensor) else part for part in self))
 
 
 def find_autoencoder(name: Any, key: str = "autoencoder") -> type[ModelMixin]:
@@ -226,55 +213,6 @@ def decode(network: ModelMixin, latents: Tensor) -> Tensor:
     if family.low != -1.0:
         images = (images - family.low) * (2 / (1 - family.low)) - 1
     return images[:, :-1] if family.alpha else images
-
-
-def scale_of_config(name: str, config: Mapping[str, Any]) -> Scale | None:
-    """What a config says of the scale of the latents; None where it says nothing.
-
-    Args:
-        name: of the class.
-        config: of the network.
-
-    Returns:
-        By `latents_mean` and `latents_std` per channel, else by `shift_factor` and `scaling_factor`, as diffusers'
-        pipelines.
-    """
-    mean, std, factor = (config.get(key) for key in ("latents_mean", "latents_std", "scaling_factor"))
-    if FAMILIES[name].scaled:
-        return Scale(0.0, 1.0) if std is not None else None
-    if mean is not None and std is not None:
-        return measured_scale(mean, std, 1.0 if factor is None else factor)
-    return None if factor is None else Scale(config.get("shift_factor") or 0.0, factor)
-
-
-def measured_scale(mean: Iterable[float], std: Iterable[float], factor: float = 1.0) -> Scale:
-    """The scale by each channel's mean and standard deviation."""
-    shift, width = (torch.tensor(list(numbers)).reshape(1, -1, 1, 1) for numbers in (mean, std))
-    return Scale(shift, factor / width)
-
-
-def measure(latents: Iterable[Tensor]) -> tuple[list[float], list[float]]:
-    """(mean, standard deviation) of each channel over batches of latents (B, C, h, w), to six digits.
-
-    Raises:
-        InputError: there are none, or a channel never changes.
-    """
-    count, total, squares = 0, torch.zeros(()), torch.zeros(())
-    for batch in latents:
-        numbers = batch.double().cpu()
-        count += numbers[:, 0].numel()
-        total, squares = total + numbers.sum(dim=(0, 2, 3)), squares + numbers.square().sum(dim=(0, 2, 3))
-    if not count:
-        raise InputError("latent_scale", "measured", "there is no image to measure; check data.columns")
-    mean = total / count
-    std = (squares / count - mean.square()).clamp(min=0).sqrt()
-    if not bool((std > 1e-6 * (1 + mean.abs())).all()):  # NaN, too
-        raise InputError("latent_scale", "measured", "a channel of the latents is the same in all images; set config")
-    return [_rounded(x) for x in mean.tolist()], [_rounded(x) for x in std.tolist()]
-
-
-def _rounded(number: float) -> float:
-    return round(number, 6 - math.floor(math.log10(abs(number)))) if number else 0.0
 
 
 def _family(network: ModelMixin) -> Family:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,6 +18,7 @@ from mmdiff.modalities.base import Shape
 from mmdiff.modalities.files import check_range, open_image
 from mmdiff.modalities.grids import Size, cells, check_size, grown, height_width, to_space
 from mmdiff.modalities.heads import GaussianHead, gaussian_nll, gaussian_sample
+from mmdiff.modalities.latent_scale import Scale, given_scale, measure, scale_of_config
 from mmdiff.modalities.pictures import MODES, flat, header, headers, loaded, one_size, pixels_of, resized
 
 LATENT = ("latent_channels", "latent_factor", "latent_scale", "latents_mean", "latents_std", "latent_draw")
@@ -84,7 +84,7 @@ class Image(Anchor):
         self.resize, self.scale, self.latent, self.autoencoder = resize, scale, space == "latent", autoencoder
         self.head = GaussianHead(shape, channels, (self.height, self.width)) if head else None
         self.latent_scale, self.latent_draw = latent_scale, latent_draw
-        self._measured = _measured(latents_mean, latents_std, shape.space[0]) if self.latent else None
+        self._measured = given_scale(latents_mean, latents_std, shape.space[0]) if self.latent else None
         self._frozen: list[ModelMixin] = []  # in a list: no submodule, so neither trained nor saved
         self._encoded: tuple[Tensor, Tensor] | None = None
         self._blanks: dict[int, Tensor] = {}
@@ -138,7 +138,7 @@ class Image(Anchor):
             return {}
         channels, factor = latents.latent_space(autoencoder)
         cls_, config = latents.read_config(autoencoder)
-        unscaled = latents.scale_of_config(cls_.__name__, config) is None
+        unscaled = scale_of_config(cls_.__name__, config) is None
         measured = {"latent_scale": "measured"} if unscaled else {}
         return {"latent_channels": channels, "latent_factor": factor, **measured}
 
@@ -161,16 +161,7 @@ class Image(Anchor):
     def _measure(cls, values: Iterable[Any], **settings: Any) -> dict[str, list[float]]:
         """Mean and standard deviation of the latents of evenly spaced images."""
         image = cls(Shape(cls.diffusion_space(**settings), 1, 1), head=False, **settings)
-        step = max(1, sum(raw is not None for raw in values) // latents.MEASURED)
-        chosen = itertools.islice((raw for raw in values if raw is not None), 0, step * latents.MEASURED, step)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-        def batches() -> Iterator[Tensor]:
-            while raws := list(itertools.islice(chosen, 16)):
-                yield image.posterior(torch.stack([image.preprocess(raw) for raw in raws]).to(device)).mean
-
-        mean, std = latents.measure(batches())
-        return {"latents_mean": mean, "latents_std": std}
+        return measure(values, image.preprocess, image.posterior)
 
     @classmethod
     def check_readable(cls, raw: Any) -> None:
@@ -233,14 +224,14 @@ class Image(Anchor):
         network = self.frozen.to(encoding.device)
         return latents.decode(network, encoding / (self.scale * factor) + shift).to(encoding.dtype)
 
-    def _scale(self) -> latents.Scale:
+    def _scale(self) -> Scale:
         """What brings latents to unit scale.
 
         Raises:
             InputError: nothing says it.
         """
         name, config = type(self.frozen).__name__, self.frozen.config
-        scale = self._measured or (None if self.latent_scale == "measured" else latents.scale_of_config(name, config))
+        scale = self._measured or (None if self.latent_scale == "measured" else scale_of_config(name, config))
         if scale is None:
             remedy = "the autoencoder's config has none; set latent_scale: measured, or latents_mean and latents_std"
             raise InputError("latent_scale", self.latent_scale, remedy)
@@ -302,14 +293,3 @@ def _rgb(background: Background) -> tuple[int, int, int]:
     if len(colour) != 3 or not all(isinstance(c, int) and 0 <= c <= 255 for c in colour):
         raise InputError("background", background, "needs one grey or three RGB numbers, 0 … 255")
     return colour
-
-
-def _measured(mean: list[float] | None, std: list[float] | None, channels: int) -> latents.Scale | None:
-    if mean is None and std is None:
-        return None
-    for key, numbers in (("latents_mean", mean), ("latents_std", std)):
-        if numbers is None or len(numbers) != channels:
-            raise InputError(key, numbers, f"needs {channels} numbers, one per latent channel")
-    if min(std) <= 0:
-        raise InputError("latents_std", std, "must be positive")
-    return latents.measured_scale(mean, std)
