@@ -190,7 +190,8 @@ class MTObjective(nn.Module):
         for name, value in batch.values.items():
             present = batch.present[name.partition("/")[0]].reshape(-1, *(1,) * (value.ndim - 1))
             # an anchor that comes as latents alone has no channels
-            values[name] = torch.where(present, value, self._placeholder(name, value, model)) if value.numel() else value
+            whole = value.numel() > 0
+            values[name] = torch.where(present, value, self._placeholder(name, value, model)) if whole else value
         return Batch(values, batch.present)
 
     def _placeholder(self, name: str, like: Tensor, model: MTDiffusionModel) -> Tensor:

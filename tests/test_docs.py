@@ -71,7 +71,7 @@ def test_the_commands_of_the_help_are_those_of_the_first_page() -> None:
 def options_of(command: Any) -> Iterator[str]:
     """The options of a command and of those below it."""
     for parameter in command.params:
-        yield from parameter.opts
+        yield from [*parameter.opts, *parameter.secondary_opts]
     for inner in getattr(command, "commands", {}).values():
         yield from options_of(inner)
 

@@ -87,7 +87,6 @@ class Image(Anchor):
         self._measured = given_scale(latents_mean, latents_std, shape.space[0]) if self.latent else None
         self._frozen: list[ModelMixin] = []  # in a list: no submodule, so neither trained nor saved
         self._encoded: tuple[Tensor, Tensor] | None = None
-        self._blanks: dict[int, Tensor] = {}
 
     @staticmethod
     def diffusion_space(
@@ -247,10 +246,8 @@ class Image(Anchor):
         return self.posterior(value).joined() if self.latent else None
 
     def blank(self, count: int, device: torch.device) -> Tensor:
-        if count not in self._blanks:
-            missing = self.placeholder().to(device).expand(count, *self.value_shape).contiguous()
-            self._blanks[count] = self.posterior(missing).joined()[:1]
-        return self._blanks[count]
+        missing = self.placeholder().to(device).expand(count, *self.value_shape).contiguous()
+        return self.posterior(missing).joined()[:1]
 
     def prepare(self, value: Tensor, noise: Callable[[tuple[int, ...]], Tensor], stored: Tensor | None = None) -> None:
         """Remember stored latents, or a fresh draw of the posterior if one is asked for."""
