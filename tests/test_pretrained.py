@@ -293,8 +293,13 @@ def test_a_source_that_cannot_be_used_is_one_line(case: str, tmp_path: Path) -> 
 def test_settings_that_contradict_the_source_are_refused(tmp_path: Path) -> None:
     source = unet_folder(tmp_path / "source")
     other = {**find(str(source)).settings["network"], "norm_eps": 1e-3}
-    with refused("backbone.network"):
+    with refused("backbone.network.norm_eps", 1e-3):
         started(config(source, backbone={"kind": "diffusers_unet", "network": other}))
+    with refused("backbone.network.norm_eps", 1e-3):
+        config(source, backbone={"network": {"norm_eps": 1e-3}})
+    dropping = config(source, backbone={"network": {"dropout": 0.5}})  # changes no prediction
+    assert dropping.backbone.network == {**find(str(source)).settings["network"], "dropout": 0.5}
+    started(dropping)
     with refused("backbone.patch_size", 2):
         config(source, backbone={"patch_size": 2})
     with refused("train.initialize_from", str(source)):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from mmdiff.backbones import NetworkBackbone, complete_config, find_backbone
 from mmdiff.config import Config
 from mmdiff.errors import InputError
@@ -21,12 +24,8 @@ def with_source(config: Config) -> Config:
         return complete_network(config)
     found = find(backbone.initialize_from)
     check_agrees(config, found)
-    settings = {
-        "initialize_from": backbone.initialize_from,
-        "kind": found.kind,
-        **found.settings,
-        **backbone.settings(),
-    }
+    joined = _joined(found.settings, backbone.settings())
+    settings = {"initialize_from": backbone.initialize_from, "kind": found.kind, **joined}
     chosen = scheduler.model_dump(exclude_unset=True)
     taken = found.scheduler if chosen.get("kind", found.scheduler.get("kind")) == found.scheduler.get("kind") else {}
     if "solver" in chosen:
@@ -66,7 +65,10 @@ def complete_network(config: Config) -> Config:
 def is_complete(config: Config) -> bool:
     """Whether the config builds its backbone without the source."""
     backbone, settings = config.backbone, config.backbone.settings()
-    return settings.get("network") is not None or set(arguments_of(find_backbone(backbone.kind))) <= set(settings)
+    kind, network = find_backbone(backbone.kind), settings.get("network")
+    if not issubclass(kind, NetworkBackbone):
+        return set(arguments_of(kind)) <= set(settings)
+    return isinstance(network, dict) and set(complete_config(kind.network_class, {})) <= set(network)
 
 
 def check_agrees(config: Config, found: Found) -> None:
@@ -78,8 +80,24 @@ def check_agrees(config: Config, found: Found) -> None:
     backbone, kind = config.backbone, find_backbone(found.kind)
     if "kind" in backbone.model_fields_set and backbone.kind not in (found.kind, *kind.stands_for):
         raise InputError("backbone.kind", backbone.kind, f"{backbone.initialize_from} is of kind {found.kind}")
-    for name, value in backbone.settings().items():
-        there = found.settings.get(name, value)
-        if plain(value) != plain(there) and name not in kind.training_only:
+    theirs = _flat(found.settings)
+    for name, value in _flat(backbone.settings()).items():
+        there = theirs.get(name, value)
+        if plain(value) != plain(there) and name.rpartition(".")[2] not in kind.training_only:
             remedy = f"{backbone.initialize_from} has {there!r}; leave it out"
             raise InputError(f"backbone.{name}", value, remedy)
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """With those of the network as network.NAME."""
+    network = settings.get("network")
+    inner = {f"network.{name}": value for name, value in network.items()} if isinstance(network, dict) else {}
+    return {name: value for name, value in settings.items() if name != "network" or not inner} | inner
+
+
+def _joined(theirs: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The source's settings, and the config's own, which agree or change the training alone."""
+    joined = {**theirs, **own}
+    if isinstance(theirs.get("network"), dict) and isinstance(own.get("network"), dict):
+        joined["network"] = {**theirs["network"], **own["network"]}
+    return joined

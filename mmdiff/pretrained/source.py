@@ -115,8 +115,10 @@ def find(name: str) -> Found:
         return _network(source, None, config["_class_name"], scheduler)
     if source.local:
         return _of_mmdiff(source)
-    known = ", ".join(sorted(_NETWORKS))
-    raise InputError(KEY, name, f"the hub has no {known} of that name; download a pipeline of mmdiff first")
+    remedy = (
+        "the hub has no network of diffusers of that name, or cannot be reached; download a pipeline of mmdiff first"
+    )
+    raise InputError(KEY, name, remedy)
 
 
 def _newer(name: Any) -> Any:
