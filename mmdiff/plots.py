@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,13 @@ if TYPE_CHECKING:
 
 COLUMNS = 10
 SMALL = 0.01  # a term of the loss that never exceeds it gets no panel
+TERMS = ("loss", "l0", "l1", "l3", "contrastive", "repa")
+FAMILIES = {  # {beginning of a name: title of the panel that all such names share}
+    "weight/": "learned weights",
+    "norm/": "norms of gradients",
+    "cosine/": "cosines of gradients",
+    "images_per_second": "images per second",
+}
 
 
 def save_grid(
@@ -88,27 +94,47 @@ def weight_schedules(scheduler: MTScheduler, path: Path) -> Path:
 
 
 def curves(metrics: Path, path: Path) -> Path:
-    """The terms of metrics.jsonl over steps, a panel per term; terms near 0 are named instead."""
+    """The lines of metrics.jsonl over steps: a panel per term of the loss, and one per family of `FAMILIES`.
+
+    Terms near 0 are named instead.
+    """
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    names = [name for name in lines[0] if name == "loss" or (name.startswith("l") and name != "learning_rate")]
-    terms = {name: np.array([line.get(name, math.nan) for line in lines], dtype=float) for name in names}
-    largest = {name: np.abs(term[np.isfinite(term)]).max(initial=0.0) for name, term in terms.items()}
-    drawn = [name for name in names if name == "loss" or largest[name] > SMALL]
-    columns = min(3, len(drawn))
-    rows = -(-len(drawn) // columns)
+    series = {name: _series(lines, name) for name in dict.fromkeys(name for line in lines for name in line)}
+    terms = [name for name in series if name in TERMS or name.startswith("l2/")]
+    large = {name for name in terms if np.abs(series[name][1]).max(initial=0.0) > SMALL}
+    panels = {name: {name: series[name]} for name in terms if name == "loss" or name in large}
+    for prefix, title in FAMILIES.items():
+        members = {name.removeprefix(prefix): series[name] for name in series if name.startswith(prefix)}
+        panels |= {title: members} if members else {}
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
     figure = _figure(3.2 * columns + 0.4, 2.2 * rows + 0.6)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis, name in zip(axes, drawn, strict=False):
-        axis.plot([line["step"] for line in lines], terms[name], marker="." if len(lines) == 1 else None)
-        axis.set(title=name, xlabel="step")
-        if np.nanmin(terms[name]) > 0 and np.nanmax(terms[name]) > 30 * np.nanmin(terms[name]):
-            axis.set_yscale("log")
-    for axis in axes[len(drawn) :]:
+    for axis, (title, members) in zip(axes, panels.items(), strict=False):
+        _panel(axis, title, members)
+    for axis in axes[len(panels) :]:
         axis.remove()
-    small = [name for name in terms if name not in drawn]
+    small = [name for name in terms if name not in panels]
     figure.suptitle("terms of the loss" + (f" (below {SMALL}: {', '.join(small)})" if small else ""), fontsize="medium")
     figure.savefig(path, dpi=110)
     return path
+
+
+def _series(lines: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values) of the lines that have a finite value of this name."""
+    found = np.array([(line["step"], line[name]) for line in lines if name in line], dtype=float)
+    return found[np.isfinite(found[:, 1])].T
+
+
+def _panel(axis: Any, title: str, members: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    for name, (steps, values) in members.items():
+        axis.plot(steps, values, marker="." if len(steps) == 1 else None, label=name)
+    axis.set(title=title, xlabel="step")
+    values = np.concatenate([values for _, values in members.values()])
+    if len(values) and values.min() > 0 and values.max() > 30 * values.min():
+        axis.set_yscale("log")
+    if list(members) != [title] and list(members) != [""]:
+        axis.legend(fontsize="xx-small", loc="best")
 
 
 def forward_process(

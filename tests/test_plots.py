@@ -232,10 +232,14 @@ def test_terms_near_zero_get_no_panel_and_no_axis_is_empty(
     figures: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
     terms = {"l0": 1e-9, "l3": 0.0} | {f"l2/{k}": 1.0 for k in range(drawn - 1)}
-    lines = [{"step": step, "loss": 2.0 / step, "learning_rate": 1.0} | terms for step in (1, 2)]
+    lines = [{"step": step, "loss": 2.0 / step, "learning_rate": 1.0} | terms for step in (1, 2, 3)]
+    families = {"cosine/a:b": 0.1, "cosine/a:c": -0.1, "norm/a": 1.0, "weight/a": 0.5, "images_per_second": 9.0}
+    lines[1] |= dict(list(families.items())[: 2 * drawn - 1])  # 1, 3 and all; measured now and then
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     plots.curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
-    assert {axis.get_title() for axis in figures[0].axes} == {"loss", *(f"l2/{k}" for k in range(drawn - 1))}
+    shared = ["cosines of gradients", "norms of gradients", "learned weights", "images per second"]
+    expected = {"loss", *(f"l2/{k}" for k in range(drawn - 1)), *shared[: {1: 1, 2: 2, 4: 4}[drawn]]}
+    assert {axis.get_title() for axis in figures[0].axes} == expected
     assert all(axis.lines for axis in figures[0].axes) and "l0, l3" in figures[0].get_suptitle()
     plots.weight_schedules(MTDiffusionScheduler(num_train_timesteps=50), tmp_path / "plain.png")
     assert [len(axis.lines) > 1 for axis in figures[1].axes] == [True]

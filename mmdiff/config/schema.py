@@ -13,7 +13,7 @@ from mmdiff.config.evaluation import EvaluateConfig, SampleConfig
 from mmdiff.config.model import BackboneConfig, ModalityConfig, SchedulerConfig
 from mmdiff.config.training import LossConfig, StatesConfig, TrainConfig
 
-TRACKERS = ("none", "wandb")
+TRACKERS = ("none", "tensorboard", "wandb")
 
 
 class Config(Strict):
@@ -31,7 +31,7 @@ class Config(Strict):
     train: TrainConfig = TrainConfig()
     sample: SampleConfig = SampleConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    # where metrics are sent beside metrics.jsonl: none, wandb, or a list of them
+    # where metrics are sent beside metrics.jsonl: none, wandb, tensorboard, or a list of them
     track: str | list[str] = "none"
 
     @field_validator("track", mode="before")

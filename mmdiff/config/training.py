@@ -99,6 +99,8 @@ class TrainConfig(Strict):
     seed: Seed = 0  # of weights, noise, times, states and the order of rows
     threads: int = Field(0, ge=0, le=1024)  # CPU threads; 0: as many as the CPU affinity allows
     log_every: int = Field(10, ge=1, le=10**9)  # steps between lines of metrics.jsonl
+    # steps between measurements of the gradient of every loss term, a multiple of log_every; 0: never
+    gradients_every: int = Field(0, ge=0, le=10**9)
     checkpoint_every: int = Field(0, ge=0, le=10**9)  # steps between checkpoints; 0: only the last
     keep_checkpoints: int = Field(2, ge=1, le=10**9)  # how many of the newest are kept
     sample_every: int = Field(0, ge=0, le=10**9)  # steps between sample grids; 0: only at the end
@@ -106,6 +108,13 @@ class TrainConfig(Strict):
     resume: str = "never"
     initialize_from: str | None = None  # a pipeline, run or checkpoint folder; weights that fit are taken from it
     lora: LoraConfig | None = None  # train low-rank adapters and the modalities' own parts instead of the whole network
+
+    @field_validator("gradients_every")
+    @classmethod
+    def _with_a_line(cls, value: int, info: ValidationInfo) -> int:
+        if value % info.data.get("log_every", 1):
+            raise ValueError(f"must be a multiple of log_every = {info.data['log_every']}, whose lines it joins")
+        return value
 
     @field_validator("min_learning_rate")
     @classmethod

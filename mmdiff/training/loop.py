@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from pathlib import Path
-from typing import Any
 
-from accelerate import Accelerator
-from tqdm.auto import tqdm
+import torch
 
 from mmdiff import plots
-from mmdiff.build import Experiment, build
+from mmdiff.build import build
 from mmdiff.config import Config
+from mmdiff.training.console import Console
 from mmdiff.training.disk import faults, whole
 from mmdiff.training.launcher import obey_launcher
 from mmdiff.training.learning_rate import learning_rate
@@ -30,7 +28,7 @@ def train(config: Config, progress: bool = True, trust_custom_modalities: bool =
 
     Args:
         config: of the experiment.
-        progress: show a progress bar.
+        progress: show a line of progress.
         trust_custom_modalities: of judges and of `train.initialize_from`, whose folders may be of others; the config's
             own are imported anyway.
 
@@ -50,9 +48,9 @@ def train(config: Config, progress: bool = True, trust_custom_modalities: bool =
         check_origin(trainer, config, folder, trust_custom_modalities)
     with faults(folder), watched(accelerator.num_processes), claimed(folder, config, accelerator) as config:
         done, window = start(trainer, config, folder, trust_custom_modalities)
-        log = Log(folder, experiment, done, accelerator, progress)
+        log = Log(folder, trainer, done, progress)
         stopping = False
-        with contextlib.closing(trainer.loader(done)) as steps, log.bar, StopSignal() as stop:
+        with contextlib.closing(trainer.loader(done)) as steps, log.console, StopSignal() as stop:
             for step, micro_batches in steps:
                 window.add(trainer.step(step, micro_batches))
                 done = step + 1
@@ -81,33 +79,27 @@ def train(config: Config, progress: bool = True, trust_custom_modalities: bool =
 
 
 class Log:
-    """What a run says on its way: lines of metrics, a progress bar, grids of samples; from the main process alone.
+    """What a run says on its way: lines of metrics, one of progress, grids of samples; from the main process alone.
 
     Args:
         folder: the run folder.
-        experiment: whose config is resolved, and whose training rows count what was skipped.
+        trainer: whose config is resolved, whose training rows count what was skipped, and whose main process writes.
         first_step: steps taken before.
-        accelerator: whose main process writes.
-        progress: show the bar.
+        progress: show a line of progress.
     """
 
-    def __init__(
-        self, folder: Path, experiment: Experiment, first_step: int, accelerator: Accelerator, progress: bool
-    ) -> None:
-        self.folder, self.accelerator, self.table = folder, accelerator, experiment.train
-        self.config = config = experiment.config
-        self.tracker = Tracker(folder, config, first_step) if accelerator.is_main_process else None
-        hidden = not (progress and accelerator.is_main_process)
-        self.bar = tqdm(total=config.train.steps, initial=first_step, disable=hidden, unit="step")
-        self._restart()
-
-    def _restart(self) -> None:
-        self.started, self.images = time.perf_counter(), 0
+    def __init__(self, folder: Path, trainer: Trainer, first_step: int, progress: bool) -> None:
+        self.folder, self.trainer, self.accelerator, self.table = folder, trainer, trainer.accelerator, trainer.table
+        self.config, self.meter, main = trainer.full_config, trainer.meter, trainer.accelerator.is_main_process
+        self.tracker = Tracker(folder, self.config, first_step) if main else None
+        self.console = Console(self.config.train.steps, first_step, progress and main)
+        self.console.say(str(self.meter))
+        self.meter.restart()
 
     def step(self) -> None:
         """One more optimizer step."""
-        self.images += self.config.train.batch_size
-        self.bar.update()
+        self.meter.images += self.config.train.batch_size
+        self.console.step()
 
     def line(self, done: int, window: Window) -> None:
         """Average the window into a line of metrics; every process must call it.
@@ -118,13 +110,22 @@ class Log:
         rows = window.rows(self.accelerator)
         check_finite(rows, window.names, done, self.config.train)
         means = dict(zip(window.names, rows.double().mean(0).tolist(), strict=True))
-        rate = self.images / (time.perf_counter() - self.started)
+        means |= self._interference()
         line = {"step": done, **means, "learning_rate": learning_rate(done - 1, self.config.train)}
         if self.tracker:
-            self.tracker.log(line | {"images_per_second": rate} | self._skipped())
-            self.bar.set_postfix_str(_postfix(line, rate), refresh=False)
+            line |= self.meter.measure() | self._skipped()
+            self.tracker.log(line)
+            self.console.line(line)
         window.clear()
-        self._restart()
+        self.meter.restart()
+
+    def _interference(self) -> dict[str, float]:
+        """What the step measured of gradients, averaged over processes."""
+        found = self.trainer.interference
+        if not found:
+            return {}
+        values = self.accelerator.reduce(torch.stack([found[name] for name in sorted(found)]), reduction="mean")
+        return dict(zip(sorted(found), values.tolist(), strict=True))
 
     def _skipped(self) -> dict[str, int]:
         """How many values were skipped, where they are: those that the main process has met."""
@@ -135,7 +136,7 @@ class Log:
         path = trainer.save_grid(self.folder / "samples" / f"step-{done}.png", self.config.sample)
         if self.tracker:
             self.tracker.image("samples", path, done)
-            self._restart()
+            self.meter.restart()
 
     def close(self) -> None:
         """Draw the curves, end the tracking, and say what was skipped."""
@@ -149,8 +150,3 @@ class Log:
 
 def _every(interval: int, done: int) -> bool:
     return interval > 0 and done % interval == 0
-
-
-def _postfix(line: dict[str, Any], rate: float) -> str:
-    terms = " ".join(f"{name} {line[name]:.3f}" for name in line if name == "loss" or name[:2] in ("l1", "l2"))
-    return f"{terms} {rate:.0f} images/s"

@@ -35,6 +35,7 @@ RESUMABLE = {
             "steps",
             "threads",
             "log_every",
+            "gradients_every",
             "checkpoint_every",
             "keep_checkpoints",
             "sample_every",

@@ -1,4 +1,4 @@
-"""Metrics: always `metrics.jsonl`, W&B if asked."""
+"""Metrics: always `metrics.jsonl`, and where `track` sends them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from mmdiff.config import Config
-from mmdiff.errors import InputError
 from mmdiff.training.disk import whole
+from mmdiff.training.trackers import Sinks
+
+MACHINE = ("images_per_second", "mfu", "memory_gib")  # entries of a line that measure the machine, not the run
 
 
 class Tracker:
@@ -21,24 +23,14 @@ class Tracker:
 
     Args:
         folder: the run folder.
-        config: its `track` decides whether W&B gets the lines too (WANDB_MODE=offline works).
+        config: its `track` names where else the lines go.
         first_step: lines after this step are cut: they will be written again.
     """
 
     def __init__(self, folder: Path, config: Config, first_step: int) -> None:
         self.path = folder / "metrics.jsonl"
         self._cut(first_step)
-        self._wandb = None
-        if "wandb" in config.trackers():
-            import wandb
-
-            try:
-                self._wandb = wandb.init(
-                    project="mmdiff", name=config.name, dir=str(folder), config=config.model_dump(mode="json")
-                )
-            except wandb.Error as error:
-                remedy = f"W&B cannot be used: {error}; or set WANDB_MODE=offline"
-                raise InputError("track", "wandb", remedy, everywhere=False) from None
+        self._sinks = Sinks(folder, config, first_step)
 
     def _cut(self, step: int) -> None:
         """Keep the lines up to a step; half a line, or one that was damaged, goes."""
@@ -59,20 +51,15 @@ class Tracker:
             except OSError:
                 file.truncate(before)
                 raise
-        if self._wandb is not None:
-            self._wandb.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+        self._sinks.call("log", {key: value for key, value in line.items() if key != "step"}, line["step"])
 
     def image(self, name: str, path: Path, step: int) -> None:
-        """Show a picture in W&B."""
-        if self._wandb is not None:
-            import wandb
-
-            self._wandb.log({name: wandb.Image(str(path))}, step=step)
+        """Show a picture where `track` sends it."""
+        self._sinks.call("image", name, path, step)
 
     def close(self) -> None:
-        """End the W&B run."""
-        if self._wandb is not None:
-            self._wandb.finish()
+        """End the tracking."""
+        self._sinks.call("close")
 
 
 def _is_metrics(line: str, last: int) -> bool:

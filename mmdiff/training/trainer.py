@@ -26,7 +26,9 @@ from mmdiff.training.averages import write_average
 from mmdiff.training.checkpoint import Checkpoint
 from mmdiff.training.disk import whole
 from mmdiff.training.ema import Ema
+from mmdiff.training.interference import interference
 from mmdiff.training.learning_rate import learning_rate
+from mmdiff.training.meter import Meter
 from mmdiff.training.muon import Muon
 from mmdiff.training.process import seed_generators
 from mmdiff.training.sharding import find_parallel
@@ -56,7 +58,12 @@ class Trainer:
             remedy = f"each of its {per_part} parts must have an even number of rows: loss pairs neighbours"
             raise InputError("train.batch_size", self.config.batch_size, remedy)
         self.bare.to(accelerator.device)
+        self.meter = Meter(self.bare.model, accelerator, self.config.mixed_precision)
         self.parallel = find_parallel(accelerator, self.config)
+        if self.config.gradients_every and self.config.sharding != "none":
+            remedy = "gradients of terms need whole weights on every process; set it to 0 or train.sharding to none"
+            raise InputError("train.gradients_every", self.config.gradients_every, remedy)
+        self.interference: dict[str, torch.Tensor] = {}  # of the last step, where it was measured
         self.ema: Ema | None = None
         if not self.parallel.late:
             self.prepare()
@@ -108,6 +115,7 @@ class Trainer:
         for group in parallel.optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         total: dict[str, torch.Tensor] = {}
+        self.interference = {}
         for part, (share, pieces) in enumerate(micro_batches, start=1):
             batch = self._received(pieces)
             positions = torch.arange(share.start, share.stop, device=accelerator.device)
@@ -115,6 +123,8 @@ class Trainer:
             last = part == config.accumulate
             with parallel.part(last):
                 output = parallel.objective(batch, position)
+                if part == 1 and config.gradients_every and (step + 1) % config.gradients_every == 0:
+                    self.interference = interference(output.parts, self.bare.model.backbone.parameters())
                 parallel.backward(output.loss / config.accumulate, last)
             for name, term in output.terms.items():
                 total[name] = total.get(name, 0.0) + term / config.accumulate

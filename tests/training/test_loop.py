@@ -21,6 +21,7 @@ from mmdiff.training import train
 from mmdiff.training.checkpoint import seal
 from mmdiff.training.ema import Ema
 from mmdiff.training.learning_rate import learning_rate
+from mmdiff.training.tracking import MACHINE
 
 Configure = Callable[..., Config]
 
@@ -43,7 +44,7 @@ def test_the_run_folder(finished_run: Path) -> None:
     assert names(finished_run / "pipeline") == ["average.json", "model", "model_index.json", "scheduler"]
     lines = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [5, 10, 12]
-    terms = {"l0", "l1", "l2/label", "l3", "loss", "grad_norm", "learning_rate", "images_per_second", "step"}
+    terms = {"l0", "l1", "l2/label", "l3", "loss", "grad_norm", "learning_rate", "step", *MACHINE}
     assert all(set(line) == terms and all(map(math.isfinite, line.values())) for line in lines)
     total = lines[0]["l0"] + lines[0]["l1"] + lines[0]["l3"] + 0.1 * lines[0]["l2/label"]
     assert lines[0]["loss"] == pytest.approx(total, rel=1e-5)

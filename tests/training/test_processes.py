@@ -17,11 +17,12 @@ from mmdiff.data.order import MicroBatches
 from mmdiff.errors import InputError
 from mmdiff.training import train
 from mmdiff.training.process import make_accelerator
+from mmdiff.training.tracking import MACHINE
 
 
 def lines(folder: Path, count: int) -> list[dict[str, float]]:
     read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in read[:count]]
+    return [{key: value for key, value in line.items() if key not in MACHINE} for line in read[:count]]
 
 
 def assert_close(one: Path, other: Path) -> None:
