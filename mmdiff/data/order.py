@@ -13,6 +13,7 @@ from mmdiff.randomness import fold
 
 #: Rows of every block of every shard. Rows of a block are read together: a row group of a parquet file, a whole tar.
 Shards = Sequence[Sequence[int]]
+_NOTHING: tuple[int, int, int, list[int]] = (-1, 0, 0, [])  # epoch, first and last place, rows of a block
 
 
 class Order:
@@ -45,11 +46,14 @@ class Order:
 
     def row(self, index: int) -> int:
         """The row at a global sample index 0, 1, 2, …"""
-        epoch, width = index // self.num_rows, self.batch_size // self.streams
-        stream, first = index % self.batch_size // width, epoch * self.num_rows
-        place = self._before(first + self.num_rows, stream * width) - self._before(first, stream * width)
-        place += self._taken(index, stream) - self._taken(first, stream)
-        epoch_read, begin, end, rows = self._read.get(stream, (-1, 0, 0, []))
+        epoch, place = divmod(index, self.num_rows)
+        stream = 0
+        if self.streams > 1:
+            width = self.batch_size // self.streams
+            stream, first = index % self.batch_size // width, epoch * self.num_rows
+            place = self._before(first + self.num_rows, stream * width) - self._before(first, stream * width)
+            place += self._taken(index, stream) - self._taken(first, stream)
+        epoch_read, begin, end, rows = self._read.get(stream, _NOTHING)
         if epoch_read != epoch or not begin <= place < end:
             begin, rows = self._block(epoch, place)
             self._read[stream] = epoch, begin, begin + len(rows), rows

@@ -217,6 +217,16 @@ def metrics(run: Path) -> list[dict[str, float]]:
     return [{name: line[name] for name in ("step", "loss", "l1", "l2/label")} for line in lines]
 
 
+def test_one_tar_trains_as_the_rows_in_memory_do(configure: Configure, tmp_path: Path) -> None:
+    """One block has the order of rows that are not streamed, so the weights are the same."""
+    more = [f"data.source={write(tmp_path / 'data', 'tar', (40,))}", "data.holdout=5", *TAR, "train.steps=8"]
+    runs = [
+        train(configure(*more, f"data.streaming={on}", f"output={tmp_path / str(on)}"), progress=False)
+        for on in (True, False)
+    ]
+    assert same(*runs)
+
+
 def same(one: Path, other: Path) -> bool:
     files = (run / "checkpoints" / "step-8" / "weights.safetensors" for run in (one, other))
     ours, theirs = map(load_file, files)
