@@ -9,19 +9,28 @@ from torch import nn
 from mmdiff.training.muon import Muon, orthogonalised
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(24, 24), (16, 90), (90, 16)])
-def test_the_direction_is_the_orthogonal_factor(shape: tuple[int, int]) -> None:
-    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
-    found = u.mT @ orthogonalised(matrix).double() @ v.mT  # diagonal where the singular vectors are kept
-    kept = s > 0.05 * s.max()  # five steps do not lift what is nearly 0
-    assert (found - found.diag().diag()).abs().max() < 1e-4
-    assert found.diag()[kept].min() > 0.6 and found.diag().max() < 1.25
+def test_the_direction_is_the_orthogonal_factor(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    exact, batch = dtype == torch.float32, torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    u, s, v = torch.linalg.svd(batch[0].double(), full_matrices=False)
+    for spread in (0, -3, -6):  # of the singular values: in bfloat16 small ones must not explode
+        s = s if spread == 0 else torch.logspace(0, spread, len(s)).double()
+        batch[0] = (u * s @ v).float()
+        directions = orthogonalised(batch, dtype).double()
+        found = u.mT @ directions[0] @ v.mT  # diagonal where the singular vectors are kept
+        kept = s > 0.05 * s.max()  # five steps do not lift what is nearly 0
+        assert (found - found.diag().diag()).abs().max() < (1e-3 if exact else 0.15)
+        assert found.diag()[kept].min() > (0.6 if exact else 0.5)
+        assert torch.linalg.svdvals(directions).max() < 1.25
+    for one, together in zip(batch, directions, strict=True):  # a batch is its matrices
+        torch.testing.assert_close(orthogonalised(one, dtype).double(), together, rtol=0, atol=1e-3 if exact else 0.1)
 
 
 def test_the_direction_does_not_depend_on_the_scale() -> None:
     matrix = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(orthogonalised(matrix), orthogonalised(1e3 * matrix), atol=1e-4)
+    once, scaled = (orthogonalised(scale * matrix, torch.float32) for scale in (1, 1e3))
+    assert torch.allclose(once, scaled, atol=1e-4)
 
 
 def test_all_else_is_adamw() -> None:
@@ -42,7 +51,7 @@ def test_a_kernel_moves_as_far_as_under_adamw() -> None:
     optimizer = Muon([kernel], [], lr=1e-2, weight_decay=0.0)
     kernel.grad = torch.randn(kernel.shape, generator=torch.Generator().manual_seed(0)) * 1e-6
     optimizer.step()
-    assert kernel.square().mean().sqrt().item() == pytest.approx(0.2 * 1e-2, rel=0.2)
+    assert kernel.square().mean().sqrt().item() == pytest.approx(0.2 * 1e-2, rel=0.25)
 
 
 def test_the_momentum_is_nesterovs() -> None:
@@ -55,7 +64,7 @@ def test_the_momentum_is_nesterovs() -> None:
         optimizer.step()
         momentum = 0.8 * momentum + 0.2 * gradient
         expected -= 0.2 * 20**0.5 * orthogonalised(0.2 * gradient + 0.8 * momentum)
-    assert torch.allclose(kernel, expected, atol=1e-4)
+    assert torch.allclose(kernel, expected, atol=0.05)  # bfloat16, where the CPU has units for it
 
 
 def test_weight_decay_is_decoupled() -> None:
