@@ -215,13 +215,14 @@ def _open_path(source: Source, options: dict[str, Any], streams: int) -> Any:
 
 def _open_folder(source: str, path: Path, options: dict[str, Any], streams: int) -> Any:
     files = sorted(file for file in path.rglob("*") if file.is_file())
-    check_files(source, files, members=not streams)
+    images = any(map(is_image, files))
+    check_files(source, files, members=not streams or images)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         check_options("saved", options)
         check_saved(path)
         return _call(source, lambda: datasets.load_from_disk(str(path)), options)
     suffixes = {file.suffix.lower() for file in files}
-    if any(map(is_image, files)):
+    if images:
         check_options("imagefolder", options)
         return _datasets(source, "imagefolder", options, 0, data_dir=str(path))  # rows are paths, streamed or not
     tables = suffixes & set(BUILDERS)
