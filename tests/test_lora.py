@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from mmdiff.model import MTDiffusionModel
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.schedulers import MTDiffusionScheduler
 from mmdiff.training import train
+from mmdiff.training.dry_run import dry_run
 
 MODALITIES = {"image": {"kind": "image", "channels": 3, "size": 8}, "label": {"kind": "label", "num_classes": 3}}
 BACKBONES: dict[str, dict[str, Any]] = {
@@ -176,6 +178,15 @@ def test_a_run_trains_adapters_on_a_source(
     base.load_lora_weights(whole / "adapter")
     base.fuse_lora()
     assert same(state_of(base.model), state_of(merged.model))
+
+
+def test_a_dry_run_counts_what_is_trained(configure: Callable[..., Config], finished_run: Path) -> None:
+    image = ["modalities.image.channels=1", "modalities.image.size=8", "modalities.label.num_classes=10"]
+    adapted = dry_run(configure(*image, f"train.initialize_from={finished_run}", "train.lora.only_adapters=true"))
+    numbers = r"^(?:parameters)? +([\d,]+)(?: of them are trained)?$"
+    found = re.findall(numbers, dry_run(configure(*image)) + "\n" + adapted, re.MULTILINE)
+    before, now, trained = (int(count.replace(",", "")) for count in found)
+    assert now - before == trained > 0
 
 
 def test_without_peft_or_a_source_it_is_one_line(

@@ -51,12 +51,15 @@ def dry_run(config: Config, steps: int = 2) -> str:
     seconds = (time.perf_counter() - started) / (steps - 1)
     batches.close()
     parameters = sum(p.numel() for p in trainer.bare.parameters())
+    trained = sum(p.numel() for p in trainer.ema.parameters.values())  # all but what lies under LoRA layers
     each = config.train.batch_size // (accelerator.num_processes * config.train.accumulate)
     total = flops.get_total_flops() * accelerator.num_processes
     lines = [
         f"dry run: {steps} steps on stand-in data, {accelerator.num_processes} processes, {accelerator.device}",
         f"parameters          {parameters:,}",
-        f"bytes per device    {_gib(parameters * STATE_BYTES)} weights, gradients, Adam, EMA (float32)",
+        *([f"                    {trained:,} of them are trained"] if trained < parameters else []),
+        f"bytes per device    {_gib(trained * STATE_BYTES + (parameters - trained) * 4)} weights, gradients, Adam, EMA "
+        "(float32)",
         f"                    {_gib(activations.bytes)} kept for the backward pass of {each} samples",
         f"FLOPs per step      {total:.3g} for {config.train.batch_size} samples, {config.train.accumulate} parts",
         f"seconds per step    {seconds:.2f}",

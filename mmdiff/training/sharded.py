@@ -45,6 +45,8 @@ class FullySharded(Replicated):
         device, config = self.accelerator.device, self.config
         if config.mixed_precision == "fp16":
             raise InputError("train.mixed_precision", "fp16", "needs a loss scale, which FSDP2 lacks here; set bf16")
+        if config.optimizer == "muon":
+            raise InputError("train.optimizer", "muon", "needs whole matrices, of which FSDP2 holds parts; set adamw")
         mesh = init_device_mesh(device.type, (self.accelerator.num_processes,))
         scalars = [p for p in bare.parameters() if p.ndim == 0]
         self._scalars = [p for p in scalars if p.requires_grad]
