@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from mmdiff.config import TrainConfig
 from mmdiff.errors import InputError
 from mmdiff.training.checkpoint import (
     PARTS,
@@ -40,13 +42,16 @@ class FullySharded(Replicated):
     late = True
     in_place = False
 
-    def lay_out(self, bare: nn.Module, make_optimizer: MakeOptimizer) -> None:
-        self.bare = self.objective = bare
-        device, config = self.accelerator.device, self.config
+    def __init__(self, accelerator: Accelerator, config: TrainConfig) -> None:
+        super().__init__(accelerator, config)
         if config.mixed_precision == "fp16":
             raise InputError("train.mixed_precision", "fp16", "needs a loss scale, which FSDP2 lacks here; set bf16")
         if config.optimizer == "muon":
             raise InputError("train.optimizer", "muon", "needs whole matrices, of which FSDP2 holds parts; set adamw")
+
+    def lay_out(self, bare: nn.Module, make_optimizer: MakeOptimizer) -> None:
+        self.bare = self.objective = bare
+        device, config = self.accelerator.device, self.config
         mesh = init_device_mesh(device.type, (self.accelerator.num_processes,))
         scalars = [p for p in bare.parameters() if p.ndim == 0]
         self._scalars = [p for p in scalars if p.requires_grad]
