@@ -15,6 +15,7 @@ from torch.nn.functional import cosine_similarity
 from mmdiff.likelihoods import Gaussian, discretised_gaussian_log_prob, mean_except_batch, sum_except_batch
 
 WEIGHT_FACTOR = 100.0  # a learned weight stays within this factor of the fixed one
+WEIGHT_SPEED = 10.0  # d log w / d parameter at the start
 
 
 def terminal_kl(terminal: Gaussian) -> Tensor:
@@ -75,6 +76,7 @@ def learned_weight(parameter: Tensor, start: float, factor: float = WEIGHT_FACTO
 
     For a fixed L the best w is 1 / (2 L). A likelihood of a continuous value has no lower bound, and where L < 0 there
     is no best w, so w keeps within a ``factor`` of where it starts. It stays able to turn back: the bound is smooth.
+    Adam moves a parameter by about the learning rate per step, however large the gradient; ten times as much here.
 
     Args:
         parameter: trained, any shape of one number; 0 is w = ``start``.
@@ -82,7 +84,7 @@ def learned_weight(parameter: Tensor, start: float, factor: float = WEIGHT_FACTO
         factor: > 1.
     """
     bound = math.log(factor)
-    log_weight = math.log(start) + bound * torch.tanh(parameter.float().squeeze() / bound)
+    log_weight = math.log(start) + bound * torch.tanh(WEIGHT_SPEED * parameter.float().squeeze() / bound)
     return log_weight.exp(), -0.5 * log_weight
 
 
