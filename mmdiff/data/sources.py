@@ -32,6 +32,7 @@ BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".tar": ("webdataset", {}),
 }
 _HUB_BUILDERS = {*(builder for builder, _ in BUILDERS.values()), "imagefolder"}
+_HUB_STREAMED = ("name", "revision", "data_dir", "data_files", "token")  # options that say which files
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _FILE_NAME = re.compile(r".*[^./]\.[A-Za-z]{1,5}", re.DOTALL)  # not name-v1.0
 _NO_OPTION = re.compile(r"(?:doesn't have a|unexpected keyword argument) '(\w+)'")  # error texts of the builders
@@ -240,6 +241,10 @@ def _open_hub(source: str, options: dict[str, Any], hub: bool, streams: int) -> 
         raise InputError("data.source", source, f"cannot be opened: neither a path nor a hub name; {_KNOWN}")
     if not hub:
         raise InputError("data.source", source, _ASKED)
+    for name in options if streams else ():
+        if name not in _HUB_STREAMED:
+            remedy = f"is followed without streaming only; of streamed rows {', '.join(_HUB_STREAMED)} are"
+            raise InputError(f"data.options.{name}", options[name], remedy)
     builder = _call(source, lambda: datasets.load_dataset_builder(source, **options), options, f"; {_KNOWN}")
     kind = type(builder).__module__.removeprefix("datasets.packaged_modules.").split(".")[0]
     if kind not in _HUB_BUILDERS:

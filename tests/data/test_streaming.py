@@ -241,6 +241,8 @@ def test_what_is_no_shard_is_refused(configure: Configure, tmp_path: Path) -> No
     for source in ("digits", str(tmp_path / "rows.csv")):
         with refused("data.streaming", True):
             build(configure(f"data.source={source}", "data.streaming=true"))
+    with refused("data.options.columns", ["image"], "revision"):  # of a hub name, before it is asked
+        open_splits("user/name", options={"columns": ["image"]}, streams=2)
     source = f"data.source={write(tmp_path / 'data', 'parquet')}"
     embedding = ["modalities.clip.kind=embedding", "data.embeddings.clip.model=ViT-B-32"]
     with refused("data.embeddings.clip", "ViT-B-32", "mmdiff encode"):
