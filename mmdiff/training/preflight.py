@@ -101,8 +101,10 @@ def check_encodings(config: Config, model: MTDiffusionModel, rows: Batch) -> Non
     """The anchor's encodings have the scale of the noise, and clipping does not cut them.
 
     Raises:
-        InputError: naming scale or clip_sample_range.
+        InputError: naming scale, clip_sample_range, or an encoder that would miss the images.
     """
+    if config.loss.repa is not None and not rows.values[config.anchor].numel():
+        raise InputError("loss.repa.model", config.loss.repa.model, "reads images, but the data hold latents alone")
     present = rows.present[config.anchor]
     if not present.any():
         return

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
@@ -74,6 +75,8 @@ class Trainer:
         if self.ema is None:
             self.parallel.lay_out(self.bare, make_optimizer)
             if config.compile:
+                # a graph that several backward passes read keeps its buffers
+                torch._functorch.config.donated_buffer = not config.gradients_every
                 self.bare.model.backbone.compile_blocks()
             self.ema = Ema(self.bare, (config.ema_decay, *config.ema_further_decays), config.ema_sigma_rel)
 
