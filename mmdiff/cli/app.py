@@ -19,6 +19,7 @@ from mmdiff.cli.show import show
 from mmdiff.cli.train import train
 from mmdiff.errors import printable
 
+_INTERRUPTED = 130
 _OF_THE_DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 _HELP = """Train one diffusion model on images and what belongs to them: labels, masks, depth maps, embeddings, tables,
 several photos of one object. Give any subset of these modalities, and the model draws the rest.
@@ -77,7 +78,7 @@ def main() -> None:
     except usage_error as error:
         _fail(error.format_message(), 2)
     except typer.Abort:
-        _fail("interrupted", 130)
+        _fail("interrupted", _INTERRUPTED)
     except TrainingError as error:
         _fail(str(error), 1, everywhere=error.everywhere)
     except OSError as error:
@@ -85,6 +86,8 @@ def main() -> None:
             raise
         _fail(f"{error.filename or 'a file'}: {os.strerror(error.errno)}; give leave or room, or name another path", 1)
     else:
+        if code == _INTERRUPTED:
+            _fail("interrupted", code)  # newer typers say nothing
         if code:
             sys.exit(code)
 

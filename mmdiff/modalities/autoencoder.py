@@ -6,9 +6,10 @@ an example that passes through the class without weights.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import diffusers
@@ -117,7 +118,8 @@ def load_autoencoder(source: str, **arguments: Any) -> ModelMixin:
     hub = {name: value for name, value in arguments.items() if name != "use_safetensors"}
     cls, _ = read_config(source, **hub)
     try:
-        network, found = cls.from_pretrained(source, output_loading_info=True, **arguments)
+        with _quiet():
+            network, found = cls.from_pretrained(source, output_loading_info=True, **arguments)
     except _DAMAGE as error:
         raise InputError("autoencoder", source, f"cannot be read: {_said(error)}") from None
     if missing := sorted(found["missing_keys"]):
@@ -134,7 +136,7 @@ def latent_space(source: str) -> tuple[int, int]:
     """
     cls, config = read_config(source)
     try:
-        with torch.device("meta"), torch.no_grad():
+        with torch.device("meta"), torch.no_grad(), _quiet():
             network = cls.from_config(config).eval()
             side = getattr(network, "decoder_image_size", _EXAMPLE)  # of a transformer, which has one size
             latents = encode(network, torch.empty(1, image_channels(network), side, side)).mean
@@ -213,6 +215,17 @@ def decode(network: ModelMixin, latents: Tensor) -> Tensor:
     if family.low != -1.0:
         images = (images - family.low) * (2 / (1 - family.low)) - 1
     return images[:, :-1] if family.alpha else images
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of diffusers about keys that its own classes save and do not read."""
+    level = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers.utils.logging.set_verbosity(level)
 
 
 def _family(network: ModelMixin) -> Family:

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import open_clip
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from networks import LAYERS
 from refusals import refused
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mmdiff.build import build, build_stand_in
@@ -122,6 +124,40 @@ def test_whatever_reads_parquet_reads_the_folder(tmp_path: Path) -> None:
     plain = datasets.load_dataset("parquet", data_files=files)
     assert {split: len(rows) for split, rows in plain.items()} == manifest(folder)["rows"]
     assert plain["train"][3]["image"].size == (SIZE, SIZE) and plain["train"][3]["label"] in range(5)
+
+
+CLIP = {
+    "embed_dim": 12,
+    "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 1},
+}
+
+
+def test_frozen_embeddings_are_in_the_folder_and_need_their_model_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    tower = tmp_path / "clip"
+    tower.mkdir()
+    (tower / "open_clip_config.json").write_text(json.dumps({"model_cfg": CLIP}))
+    (tower / "tower.json").write_text(json.dumps(CLIP))
+    open_clip.add_model_config(tower / "tower.json")
+    save_file(open_clip.create_model("tower").state_dict(), tower / "open_clip_model.safetensors")
+    shapes = build(config(tmp_path)).train.rows
+    rows = [{"image": shapes[row]["image"], "label": row % 2} for row in range(12)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "rows.parquet")
+    asked = on(config(tmp_path, holes=False), tmp_path / "rows.parquet", options={}, holdout=4)
+    tree = asked.model_dump()
+    tree["modalities"] = {"image": {"kind": "image"}, "clip": {"kind": "embedding"}}
+    tree["data"] |= {"embeddings": {"clip": {"model": f"local-dir:{tower}", "pretrained": None}}, "missing": {}}
+    asked = parse_config(tree)
+    folder, plain = encode(asked, tmp_path / "encoded"), steps(asked)
+    shutil.rmtree(tower)
+    assert all(map(torch.equal, plain, steps(on(asked, folder))))
+    other = asked.data.embeddings["clip"].model_copy(update={"model": "ViT-B-32"})
+    with refused("data.embeddings"):
+        build(on(asked, folder, embeddings={"clip": other}))
 
 
 def test_broken_values_are_missing_ones_in_the_folder_too(tmp_path: Path) -> None:
