@@ -104,6 +104,23 @@ def reconstruction(
     echo(run(request))
 
 
+@benchmark.command()
+def gpu(
+    out: Annotated[Path, typer.Option(help="folder of results; it must not hold some already")] = Path("runs/gpu"),
+    budget: Annotated[float, typer.Option(help="minutes in all; parts for which none are left are told")] = 9.0,
+    toy: Annotated[bool, typer.Option(help="a toy size, on a CPU too: does everything run?")] = False,
+) -> None:
+    """Measure training and sampling on one accelerator, without a network.
+
+    Images per second, share of the measured matrix peak and memory of every backbone and precision, compiled or not;
+    losses of bf16 against fp32; whether the host waits for the accelerator; latency of sampling; a real training; a
+    killed run that goes on. Results are written as they come.
+    """
+    from mmdiff.benchmarks.gpu.run import Request, run
+
+    echo(run(Request(out, budget, toy), lambda text: typer.echo(text, err=True)))
+
+
 @benchmark.command("fusion-speed")
 def fusion_speed(
     sets: Annotated[int, typer.Option(help="image sets in the batch", min=1)] = 64,
