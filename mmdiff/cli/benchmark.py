@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mmdiff.cli.options import ConfigPath, Overrides, Trust, echo, files_and_overrides, integers, numbers, read_only
+from mmdiff.cli.options import Trust, echo, files_and_overrides, integers, numbers, read_only
 from mmdiff.errors import InputError
 
 benchmark = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Compare methods on the same data.")
@@ -15,25 +15,29 @@ benchmark = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Compa
 
 @benchmark.command()
 def speed(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    rounds: Annotated[int, typer.Option(help="rounds; the two sides take turns", min=1)] = 5,
+    configs: Annotated[list[str], typer.Argument(help="YAML files of experiments; settings as key=value")],
+    rounds: Annotated[int, typer.Option(help="rounds; the two sides take turns", min=1)] = 9,
     steps: Annotated[int, typer.Option(help="steps per round", min=1)] = 10,
-    against: Annotated[str, typer.Option(help="bare, anchor or solver: see above")] = "bare",
+    against: Annotated[
+        str, typer.Option(help="bare, anchor, diffusers, muon, ddpm, solver: see above; all: every one")
+    ] = "bare",
+    out: Annotated[Path | None, typer.Option(help="folder for speed.json and speed.txt; default: none")] = None,
     trust: Trust = False,
 ) -> None:
     """Time a training step against a bare PyTorch loop.
 
-    `--against anchor` takes the same experiment without auxiliary modalities. `--against solver` times a sampling step
-    against the bare solver of diffusers.
+    `--against anchor` takes the same experiment without auxiliary modalities, `diffusers` the loop of diffusers'
+    unconditional example, `muon` Muon against the bare loop with AdamW, `ddpm` denoising-diffusion-pytorch at equal
+    FLOPs. `solver` times a sampling step against the bare solver of diffusers. The table says which bars are reached.
     """
     from mmdiff.config import load_config
 
+    files, overrides = files_and_overrides("CONFIG", configs)
     read_only(trust)
-    loaded = load_config(config, overrides)
+    loaded = tuple(load_config(Path(file), list(overrides)) for file in files)
     from mmdiff.benchmarks.speed import Request, run
 
-    echo(run(Request(loaded, rounds, steps, against, trust)))
+    echo(run(Request(loaded, rounds, steps, against, trust, out)))
 
 
 @benchmark.command()

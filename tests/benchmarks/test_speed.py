@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,20 @@ from mmdiff.schedulers import SCHEDULERS
 Cli = Callable[..., Any]
 
 
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "speed.json").read_text())["rows"]
+
+
 def test_the_benchmark_reports_both_sides_and_their_ratio(cli: Cli, tiny_file: Path, tmp_path: Path) -> None:
-    answer = cli("benchmark", "speed", tiny_file, "train.batch_size=4", "--rounds", 3, "--steps", 2)
+    answer = cli(
+        "benchmark", "speed", tiny_file, "train.batch_size=4", "--rounds", 3, "--steps", 2, "--out", tmp_path / "speed"
+    )
     assert answer.code == 0, answer.err
-    assert "batch 4, 3 rounds × 2 steps" in answer.out
-    times = {name: float(ms) for name, ms in re.findall(r"^(mmdiff|bare) +([\d.]+) ms CPU", answer.out, re.MULTILINE)}
-    found = re.search(r"^ratio +([\d.]+)  \(rounds ([\d.]+) … ([\d.]+)\)$", answer.out, re.MULTILINE)
-    assert found is not None and min(times["mmdiff"], times["bare"]) > 0
-    ratio, low, high = map(float, found.groups())
-    assert 0 < low <= ratio <= high
-    assert not (tmp_path / "run").exists()  # it measures, it writes nothing
+    (row,) = rows_of(tmp_path / "speed")
+    assert min(row["mmdiff_ms"], row["other_ms"]) > 0 and len(row["rounds"]) == 3
+    assert row["ratio"] == sorted(row["rounds"])[1] and row["reached"] == (row["ratio"] <= 1.08)
+    assert f"{row['mmdiff_ms']:.1f} ms" in answer.out and "medians of 3 rounds of 2 steps" in answer.out
+    assert not (tmp_path / "run").exists()  # it measures, it trains nothing
 
 
 @pytest.fixture
@@ -44,34 +48,32 @@ def shapes(tiny: dict[str, Any]) -> Config:
     return parse_config(tiny)
 
 
-@pytest.mark.parametrize("against", ["bare", "anchor"])
-def test_the_other_side_can_be_chosen(shapes: Config, against: str) -> None:
+@pytest.mark.parametrize("against", ["bare", "anchor", "diffusers", "muon"])
+def test_the_other_side_can_be_chosen(shapes: Config, against: str, tmp_path: Path) -> None:
     before = shapes.model_dump()
-    text = run(Request(shapes, rounds=1, steps=1, against=against))
-    names = re.findall(r"^(\w+) +[\d.]+ ms CPU per step \(median of 1\)$", text, re.MULTILINE)
-    assert names == ["mmdiff", against]
-    (ratio,) = re.findall(r"^ratio +([\d.]+)  \(rounds \1 … \1\)$", text, re.MULTILINE)  # of one round
-    assert float(ratio) > 0
+    run(Request((shapes,), rounds=1, steps=1, against=against, out=tmp_path))
+    (row,) = rows_of(tmp_path)
+    assert row["against"] == against and row["rounds"] == [row["mmdiff_ms"] / row["other_ms"]]
     assert shapes.model_dump() == before
 
 
 def test_another_side_is_refused(shapes: Config, cli: Cli, tiny_file: Path) -> None:
-    with pytest.raises(InputError, match="--against = 'nothing': choose bare, anchor or solver"):
-        run(Request(shapes, rounds=1, steps=1, against="nothing"))
+    with pytest.raises(InputError, match="--against = 'nothing': choose bare, anchor"):
+        run(Request((shapes,), rounds=1, steps=1, against="nothing"))
     answer = cli("benchmark", "speed", tiny_file, "--against", "nothing")
-    assert answer.code == 2 and "choose bare, anchor or solver" in answer.complaint
+    assert answer.code == 2 and "--against = 'nothing'" in answer.complaint
 
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
 def test_the_solver_as_the_other_side_measures_sampling(kind: str, cli: Cli, tiny_file: Path, tmp_path: Path) -> None:
     path = [f"scheduler={{kind: {kind}, num_train_timesteps: 50}}", "train.batch_size=2"]
-    answer = cli("benchmark", "speed", tiny_file, *path, "--against", "solver", "--rounds", 1, "--steps", 3)
+    options = ["--against", "solver", "--rounds", 1, "--steps", 3, "--out", tmp_path / "speed"]
+    answer = cli("benchmark", "speed", tiny_file, *path, *options)
     assert answer.code == 0, answer.err
-    pattern = (
-        r"^(joint|given the rest): loop (\d+) µs, network (\d+) µs, solver (\d+) µs, overhead (-?\d+) µs per step$"
-    )
-    found = re.findall(pattern, answer.out, re.MULTILINE)
-    assert [title for title, *_ in found] == ["joint", "given the rest"]
-    for loop, network, solver, overhead in (map(int, numbers) for _, *numbers in found):
-        assert network > 0 and solver > 0 and abs(loop - network - solver - overhead) <= 3
+    found = rows_of(tmp_path / "speed")
+    assert [row["against"] for row in found] == ["solver, joint", "solver, given the rest"]
+    for row in found:
+        assert row["network_us"] > 0 and row["solver_us"] > 0
+        rest = row["loop_us"] - row["network_us"] - row["solver_us"]
+        assert row["overhead_us"] == pytest.approx(rest, abs=1e-6)
     assert not (tmp_path / "run").exists()
