@@ -1,27 +1,27 @@
-"""Variants of an experiment at the same budget: training over several seeds, held-out loss by time, Fréchet distance."""
+"""Variants of an experiment at one budget: training over several seeds, held-out loss by time, Fréchet distance."""
 
 from __future__ import annotations
 
 import json
-import platform
 import re
 import shlex
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from mmdiff import losses
 from mmdiff.benchmarks.cache import key_of, stored_json
-from mmdiff.benchmarks.speed import _load as load_average
+from mmdiff.benchmarks.interleaved import machine
 from mmdiff.build import Experiment, build
-from mmdiff.config import Config, load_config
+from mmdiff.config import Config, parse_config
+from mmdiff.config.load import parse_overrides, read_plain
 from mmdiff.errors import InputError, at
 from mmdiff.evaluation.draws import draw
 from mmdiff.evaluation.judges import complete
@@ -32,7 +32,6 @@ from mmdiff.training.process import make_accelerator, set_threads
 from mmdiff.training.trainer import Trainer
 from mmdiff.trust import refuse_custom
 
-_SECTION = "backbone"
 _DRAWN = 0  # seed of the held-out noise and of the samples, the same for all
 
 
@@ -71,9 +70,7 @@ def run(request: Request) -> str:
     configs = {name: _config(request, settings) for name, settings in _named(request.variants).items()}
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in configs}
     about = {
-        "machine": f"{platform.machine()}, torch {torch.__version__}",
-        "date": date.today().isoformat(),
-        "load": load_average(),
+        **machine(),
         "experiment": str(request.config),
         "budget": f"{request.seconds:g} s of CPU time" if request.seconds else "train.steps",
         "held-out rows": request.rows,
@@ -108,30 +105,17 @@ def _named(variants: Sequence[str]) -> dict[str, list[str]]:
 
 def _config(request: Request, settings: Sequence[str]) -> Config:
     """The experiment with a variant's settings."""
-    own = [text for text in request.overrides if not text.startswith(f"{_SECTION}.")]
-    base = load_config(request.config, list(request.overrides))
-    if not any(text.startswith(f"{_SECTION}.kind=") for text in settings):
-        config = load_config(request.config, [*request.overrides, *settings])
-    else:
-        alone = [text for text in settings if text.startswith(f"{_SECTION}.")]
-        fresh = load_config(request.config, [*own, *(text for text in settings if text not in alone)])
-        tree = _tree(alone)
-        config = fresh.model_copy(update={_SECTION: type(base.backbone).model_validate(tree)})
+    tree = read_plain("config", request.config, [*request.overrides, *settings])
+    own = [text for text in settings if text.startswith("backbone.")]
+    if any(text.startswith("backbone.kind=") for text in own):
+        tree["backbone"] = OmegaConf.to_container(parse_overrides(own))["backbone"]
+    config = parse_config(tree)
     if request.seconds and not config.train.lr_scheduler_type.startswith("constant"):
         remedy = "depends on the number of steps, which --seconds leaves open; choose constant_with_warmup"
         raise InputError("train.lr_scheduler_type", config.train.lr_scheduler_type, remedy)
     if not request.trust:
         refuse_custom(config.model_dump()["modalities"])
     return config
-
-
-def _tree(settings: Sequence[str]) -> dict[str, Any]:
-    """"backbone.key=value" texts as a plain mapping."""
-    from omegaconf import OmegaConf
-
-    from mmdiff.config.load import parse_overrides
-
-    return dict(OmegaConf.to_container(parse_overrides(list(settings)))[_SECTION])
 
 
 def _stored(request: Request, name: str, config: Config) -> dict[str, Any]:
@@ -162,7 +146,7 @@ def _trained(request: Request, config: Config) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in experiment.model.backbone.parameters()),
         "steps": len(curve),
         "seconds": seconds,
-        "load": load_average(),
+        "load": machine()["load"],
         "training": [part.mean().item() for part in curve.split(50)],
         **scores,
     }
@@ -220,7 +204,9 @@ def _table(about: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> s
         steps = statistics.mean(row["steps"] for row in rows)
         cost = statistics.median(1000 * row["seconds"] / row["steps"] for row in rows)
         times = [statistics.mean(values) for values in zip(*(row["by time"] for row in rows), strict=True)]
-        loss, distance = (_spread([row[key] for row in rows], digits) for key, digits in (("held-out loss", 4), ("FD", 2)))
+        loss, distance = (
+            _spread([row[key] for row in rows], digits) for key, digits in (("held-out loss", 4), ("FD", 2))
+        )
         lines.append(
             f"{name:<{width}}  {len(rows):5}  {first['parameters'] / 1e6:7.3f}  {steps:5.0f}  {cost:11.1f}  "
             f"{loss:<24}  {distance:<22}  {' '.join(f'{value:.3f}' for value in times)}"

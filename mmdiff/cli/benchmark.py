@@ -158,3 +158,59 @@ def fusion(
 
     for text in run(Request(files, overrides, out, threads, trust)):
         echo(text)
+
+
+@benchmark.command()
+def backbones(
+    rounds: Annotated[int, typer.Option(help="rounds; the table has medians", min=1)] = 9,
+    batch: Annotated[int, typer.Option(help="images", min=1)] = 4,
+    side: Annotated[int, typer.Option(help="height and width of the latents", min=4)] = 32,
+    patch: Annotated[int, typer.Option(help="height and width of a patch", min=1)] = 2,
+    width: Annotated[int, typer.Option(help="channels of a token", min=8)] = 384,
+    depth: Annotated[int, typer.Option(help="blocks, against diffusers", min=1)] = 4,
+    heads: Annotated[int, typer.Option(help="heads of the attention", min=1)] = 6,
+    deep: Annotated[int, typer.Option(help="blocks, for checkpointing and dropped tokens", min=3)] = 12,
+    threads: Annotated[int, typer.Option(help="CPU threads", min=1)] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    out: Annotated[Path | None, typer.Option(help="JSON file")] = None,
+) -> None:
+    """Time the transformer against that of diffusers.
+
+    A second table row each: bfloat16, activation checkpointing and its memory, tokens dropped in the middle.
+    """
+    from mmdiff.benchmarks.backbones import Request, run
+
+    sizes = {"side": side, "patch": patch, "width": width, "depth": depth, "heads": heads, "deep": deep}
+    echo(run(Request(rounds, batch, **sizes, threads=threads, device=device, out=out)))
+
+
+@benchmark.command()
+def variants(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    variant: Annotated[
+        list[str] | None, typer.Option(help='"NAME key=value …", once per variant: "swiglu backbone.mlp=swiglu"')
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="training seeds", min=1)] = 3,
+    seconds: Annotated[float, typer.Option(help="CPU time of a training; 0: train.steps", min=0)] = 0.0,
+    rows: Annotated[int, typer.Option(help="held-out rows, and samples", min=4)] = 256,
+    bins: Annotated[int, typer.Option(help="parts of the time axis", min=1)] = 5,
+    out: Annotated[Path, typer.Option(help="folder of results; the same command continues there")] = Path(
+        "runs/variants"
+    ),
+    trust: Trust = False,
+) -> None:
+    """Train variants of an experiment at the same budget, over several seeds.
+
+    The table has the held-out loss by time with nothing given, and the Fréchet distance of joint samples.
+    """
+    read_only(trust)
+    from mmdiff.benchmarks.variants import Request, run
+
+    echo(
+        run(
+            Request(
+                config, tuple(overrides or ()), tuple(variant or ("as-it-is",)), seeds, seconds, rows, bins, out, trust
+            )
+        )
+    )
