@@ -104,8 +104,11 @@ def toy_settings(command: list[str]) -> list[str]:
         return []
     rows = TOY_ROWS if yaml.safe_load(file.read_text())["data"]["source"] == "shapes" else {}
     sizes = TOY_FUSION if command[2] == "fusion" else TOY
-    if "initialize_from" in (yaml.safe_load(file.read_text()).get("backbone") or {}):  # of another size
+    backbone = yaml.safe_load(file.read_text()).get("backbone") or {}
+    if "initialize_from" in backbone:  # of another size
         sizes = {key: value for key, value in sizes.items() if not key.startswith(("backbone.", "scheduler."))}
+    elif backbone.get("kind", "unet") != "unet":  # no levels
+        sizes = {key: value for key, value in sizes.items() if not key.startswith("backbone.")}
     return [f"{key}={value}" for key, value in {**sizes, **rows}.items()]
 
 

@@ -19,7 +19,10 @@ ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted(path for path in (ROOT / "experiments").rglob("*.yaml") if "\nmodalities:" in path.read_text())
 RESTORATION = ("multitask", "reconstruct", "unconditional", "conditional")
 DATA = ROOT.parent / "shared" / "data"
-TOY = {
+TOY: dict[str, dict[str, Any]] = {
+    "dit": {"depth": 1, "width": 16, "heads": 2, "patch_size": 2},
+}
+TOY["unet"] = {
     "block_out_channels": [8, 16],
     "attention": None,
     "layers_per_block": 1,
@@ -33,7 +36,7 @@ each_experiment = pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: 
 def toy(path: Path, tmp_path: Path) -> Config:
     """The experiment with a tiny network and two steps."""
     tree = load_config(path).model_dump()
-    tree["backbone"] |= TOY
+    tree["backbone"] |= TOY[tree["backbone"]["kind"]]
     tree["train"] |= {"steps": 2, "batch_size": 4 * tree["train"]["accumulate"], "threads": 1, "mixed_precision": "no"}
     tree |= {"output": str(tmp_path / "run"), "track": "none", "sample": {**tree["sample"], "steps": 1}}
     tree["evaluate"]["at_end"] = False
