@@ -19,16 +19,16 @@ ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted(path for path in (ROOT / "experiments").rglob("*.yaml") if "\nmodalities:" in path.read_text())
 RESTORATION = ("multitask", "reconstruct", "unconditional", "conditional")
 DATA = ROOT.parent / "shared" / "data"
-TOY: dict[str, dict[str, Any]] = {
-    "dit": {"depth": 1, "width": 16, "heads": 2, "patch_size": 2},
-}
-TOY["unet"] = {
-    "block_out_channels": [8, 16],
-    "attention": None,
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "attention_head_dim": 8,
-    "patch_size": 2,
+TOY = {
+    "unet": {
+        "block_out_channels": [8, 16],
+        "attention": None,
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 8,
+        "patch_size": 2,
+    },
+    "dit": {"depth": 1, "width": 16, "heads": 2},
 }
 each_experiment = pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 

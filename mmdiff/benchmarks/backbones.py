@@ -16,7 +16,8 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
 from mmdiff.backbones import DiT, Observation
-from mmdiff.benchmarks.interleaved import interleaved, machine, ratio
+from mmdiff.benchmarks.interleaved import interleaved, ratio
+from mmdiff.benchmarks.machine import machine
 from mmdiff.errors import InputError
 from mmdiff.training.process import set_threads
 

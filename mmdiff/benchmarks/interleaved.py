@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from datetime import date
-from typing import Any
 
 import torch
 
@@ -39,19 +35,6 @@ def ratio(times: Mapping[str, list[float]], one: str, other: str) -> tuple[float
     """(median, lowest, highest) of the rounds' ratios of the seconds of two sides."""
     ratios = [a / b for a, b in zip(times[one], times[other], strict=True)]
     return statistics.median(ratios), min(ratios), max(ratios)
-
-
-def machine(device: str = "cpu") -> dict[str, Any]:
-    """What a figure must be read with: date, processor, cores, threads, torch, load of the machine."""
-    name = platform.machine() if device == "cpu" else torch.cuda.get_device_name()
-    return {
-        "date": date.today().isoformat(),
-        "device": name,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "load": round(os.getloadavg()[0], 1),
-    }
 
 
 def _now(device: str) -> float:

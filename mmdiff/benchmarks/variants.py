@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mmdiff import losses
 from mmdiff.benchmarks.cache import key_of, stored_json
-from mmdiff.benchmarks.interleaved import machine
+from mmdiff.benchmarks.machine import machine
 from mmdiff.build import Experiment, build
 from mmdiff.config import Config, parse_config
 from mmdiff.config.load import parse_overrides, read_plain

@@ -54,7 +54,7 @@ def test_the_benchmark_writes_every_comparison(cli: Cli, tmp_path: Path) -> None
     answer = cli("benchmark", "backbones", *TINY, "--rounds", 1, "--out", tmp_path / "out" / "dit.json")
     assert answer.code == 0, answer.err
     tree = json.loads((tmp_path / "out" / "dit.json").read_text())
-    assert {"date", "device", "load", "torch", "threads"} <= set(tree) and tree["sizes"]["width"] == 16
+    assert {"date", "machine", "load", "versions", "threads"} <= set(tree) and tree["sizes"]["width"] == 16
     assert [row["bar"] for row in tree["rows"]] == [">= 1.0", ">= 1.0", ">= 1.7", "<= 1.35", "<= 0.6", ">= 1.6"]
     assert all(row["value"] > 0 for row in tree["rows"]) and all(row["name"] in answer.out for row in tree["rows"])
 
