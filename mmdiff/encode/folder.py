@@ -28,8 +28,8 @@ def check_free(out: Path) -> None:
     Raises:
         InputError: naming what is there.
     """
-    if out.exists() and not out.is_dir():
-        raise InputError(KEY, str(out), "is a file; name a folder")
+    if not out.is_dir() and (out.exists() or out.is_symlink()):
+        raise InputError(KEY, str(out), "is a file, or a link to nothing; name a folder")
     if not out.is_dir() or read_manifest(str(out), KEY) is not None:
         return
     for path in sorted(out.iterdir()):
