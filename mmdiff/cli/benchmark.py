@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mmdiff.cli.options import Trust, echo, files_and_overrides, integers, numbers, read_only
+from mmdiff.cli.options import ConfigPath, Overrides, Trust, echo, files_and_overrides, integers, numbers, read_only
 from mmdiff.errors import InputError
 
 benchmark = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Compare methods on the same data.")
