@@ -11,6 +11,7 @@ import typer
 
 from mmdiff.cli.benchmark import benchmark
 from mmdiff.cli.check_modality import check_modality
+from mmdiff.cli.ema import ema
 from mmdiff.cli.encode import encode
 from mmdiff.cli.evaluate import evaluate
 from mmdiff.cli.options import is_main
@@ -40,7 +41,7 @@ app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     help=_HELP,
 )  # fmt: skip
-for command in (train, encode, sample, evaluate, show):
+for command in (train, encode, sample, evaluate, ema, show):
     app.command()(command)
 app.command("check-modality")(check_modality)
 app.add_typer(benchmark, name="benchmark")
@@ -66,6 +67,8 @@ def _everything(
 def main() -> None:
     """The entry point: one line and exit code 2 for bad input, 1 for training that cannot go on."""
     _set_wait_policy()
+    if "WORLD_SIZE" in os.environ:  # a process that is lost is one line, without torch's own traces
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from mmdiff.errors import InputError, TrainingError
 
     # typer brings a click of its own in some versions: take the class from typer, whichever it is

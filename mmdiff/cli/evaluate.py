@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,6 +26,9 @@ def evaluate(
     bound: Annotated[
         bool, typer.Option("--elbo", help="the bound on the log-likelihood instead, in nats and bits per dimension")
     ] = False,
+    pipeline: Annotated[
+        Path | None, typer.Option(help="a pipeline that `mmdiff ema` wrote, in place of the run's own")
+    ] = None,
     trust: Trust = False,
 ) -> None:
     """Score every direction of a run on held-out rows.
@@ -36,5 +40,5 @@ def evaluate(
     from mmdiff.evaluation.evaluate import Request
     from mmdiff.evaluation.evaluate import run as evaluate_run
 
-    settings = counts, solver, feedback, methods, subsets, bound
-    echo(evaluate_run(Request(run, tuple(overrides or ()), *settings, trust=trust, trust_judges=trust)))
+    settings = counts, solver, feedback, methods, subsets, bound, trust, trust, pipeline
+    echo(evaluate_run(Request(run, tuple(overrides or ()), *settings)))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mmdiff.build import build_table, open_rows, state_probabilities
 from mmdiff.config import Config, load_config
 from mmdiff.data import Table
+from mmdiff.errors import InputError
 from mmdiff.evaluation import report
 from mmdiff.evaluation.elbo import elbo_rows
 from mmdiff.evaluation.evaluator import Evaluator
@@ -17,6 +19,7 @@ from mmdiff.grids import table as picture
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.runs import load
 from mmdiff.sampling.conditioning import feedback_for
+from mmdiff.training.averages import read_average
 from mmdiff.trust import check_links, refuse_custom
 
 
@@ -28,6 +31,7 @@ class Request:
         run: the run folder.
         overrides: settings of it as key=value.
         solver: in place of the run's.
+        pipeline: a folder that `mmdiff ema` wrote, in place of the run's own pipeline.
         trust: whether the run may name code and contact the hub.
         trust_judges: whether runs that serve as judges may.
     """
@@ -42,6 +46,7 @@ class Request:
     bound: bool = False
     trust: bool = False
     trust_judges: bool = False
+    pipeline: Path | None = None
 
 
 def run(request: Request) -> str:
@@ -56,7 +61,10 @@ def run(request: Request) -> str:
     if not request.trust:
         refuse_custom(config.model_dump()["modalities"])
     report.read(file)  # a broken one is named before the work
-    pipeline = load(folder, request.solver, request.trust)
+    home = request.pipeline or folder / "pipeline"
+    pipeline = load(request.pipeline or folder, request.solver, request.trust)
+    if set(pipeline.model.names) != set(config.modalities):
+        raise InputError("--pipeline", str(home), f"has other modalities than {folder}; name a pipeline of this run")
     train, held_out = (build_table(config, pipeline.model, rows) for rows in open_rows(config, hub=request.trust))
     result = evaluate(
         pipeline,
@@ -69,6 +77,7 @@ def run(request: Request) -> str:
         request.conditioning,
         request.subsets,
         request.bound,
+        read_average(home),
     )
     report.save(result, file)
     pictures = {folder / "samples" / f"evaluation-{name}.png": columns for name, columns in result.pictures.items()}
@@ -89,6 +98,7 @@ def evaluate(
     conditioning: Iterable[str] = (),
     subsets: bool = False,
     bound: bool = False,
+    weights: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Score every direction: joint, each modality → anchor, anchor → each modality.
 
@@ -103,10 +113,12 @@ def evaluate(
             trained, with and without aggregating.
         subsets: score every subset of observed modalities instead, see `Evaluator.subsets`.
         bound: the bound on the log-likelihood instead, see `mmdiff.evaluation.elbo`.
+        weights: which average of a training's weights the model has; stands in the manifest.
     """
     pipeline.set_progress_bar_config(disable=True)
+    average = {"weights": dict(weights)} if weights else {}
     if bound:
-        facts = {"settings": settings_hash(config, "elbo", dict(pipeline.scheduler.config))}
+        facts = average | {"settings": settings_hash(config, "elbo", average, dict(pipeline.scheduler.config))}
         rows = elbo_rows(pipeline, config, validation)
         return Evaluation(manifest(pipeline, config, train, validation) | facts, rows)
     evaluator = Evaluator(pipeline, config, train, validation, trust_custom_modalities, conditioning)
@@ -118,7 +130,7 @@ def evaluate(
             for row in draws(count, seed, feedback or config.sample.feedback):
                 row.setting |= {"steps": count, "seed": seed}
                 rows.append(row)
-    known = config, steps, feedback, evaluator.conditioning, subsets, dict(pipeline.scheduler.config)
+    known = config, steps, feedback, evaluator.conditioning, subsets, average, dict(pipeline.scheduler.config)
     feedback = feedback_for(feedback or config.sample.feedback, pipeline.scheduler.is_stochastic)
-    facts = evaluator.facts | {"feedback": feedback, "settings": settings_hash(*known)}
+    facts = evaluator.facts | average | {"feedback": feedback, "settings": settings_hash(*known)}
     return Evaluation(manifest(pipeline, config, train, validation) | facts, rows, evaluator.pictures)

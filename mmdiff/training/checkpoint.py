@@ -110,7 +110,7 @@ def step_of(path: Path) -> int:
 
 def clear_leftovers(folder: Path) -> None:
     """Remove what a killed process left half-written, or half-deleted."""
-    for path in folder.iterdir():
+    for path in folder.iterdir() if folder.is_dir() else ():
         if path.name.startswith(PARTIAL) and _OURS.fullmatch(path.name.removeprefix(PARTIAL)):
             remove(path)
 

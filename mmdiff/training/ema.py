@@ -19,7 +19,11 @@ class Ema:
     Args:
         module: whose parameters are averaged. Those that lie in parts are averaged in parts.
         decay: of the exponential averages, reached from below: min(decay, (1 + n)/(10 + n)) after n updates.
-        sigma_rel: relative widths of the power-function averages (Karras et al., 2024, arXiv 2312.02696, Eq. 123–127).
+        sigma_rel: relative widths of the power-function averages (Karras et al., 2024, arXiv 2312.02696).
+
+    Attributes:
+        kept: {label: {name: average}}.
+        snapshots: labels of the power-function averages.
     """
 
     def __init__(self, module: nn.Module, decay: float | Sequence[float], sigma_rel: Sequence[float] = ()) -> None:
@@ -28,6 +32,7 @@ class Ema:
             **{f"decay={value}": _exponential(value) for value in decays},
             **{f"sigma_rel={value}": _power(value) for value in sigma_rel},
         }
+        self.snapshots = tuple(f"sigma_rel={value}" for value in sigma_rel)
         whole = not lora.layers(module)  # the network under LoRA layers stays as it is, without a second copy
         self.parameters = {name: p for name, p in module.named_parameters() if whole or p.requires_grad}
         self.kept = {label: {n: p.detach().clone() for n, p in self.parameters.items()} for label in self._decays}

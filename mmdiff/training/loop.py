@@ -10,6 +10,7 @@ import torch
 from mmdiff import plots
 from mmdiff.build import build
 from mmdiff.config import Config
+from mmdiff.training.averages import SNAPSHOTS
 from mmdiff.training.console import Console
 from mmdiff.training.disk import faults, whole
 from mmdiff.training.launcher import obey_launcher
@@ -59,6 +60,8 @@ def train(config: Config, progress: bool = True, trust_custom_modalities: bool =
                 if due or final:
                     log.line(done, window)
                 stopping = stop.agreed(accelerator, due) and not final
+                if trainer.ema.snapshots and (final or _every(config.train.ema_snapshot_every, done)):
+                    trainer.save_snapshot(folder / SNAPSHOTS, done)  # before the checkpoint, behind which a run goes on
                 if final or stopping or _every(config.train.checkpoint_every, done):
                     trainer.save(folder / "checkpoints", done, window)
                 if stopping:

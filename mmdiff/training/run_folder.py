@@ -14,6 +14,7 @@ from mmdiff.config import Config, first_difference, load_config, save_config
 from mmdiff.errors import InputError
 from mmdiff.resolve import resolve_scheduler
 from mmdiff.training import lock
+from mmdiff.training.averages import SNAPSHOTS
 from mmdiff.training.checkpoint import check_names_are_free, checkpoints, clear_leftovers, step_of
 from mmdiff.training.disk import PARTIAL, whole
 from mmdiff.training.learning_rate import knows_its_end
@@ -92,6 +93,7 @@ def claimed(folder: Path, config: Config, accelerator: Accelerator) -> Iterator[
             for name in FOLDERS:
                 (folder / name).mkdir(exist_ok=True)
             clear_leftovers(folder / "checkpoints")
+            clear_leftovers(folder / SNAPSHOTS)
             if started is None or started.train.steps != config.train.steps:
                 write_config(folder, config)
 

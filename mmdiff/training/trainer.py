@@ -23,7 +23,7 @@ from mmdiff.errors import InputError, TrainingError, at
 from mmdiff.objective import BatchPosition, MTObjective
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.randomness import fold
-from mmdiff.training.averages import write_average
+from mmdiff.training.averages import new_snapshot, pipeline_of, save_average, write_average
 from mmdiff.training.checkpoint import Checkpoint
 from mmdiff.training.disk import whole
 from mmdiff.training.ema import Ema
@@ -31,7 +31,7 @@ from mmdiff.training.interference import interference
 from mmdiff.training.learning_rate import learning_rate
 from mmdiff.training.meter import Meter
 from mmdiff.training.muon import Muon
-from mmdiff.training.process import seed_generators
+from mmdiff.training.process import on_main, seed_generators
 from mmdiff.training.sharding import find_parallel
 from mmdiff.training.tracking import Window
 
@@ -197,6 +197,16 @@ class Trainer:
                     pipeline.save_pretrained(partial)
                     write_average(partial, self.ema.label, step)
 
+    def save_snapshot(self, folder: Path, step: int) -> None:
+        """The power-function averages in a folder that stays; every process must call it."""
+        final, dtype = folder / f"step-{step}", getattr(torch, self.config.ema_snapshot_dtype)
+        with contextlib.ExitStack() as held:  # of the main process
+            on_main(self.accelerator, lambda: held.enter_context(new_snapshot(final)))
+            for label in self.ema.snapshots:
+                averages = self.parallel.whole(self.ema.kept[label])
+                on_main(self.accelerator, lambda label=label, whole=averages: save_average(final, label, whole, dtype))
+            on_main(self.accelerator, held.close)
+
     @contextlib.contextmanager
     def averaged(self) -> Iterator[MTDiffusionPipeline | None]:
         """A pipeline with the averaged weights on the main process, None on the others."""
@@ -225,18 +235,6 @@ class Trainer:
     def pipeline(self) -> MTDiffusionPipeline:
         """A pipeline on the live model."""
         return pipeline_of(self.bare)
-
-
-def pipeline_of(objective: MTObjective) -> MTDiffusionPipeline:
-    """A pipeline on an objective's model; learned weight schedules are written into its scheduler's config."""
-    scheduler = objective.scheduler
-    weights = {name: dict(entry) for name, entry in (scheduler.config.weights or {}).items()}
-    for name, (parameters, log_scale) in objective.learned_weights().items():
-        weights[name] |= {"parameters": parameters.tolist(), "log_scale": log_scale.item()}
-    scheduler = type(scheduler).from_config(scheduler.config, weights=weights)
-    pipeline = MTDiffusionPipeline(model=objective.model, scheduler=scheduler)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def make_optimizer(objective: MTObjective, config: TrainConfig) -> torch.optim.Optimizer:
