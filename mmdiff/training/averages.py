@@ -21,6 +21,7 @@ from mmdiff.objective import MTObjective
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.training.checkpoint import Checkpoint, checkpoints, find_checkpoint, step_of
 from mmdiff.training.disk import PARTIAL, remove, whole
+from mmdiff.training.ema import first_average
 from mmdiff.training.sealed import DamagedError, check_hash, read_state, read_tensors, seal
 from mmdiff.training.width import coefficients, exponent
 from mmdiff.trust import check_links, refuse_custom
@@ -169,9 +170,11 @@ def _kept(checkpoint: Checkpoint, config: Config, decay: float) -> dict[str, Ten
     if decay not in (train.ema_decay, *train.ema_further_decays):
         able = ", ".join(map(str, (train.ema_decay, *train.ema_further_decays)))
         raise InputError("--decay", decay, f"the run keeps {able}; set train.ema_further_decays before a training")
-    prefix = "" if decay == train.ema_decay else f"decay={decay}/"
+    if decay == train.ema_decay:
+        return first_average(checkpoint.ema)
+    prefix = f"decay={decay}/"
     found = {name: tensor for name, tensor in checkpoint.ema.items() if name.startswith(prefix)}
-    return {name.removeprefix(prefix): tensor for name, tensor in found.items() if prefix or "/" not in name}
+    return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
 
 def reconstructed(run: Path, sigma_rel: float, step: int | None) -> tuple[dict[str, Tensor], int, dict[str, float]]:

@@ -88,6 +88,11 @@ class Ema:
             parameter.data, self.averages[name] = self.averages[name], parameter.data
 
 
+def first_average(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of `Ema.tensors` those of the average that samples."""
+    return {name: tensor for name, tensor in tensors.items() if "/" not in name}
+
+
 def _exponential(decay: float) -> Callable[[int], float]:
     return lambda updates: min(decay, (1 + updates) / (10 + updates))
 

@@ -19,6 +19,7 @@ from mmdiff.lora import merged_tensors
 from mmdiff.model import MTDiffusionModel
 from mmdiff.schedulers.weights import checked_weight
 from mmdiff.training.checkpoint import STATE, checkpoints, find_checkpoint
+from mmdiff.training.ema import first_average
 from mmdiff.trust import check_links, custom_kinds, refuse_custom, refuse_huge
 
 KEY = "train.initialize_from"
@@ -74,7 +75,7 @@ def _of_checkpoint(path: Path, own: Mapping[str, Any], say: Callable[[str], obje
     except InputError as error:
         raise InputError(KEY, str(checkpoint.path / STATE), f"its config is damaged: {error}") from None
     weights = _finite(checkpoint.path / "weights.safetensors", checkpoint.weights)
-    averages = _finite(checkpoint.path / "ema.safetensors", checkpoint.ema)
+    averages = _finite(checkpoint.path / "ema.safetensors", first_average(checkpoint.ema))
     whole = merged_tensors({**weights, **averages}, 1.0 if lora is None else (lora.alpha or lora.rank) / lora.rank)
     return _checked(checkpoint.path, Source(whole, _model(checkpoint.path / STATE, settings, own, trust)))
 
