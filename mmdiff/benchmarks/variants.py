@@ -32,6 +32,7 @@ from mmdiff.training.process import make_accelerator, set_threads
 from mmdiff.training.trainer import Trainer
 from mmdiff.trust import refuse_custom
 
+_ENDLESS = 10**9  # steps; time ends the training
 _DRAWN = 0  # seed of the held-out noise and of the samples, the same for all
 
 
@@ -113,6 +114,8 @@ def _config(request: Request, settings: Sequence[str]) -> Config:
     if request.seconds and not config.train.lr_scheduler_type.startswith("constant"):
         remedy = "depends on the number of steps, which --seconds leaves open; choose constant_with_warmup"
         raise InputError("train.lr_scheduler_type", config.train.lr_scheduler_type, remedy)
+    if request.seconds:
+        config = config.model_copy(update={"train": config.train.model_copy(update={"steps": _ENDLESS})})
     if not request.trust:
         refuse_custom(config.model_dump()["modalities"])
     return config

@@ -81,10 +81,10 @@ def test_variants_are_trained_once_and_told_by_time(cli: Cli, tiny_file: Path, t
 
 
 def test_a_budget_of_time_ends_a_training(tiny_file: Path, tmp_path: Path) -> None:
-    settings = ("train.steps=100000", "train.lr_scheduler_type=constant", "train.batch_size=4")
-    run(Variants(tiny_file, settings, (DIT,), 1, 0.3, 4, 1, tmp_path / "out"))
+    settings = ("train.steps=1", "train.lr_scheduler_type=constant", "train.batch_size=4")
+    run(Variants(tiny_file, settings, (DIT,), 1, 0.5, 4, 1, tmp_path / "out"))
     ((result,),) = json.loads((tmp_path / "out" / "variants.json").read_text())["results"].values()
-    assert 1 <= result["steps"] < 100000 and result["seconds"] >= 0.3
+    assert result["steps"] > 1 and result["seconds"] >= 0.5
 
 
 def test_variants_that_do_not_fit_are_refused(tiny_file: Path, tmp_path: Path) -> None:
