@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import torch
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmdiff.build import build_stand_in
 from mmdiff.config import Config
 from mmdiff.training.launcher import obey_launcher
+from mmdiff.training.memory import kept_per_image, state_of, table
 from mmdiff.training.process import make_accelerator, set_threads
 from mmdiff.training.tracking import Window
 from mmdiff.training.trainer import Trainer, check_finite
@@ -39,10 +39,17 @@ def dry_run(config: Config, steps: int = 2) -> str:
             "data": config.data.model_copy(update={"workers": 0}),
         }
     )
-    trainer = Trainer(build_stand_in(config), accelerator)
+    experiment = build_stand_in(config)
+    experiment.objective.to(accelerator.device)
+    each = config.train.batch_size // (accelerator.num_processes * config.train.accumulate)
+    per_image, fixed = kept_per_image(experiment, accelerator, max(1, min(each, 4)))
+    parameters = sum(p.numel() for p in experiment.objective.parameters())
+    state = state_of(experiment.objective, 0, 0)  # while the weights are whole
+    trainer = Trainer(experiment, accelerator)
+    trainer.prepare()
     batches, window = trainer.loader(0), Window()
-    flops, activations = FlopCounterMode(display=False), _SavedBytes(trainer)
-    with flops, saved_tensors_hooks(activations.keep, activations.give):
+    flops = FlopCounterMode(display=False)
+    with flops:
         window.add(trainer.step(*next(batches)))
     started = time.perf_counter()
     for _ in range(1, steps):
@@ -50,9 +57,7 @@ def dry_run(config: Config, steps: int = 2) -> str:
     check_finite(window.rows(accelerator), window.names, steps, config.train)
     seconds = (time.perf_counter() - started) / (steps - 1)
     batches.close()
-    parameters = sum(p.numel() for p in trainer.bare.parameters())
     trained = sum(p.numel() for p in trainer.ema.parameters.values())  # all but what lies under LoRA layers
-    each = config.train.batch_size // (accelerator.num_processes * config.train.accumulate)
     total = flops.get_total_flops() * accelerator.num_processes
     lines = [
         f"dry run: {steps} steps on stand-in data, {accelerator.num_processes} processes, {accelerator.device}",
@@ -60,39 +65,21 @@ def dry_run(config: Config, steps: int = 2) -> str:
         *([f"                    {trained:,} of them are trained"] if trained < parameters else []),
         f"bytes per device    {_gib(trained * STATE_BYTES + (parameters - trained) * 4)} weights, gradients, Adam, EMA "
         "(float32)",
-        f"                    {_gib(activations.bytes)} kept for the backward pass of {each} samples",
+        f"                    {_gib(per_image * each + fixed)} kept for the backward pass of {each} samples",
+        f"                    {per_image / 2**20:.3g} MiB per image and {fixed / 2**20:.3g} MiB for any batch",
         f"FLOPs per step      {total:.3g} for {config.train.batch_size} samples, {config.train.accumulate} parts",
         f"seconds per step    {seconds:.2f}",
     ]
     if accelerator.device.type == "cuda":
         lines.append(f"peak memory         {_gib(torch.cuda.max_memory_allocated())} allocated")
-    return "\n".join(lines)
+    moments, averages = _moments(trainer), sum(a.numel() for kept in trainer.ema.kept.values() for a in kept.values())
+    return "\n".join([*lines, *table(replace(state, moments=moments, averages=averages), accelerator.num_processes)])
 
 
-class _SavedBytes:
-    """Adds up what autograd keeps: every storage once, parameters not at all; ``bytes`` is the largest part's."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._parameters = {p.untyped_storage().data_ptr() for p in trainer.bare.parameters()}
-        self._seen: set[int] = set()
-        self._part, self._over, self.bytes = 0, True, 0
-
-    def keep(self, tensor: Tensor) -> Tensor:
-        """In the forward pass."""
-        if self._over:  # the part before this one has gone backward
-            self._seen, self._part, self._over = set(self._parameters), 0, False
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
-            self._part += storage.nbytes()
-            self.bytes = max(self.bytes, self._part)
-        return tensor
-
-    def give(self, tensor: Tensor) -> Tensor:
-        """In the backward pass."""
-        self._over = True
-        return tensor
+def _moments(trainer: Trainer) -> int:
+    """Numbers that the optimizer keeps, on all processes together."""
+    return sum(tensor.numel() for tensor in trainer.parallel.optimizer_tensors().values() if tensor.ndim)
 
 
-def _gib(count: int) -> str:
+def _gib(count: float) -> str:
     return f"{count / 2**30:.2f} GiB"

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from mmdiff.training.shards import laid_like, whole
+
 SMALLEST = 16  # rows and columns of a kernel that is worth it
 _QUINTIC = (3.4445, -4.7750, 2.0315)  # of the Newton–Schulz step: singular values end in about [0.7, 1.2]
 _STEPS = {torch.float32: (5,), torch.bfloat16: (3, 2)}  # between two computations of A
@@ -65,6 +67,7 @@ class Muon(torch.optim.Optimizer):
         grads, buffers = [p.grad for p in parameters], [self.state[p]["momentum"] for p in parameters]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, buffers, group["momentum"])  # Nesterov's look ahead
+        updates = [whole(update) for update in updates]  # a matrix in parts has no singular values of its own
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         alike: dict[torch.Size, list[int]] = {}  # matrices of one shape are orthogonalised at once
         for index, update in enumerate(updates):
@@ -72,7 +75,7 @@ class Muon(torch.optim.Optimizer):
         for shape, indices in alike.items():
             matrices = orthogonalised(torch.stack([updates[index].flatten(1) for index in indices]))
             own = [parameters[index] for index in indices]
-            steps = [matrix.to(p.dtype).view_as(p) for matrix, p in zip(matrices, own, strict=True)]
+            steps = [laid_like(p, matrix.view(p.shape)) for matrix, p in zip(matrices, own, strict=True)]
             torch._foreach_add_(own, steps, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
     def _adamw(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:

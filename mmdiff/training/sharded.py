@@ -46,8 +46,6 @@ class FullySharded(Replicated):
         super().__init__(accelerator, config)
         if config.mixed_precision == "fp16":
             raise InputError("train.mixed_precision", "fp16", "needs a loss scale, which FSDP2 lacks here; set bf16")
-        if config.optimizer == "muon":
-            raise InputError("train.optimizer", "muon", "needs whole matrices, of which FSDP2 holds parts; set adamw")
 
     def lay_out(self, bare: nn.Module, make_optimizer: MakeOptimizer) -> None:
         self.bare = self.objective = bare

@@ -18,6 +18,9 @@ from mmdiff.data.order import Visit
 from mmdiff.errors import InputError, TrainingError
 from mmdiff.objective import BatchPosition
 from mmdiff.training.dry_run import dry_run
+from mmdiff.training.memory import LAUNCH_FILES, SavedBytes, State
+from mmdiff.training.process import make_accelerator
+from mmdiff.training.trainer import Trainer
 
 GIB = 2**30
 
@@ -172,3 +175,38 @@ def test_what_is_missing_is_named(
 def test_one_that_diverges_says_so(configure: Callable[..., Config]) -> None:
     with pytest.raises(TrainingError, match=r"^step 2: \S+ is (nan|inf) at learning rate "):
         dry_run(configure("train.learning_rate=1e9", "train.warmup=0", "train.batch_size=4"))
+
+
+def test_memory_of_the_state_is_what_a_step_leaves(configure: Callable[..., Config]) -> None:
+    """The row of one process against the tensors of a real step, by their bytes."""
+    config = configure("train.batch_size=4", "train.optimizer=muon", "train.ema_further_decays=[0.5]")
+    trainer = Trainer(build_stand_in(config), make_accelerator(config.train))
+    parameters = list(trainer.bare.parameters())
+    before = [torch.zeros_like(p) for p in parameters]  # gradients, which a step clears
+    trainer.step(*next(trainer.loader(0)))
+    moments = [t for t in trainer.parallel.optimizer_tensors().values() if t.ndim]
+    averages = [a for kept in trainer.ema.kept.values() for a in kept.values()]
+    groups = (parameters, [g for g, p in zip(before, parameters) if p.requires_grad], moments, averages)
+    held = [sum(t.numel() * t.element_size() for t in group) for group in groups]
+    row = next(line for line in dry_run(config).splitlines() if line.startswith("cpu "))
+    assert [float(cell) for cell in row.split()[1:5]] == [round(size / held[0] * 4, 2) for size in held]
+
+
+def test_memory_per_image_is_what_a_larger_batch_adds(configure: Callable[..., Config]) -> None:
+    text = dry_run(configure("train.batch_size=32"))
+    per_image, fixed = map(float, re.search(r"([\d.e-]+) MiB per image and ([\d.e-]+) MiB for any", text).groups())
+    experiment = build_stand_in(configure())
+    saved, size = SavedBytes(experiment.objective), 32
+    batch = experiment.train.__getitems__([Visit(k, k) for k in range(size)])
+    with torch.autograd.graph.saved_tensors_hooks(saved.keep, saved.give):
+        experiment.objective(batch, BatchPosition(0, torch.arange(size), size)).loss.backward()
+    assert per_image * size + fixed == pytest.approx(saved.bytes / 2**20, rel=0.02)
+
+
+@pytest.mark.parametrize("processes", [2, 8])
+def test_memory_shrinks_with_the_processes_that_share_it(processes: int) -> None:
+    state = State(weights=100, trained=80, moments=160, averages=80, gathered=30)
+    bytes_of = {name: state.bytes(name, processes) for name in LAUNCH_FILES}
+    assert sum(bytes_of["ddp"].values()) == 4 * (100 + 80 + 160 + 80)
+    assert sum(bytes_of["fsdp2"].values()) == 4 * (100 + 80 + 160 + 80) / processes + 8 * 30
+    assert sum(bytes_of["deepspeed_zero2"].values()) == 4 * (100 + 80) + 4 * (80 + 160 + 80) / processes
