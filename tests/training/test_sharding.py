@@ -1,0 +1,184 @@
+"""Processes that share the state compute what one computes, go on in any number, and refuse what is damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+from mmdiff.config import Config
+from mmdiff.errors import InputError
+from mmdiff.training import train
+from mmdiff.training.checkpoint import read_checkpoint
+from mmdiff.training.sealed import DamagedError
+
+ROOT = Path(__file__).parents[2]
+LAUNCH_FILES = ROOT / "experiments" / "accelerate"
+
+# every training is a pair of forked processes on gloo, started as torchrun would start them
+DRIVER = """
+import sys; sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from campaign import bits, forked
+from mmdiff.config import load_config
+file, folder = sys.argv[2:]
+def run(name, processes, *more):
+    config = load_config(file, [f"output={folder}/{name}", "train.checkpoint_every=6", "train.resume=auto", *more])
+    outcome = forked(config, processes=processes)
+    assert outcome == "done", (name, outcome)
+six, twelve, sharded = "train.steps=6", "train.steps=12", "train.sharding=fsdp2"
+constant = "train.lr_scheduler_type=constant"
+run("one", 1, twelve, constant)
+run("ddp", 2, twelve, constant)
+run("fsdp2", 2, twelve, constant, sharded)
+run("parts", 2, twelve, constant, sharded, "train.accumulate=2")
+run("stopped", 2, six, constant, sharded); run("stopped", 2, twelve, constant, sharded)
+assert bits(Path(folder, "stopped")) == bits(Path(folder, "fsdp2"))
+run("fewer", 2, six, constant, sharded); run("fewer", 1, twelve, constant)
+run("more", 1, six, constant); run("more", 2, twelve, constant, sharded)
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folders that `DRIVER` leaves."""
+    from conftest import tiny_tree
+
+    folder = tmp_path_factory.mktemp("sharding")
+    tree = tiny_tree(folder / "run")
+    tree["modalities"]["label"]["weight"] = {"schedule": "learned", "learn_scale": True}  # a scalar, which has no parts
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
+    command = [sys.executable, "-c", DRIVER, str(Path(__file__).parent), str(folder / "tiny.yaml"), str(folder)]
+    log = {"CAMPAIGN_LOG": str(folder / "log")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **log})
+    assert done.returncode == 0, done.stderr[-2000:] + (folder / "log").read_text()[-3000:]
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "parts", "stopped", "fewer", "more"])
+def test_losses_are_those_of_one_process(runs: Path, name: str) -> None:
+    """Under DDP, FSDP2 and accumulation; from two processes to one, and back, whose rows are in the same order."""
+    one, other = (
+        [json.loads(line) for line in (runs / n / "metrics.jsonl").read_text().splitlines()] for n in ("one", name)
+    )
+    assert [line["step"] for line in one] == [line["step"] for line in other] == [3, 6, 9, 12]
+    for a, b in zip(one, other, strict=True):
+        for key in ("loss", "l0", "l1", "l2/label", "l3", "grad_norm"):
+            assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-6), (a["step"], key)
+
+
+@pytest.mark.slow
+def test_shards_hold_what_one_process_holds(runs: Path) -> None:
+    one, parts = (read_checkpoint(runs / name / "checkpoints" / "step-12") for name in ("one", "fsdp2"))
+    assert parts.sharded and not one.sharded and parts.state["sharding"] == "fsdp2"
+    for part in ("weights", "ema", "optimizer"):
+        a, b = getattr(one, part), getattr(parts, part)
+        assert {name: t.shape for name, t in a.items()} == {name: t.shape for name, t in b.items()}
+    assert all((one.ema[name] - parts.ema[name]).abs().max() < 1e-4 for name in one.ema)
+    sizes = [file.stat().st_size for file in parts.path.glob("shard-*.safetensors")]
+    assert len(sizes) == 2 and max(sizes) < 0.7 * sum(sizes)  # neither process has written the whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["bit", "missing", "foreign"])
+def test_damaged_shards_are_refused(runs: Path, tmp_path: Path, damage: str) -> None:
+    import shutil
+
+    copy = Path(shutil.copytree(runs / "fsdp2" / "checkpoints" / "step-12", tmp_path / "step-12"))
+    file = copy / "shard-00002-model-00001-of-00001.safetensors"
+    if damage == "bit":
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    elif damage == "missing":
+        file.unlink()
+    else:
+        shutil.copy(file, copy / "shard-00003-model-00001-of-00001.safetensors")
+    with pytest.raises(DamagedError, match="shard-0000"):
+        read_checkpoint(copy)
+
+
+@pytest.mark.parametrize("file", sorted(LAUNCH_FILES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_a_launch_file_resolves(file: Path) -> None:
+    """By accelerate's own parser, which refuses keys that it does not know."""
+    parsed = load_config_from_file(str(file))
+    kind = {"cpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "deepspeed_zero2": "DEEPSPEED"}[file.stem]
+    assert (str(parsed.distributed_type.value), parsed.num_machines) == (kind, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fsdp2", "deepspeed_zero2"])
+def test_a_launch_file_starts_two_processes_that_share(
+    tiny_file: Path, launch: Callable[..., Any], tmp_path: Path, name: str
+) -> None:
+    if name == "deepspeed_zero2":
+        pytest.importorskip("deepspeed")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH_FILES / f"{name}.yaml")]
+    more = ["--num_processes=2", "--main_process_port=0", "-m", "mmdiff", "train", str(tiny_file)]
+    answer = launch([*command, *more], tmp_path / "log", ACCELERATE_USE_CPU="1").wait()
+    assert answer.code == 0, answer.err[-3000:]
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-6" / "state.json").read_text())
+    asked = {"fsdp2": "fsdp2", "deepspeed_zero2": "zero2"}[name]
+    assert (state["processes"], state["sharding"], state["config"]["train"]["mixed_precision"]) == (2, asked, "bf16")
+
+
+def agent(node: int, port: int, *command: str) -> list[str]:
+    """torchrun on one of two machines, which meet at this one's loopback."""
+    rendezvous = [f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_backend=c10d", "--rdzv_id=test"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", *rendezvous]
+    return [*start, f"--rdzv_conf=is_host={int(node == 0)}", "--local_addr=127.0.0.1", "-m", "mmdiff", *command]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_machine_ends_the_other_and_the_run_goes_on(
+    tiny_file: Path, launch: Callable[..., Any], tmp_path: Path, lost: int
+) -> None:
+    import socket
+
+    def start(log: str, steps: int) -> list[Any]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        more = [f"train.steps={steps}", "train.checkpoint_every=2", "train.resume=auto", "train.sharding=fsdp2"]
+        more += ["train.lr_scheduler_type=constant", "train.log_every=1"]
+        commands = [agent(node, port, "train", str(tiny_file), *more) for node in (0, 1)]
+        return [launch(c, tmp_path / f"{log}{k}", ACCELERATE_USE_CPU="1") for k, c in enumerate(commands)]
+
+    both = start("first", 100_000)
+    both[0].wait_for(tmp_path / "run" / "metrics.jsonl", '"step": 4,')
+    os.kill(both[lost].process.pid, signal.SIGKILL)  # the agent alone: its process must notice, and so must the other
+    killed = time.monotonic()
+    answer = both[1 - lost].wait(60)
+    assert answer.code != 0 and time.monotonic() - killed < 60
+    lines = [line for line in answer.err.splitlines() if line.startswith("mmdiff: ")]
+    assert len(lines) == 1 and lines[0].endswith("train.resume=auto continues") or "continues (" in lines[0], lines
+    done = max(int(path.name.split("-")[1]) for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
+    again = start("second", done + 2)
+    assert [process.wait().code for process in again] == [0, 0]
+    assert (tmp_path / "run" / "checkpoints" / f"step-{done + 2}").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("override", "key"), [("train.mixed_precision=fp16", "train.mixed_precision"), ("train.sharding=zero3", "train.")]
+)
+def test_what_cannot_be_shared_is_refused(configure: Callable[..., Config], override: str, key: str) -> None:
+    from accelerate import Accelerator
+
+    from mmdiff.training.sharded import FullySharded
+
+    with pytest.raises(InputError, match=f"^{key}"):
+        config = configure("train.sharding=fsdp2", override)
+        FullySharded(Accelerator(cpu=True), config.train)
+        train(config)
