@@ -56,7 +56,11 @@ def test_links_and_pictures_are_there(page: Path) -> None:
 
 def test_every_option_that_a_page_names_is_one_of_the_command_line() -> None:
     named = {option for page in PAGES for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text())}
-    foreign = {"--cpu", "--num_processes", "--nproc_per_node", "--dist"}  # of accelerate, torchrun and pytest
+    launchers = {"--cpu", "--num_processes", "--nproc_per_node", "--config_file", "--num_machines", "--machine_rank"}
+    launchers |= {"--main_process_ip", "--main_process_port", "--nnodes"}
+    launchers |= {"--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"}
+    slurm = {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--requeue", "--kill-on-bad-exit"}
+    foreign = {"--dist"} | launchers | slurm  # of pytest, accelerate, torchrun and Slurm
     assert named - foreign <= set(options_of(typer.main.get_command(app)))
 
 
