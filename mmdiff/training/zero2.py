@@ -84,6 +84,7 @@ class DeepSpeedZero2(Replicated):
     def load(self, checkpoint: Checkpoint, ema: Ema) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
+        self._make_moments()
         check_fits(checkpoint.path, self.bare.state_dict(), checkpoint.weights)
         check_fits(checkpoint.path, ema.tensors(), checkpoint.ema)
         self.bare.load_state_dict(checkpoint.weights)
@@ -94,6 +95,17 @@ class DeepSpeedZero2(Replicated):
                 safe_set_full_optimizer_state(p, checkpoint.optimizer[f"{index}.{key}"].to(p.device), key)
         for state in self._states():
             state["step"].copy_(checkpoint.optimizer["0.step"])
+
+    def _make_moments(self) -> None:
+        """Moments of zeros, which torch would make in the first step."""
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+        zero, states = self.optimizer, self.optimizer.optimizer.state
+        for group, part in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+            for key in _MOMENTS:
+                states[part].setdefault(key, torch.zeros_like(part))
+            states[part].setdefault("step", torch.zeros((), device=part.device))
+            lazy_init_hp_params_optimizer_state(group, part, states)
 
     def _states(self) -> list[dict[str, Tensor]]:
         """The state of this process's parts."""

@@ -29,7 +29,7 @@ LAUNCH_FILES = ROOT / "experiments" / "accelerate"
 
 # every training is a pair of forked processes on gloo, started as torchrun would start them
 DRIVER = """
-import sys; sys.path.insert(0, sys.argv[1])
+import importlib.util, sys; sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from campaign import bits, forked
 from mmdiff.config import load_config
@@ -48,6 +48,11 @@ run("stopped", 2, six, constant, sharded); run("stopped", 2, twelve, constant, s
 assert bits(Path(folder, "stopped")) == bits(Path(folder, "fsdp2"))
 run("fewer", 2, six, constant, sharded); run("fewer", 1, twelve, constant)
 run("more", 1, six, constant); run("more", 2, twelve, constant, sharded)
+if importlib.util.find_spec("deepspeed"):
+    zero2 = constant, "train.sharding=zero2", "modalities.label.weight.learn_scale=false"
+    run("zero2", 2, twelve, *zero2)
+    run("zero2-stopped", 2, six, *zero2); run("zero2-stopped", 2, twelve, *zero2)
+    assert bits(Path(folder, "zero2-stopped")) == bits(Path(folder, "zero2"))
 """
 
 
