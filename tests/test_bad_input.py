@@ -133,6 +133,8 @@ def test_every_key_of_the_schema(known: Tree) -> None:
                     continue
                 if path == ("train", "mixed_precision") and value is False:
                     continue
+                if path[:2] == ("data", "augment") and value == 7:  # one number for a range
+                    continue
                 yield ".".join(path), value, lambda p=path, v=value: parse_config(changed(known, p, v))
             yield ".".join(path), "unknown", lambda p=path: parse_config(changed(known, (*p[:-1], p[-1] + "x"), 1))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -12,7 +13,6 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Scale = Annotated[float, Field(ge=0, le=1e4)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-_NUMBERS = (int, float, int | None, float | None)
 
 
 def folder_name(name: str) -> str:
@@ -25,11 +25,23 @@ def folder_name(name: str) -> str:
 FolderName = Annotated[str, AfterValidator(folder_name)]
 
 
+_NUMBERS = {int, float, type(None)}
+
+
+def _plain(annotation: Any) -> set[Any]:
+    """The types of a union, without what is annotated to them."""
+    if get_origin(annotation) is Annotated:
+        return _plain(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return set().union(*map(_plain, get_args(annotation)))
+    return {annotation if isinstance(annotation, type) else object}
+
+
 class Base(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation in _NUMBERS:
+        if isinstance(value, bool) and _plain(cls.model_fields[info.field_name or ""].annotation) <= _NUMBERS:
             raise ValueError("must be a number")
         return value
 
