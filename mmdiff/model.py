@@ -238,15 +238,23 @@ class MTDiffusionModel(LoraModel, ModelMixin, ConfigMixin):
                 context.append(like.new_zeros(len(like), modality.context_width))
         return Observation(torch.cat(channels, dim=1), torch.cat(context, dim=1))
 
-    def forward(self, sample: Tensor, timestep: Tensor, observation: Observation) -> MTDiffusionModelOutput:
+    def forward(
+        self, sample: Tensor, timestep: Tensor, observation: Observation, heads: Collection[str] | None = None
+    ) -> MTDiffusionModelOutput:
         """One evaluation at z_t = ``sample`` (B, C, H, W), ``timestep`` (B,) in 0 … T − 1.
 
         Backbone and heads compute in the weights' dtype; the outputs have the dtype of ``sample``.
+
+        Args:
+            sample, timestep, observation: see `Backbone.forward`.
+            heads: names of the modalities whose heads are read. Default: all.
         """
         inside, outside = next(self.backbone.parameters()).dtype, sample.dtype
         output = self.backbone(sample.to(inside), timestep, observation.to(inside))
         params = {
-            name: self.modalities[name].decode(output.features, output.pooled).to(outside) for name in self.generated
+            name: self.modalities[name].decode(output.features, output.pooled).to(outside)
+            for name in self.generated
+            if heads is None or name in heads
         }
         return MTDiffusionModelOutput(
             prediction=output.prediction.to(outside), params=params, pooled=output.pooled.to(outside)

@@ -10,7 +10,7 @@ import copy
 import math
 import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -211,6 +211,10 @@ class Condition(Value, TiedState):
         if hasattr(self, "height"):
             other.height, other.width = scaled((self.height, self.width), (before[0], before[1]), (height, width))
         return other
+
+    def run_encoder(self) -> Callable[[Tensor], Tensor]:
+        """`encode` for many calls with the same weights: what no value changes may be computed once."""
+        return self.encode
 
     @property
     def observation_channels(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +204,11 @@ class Label(Modality):
         return table / table.square().mean(dim=(1, 2, 3), keepdim=True).add(1e-12).sqrt()
 
     def encode(self, value: Tensor) -> Tensor:
-        return repeated(self._normalised_table()[value], (self.height, self.width))
+        return self.run_encoder()(value)
+
+    def run_encoder(self) -> Callable[[Tensor], Tensor]:
+        table = self._normalised_table()
+        return lambda value: repeated(table[value], (self.height, self.width))
 
     @property
     def observation_channels(self) -> int:

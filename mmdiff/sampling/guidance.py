@@ -6,7 +6,7 @@ Tweedie's formula (Efron, 2011) and Bayes' rule give E[z_0 | z_t, x_i] from E[z_
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -68,24 +68,30 @@ def branches_of(
 
 
 def guided(
-    model: MTDiffusionModel, sample: Tensor, timesteps: Tensor, branches: Branches, scales: Mapping[str, float]
+    model: MTDiffusionModel,
+    sample: Tensor,
+    timesteps: Tensor,
+    branches: Branches,
+    scales: Mapping[str, float],
+    heads: Collection[str] | None = None,
 ) -> Evaluation:
     """Classifier-free guidance with all branches in one batch: full + Σ_i (s_i − 1) (full − full without i).
 
-    With one condition this is the usual absent + s (observed − absent). The heads are those of the full branch.
+    With one condition this is the usual absent + s (observed − absent). The heads, by default all, are those of the
+    full branch.
     """
     count = 1 + len(branches.left_out)
     if count == 1:
-        output = model(sample, timesteps, branches.observation)
+        output = model(sample, timesteps, branches.observation, heads)
         return Evaluation(output.prediction, output.params, {})
-    output = model(sample.repeat(count, 1, 1, 1), timesteps.repeat(count), branches.observation)
+    output = model(sample.repeat(count, 1, 1, 1), timesteps.repeat(count), branches.observation, heads)
     full, *without = output.prediction.chunk(count)
     pairs = [(scales[name], part) for name, part in zip(branches.left_out, without, strict=True) if name in scales]
-    heads = {name: params.chunk(count) for name, params in output.params.items()}
+    read = {name: params.chunk(count) for name, params in output.params.items()}
     return Evaluation(
         prediction=full + sum((scale - 1.0) * (full - part) for scale, part in pairs),
-        params={name: parts[0] for name, parts in heads.items()},
-        unseen={name: heads[name][k] for k, name in enumerate(branches.left_out, start=1) if name in heads},
+        params={name: parts[0] for name, parts in read.items()},
+        unseen={name: read[name][k] for k, name in enumerate(branches.left_out, start=1) if name in read},
     )
 
 
@@ -118,15 +124,21 @@ class Denoiser:
         only_mean = set(conditioning.head_guidance) & set(aggregated) - conditioning.concatenated
         self.only_mean = {name: aggregated[name] for name in sorted(only_mean)}
 
-    def __call__(self, sample: Tensor, timesteps: Tensor, now: int) -> Evaluation:
-        """An evaluation at z_t (B, C, H, W), ``timesteps`` (B,); ``now`` is the timestep as a Python number."""
+    def __call__(self, sample: Tensor, timesteps: Tensor, now: int, heads: Collection[str] = ()) -> Evaluation:
+        """An evaluation at z_t (B, C, H, W), ``timesteps`` (B,).
+
+        Args:
+            sample, timesteps: z_t, and its timestep for every sample.
+            now: the timestep as a Python number.
+            heads: that the caller reads.
+        """
         scales, guiding = self.conditioning.guidance, self.conditioning.head_guidance
         signal, noise = self.scheduler.signal_and_noise(now) if guiding else (0.0, 1.0)
         if signal < MIN_SIGNAL:
-            return guided(self.model, sample, timesteps, self.branches, scales)
+            return guided(self.model, sample, timesteps, self.branches, scales, heads)
         with torch.enable_grad():
             z_t = sample.detach().requires_grad_()
-            evaluation = guided(self.model, z_t, timesteps, self.branches, scales)
+            evaluation = guided(self.model, z_t, timesteps, self.branches, scales, {*heads, *guiding, *self.only_mean})
             (score,) = torch.autograd.grad(self._log_likelihood(evaluation), z_t)
         prediction = evaluation.prediction.detach()
         params = {name: head.detach() for name, head in evaluation.params.items()}
@@ -162,8 +174,14 @@ def _log_likelihood(modality: Modality, params: Tensor, value: Tensor) -> Tensor
     return -modality.dimensions * modality.nll(params.float() if params.dtype != torch.float64 else params, value).sum()
 
 
-def feedback_encoding(modality: Modality, params: Tensor, feedback: str, drawn: Tensor) -> Tensor:
-    """The encoding of an unobserved modality from its head: E(draw), Σ_k p(k) E(k), or E(mode)."""
+def feedback_encoding(
+    modality: Modality,
+    params: Tensor,
+    feedback: str,
+    drawn: Tensor,
+    encode: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The encoding of an unobserved modality from its head: E(draw), Σ_k p(k) E(k), or E(mode); ``encode`` is E."""
     if feedback == "mean":
         return modality.expected_encoding(params)
-    return modality.encode(drawn if feedback == "draw" else modality.mode(params))
+    return (encode or modality.encode)(drawn if feedback == "draw" else modality.mode(params))

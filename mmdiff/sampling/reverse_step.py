@@ -27,6 +27,7 @@ class ReverseStep:
         conditioning, values = request.conditioning, request.values
         self.model, self.scheduler, self.request = model, scheduler, request
         self.fed_back = sorted(conditioning.fed_back)
+        self.encoders = {name: model.modalities[name].run_encoder() for name in self.fed_back}
         self.unobserved = sorted(set(model.generated) - set(values))
         anchor = model.modalities[model.anchor]
         self.known = [model.modalities[n].known_part(values[n], anchor) for n in sorted(conditioning.replaced)]
@@ -56,8 +57,10 @@ class ReverseStep:
             z (B, C, H, W) at the timestep of step ``index + 1 − back``.
         """
         now, then = self.times[index], self.times[index + 1]
-        evaluation = self.denoiser(sample, self.timesteps[index], now)
-        self._feed_back(evaluation.params, last=index == self.request.steps - 1)
+        last = index == self.request.steps - 1
+        heads = {*self.fed_back, *self.unobserved} if last else self.fed_back
+        evaluation = self.denoiser(sample, self.timesteps[index], now, heads)
+        self._feed_back(evaluation.params, last)
         sample = self.scheduler.step(
             evaluation.prediction, now, sample, self.encodings, generator=self.request.generator, return_dict=False
         )[0]
@@ -76,7 +79,8 @@ class ReverseStep:
             for name in (self.unobserved if last else self.fed_back if feedback == "draw" else ())
         }
         for name in self.fed_back:
-            self.encodings[name] = feedback_encoding(modalities[name], params[name], feedback, self.draws.get(name))
+            drawn, encode = self.draws.get(name), self.encoders[name]
+            self.encodings[name] = feedback_encoding(modalities[name], params[name], feedback, drawn, encode)
 
     def _with_known(self, sample: Tensor, now: int) -> Tensor:
         if not self.known:
