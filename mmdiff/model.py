@@ -243,11 +243,8 @@ class MTDiffusionModel(LoraModel, ModelMixin, ConfigMixin):
     ) -> MTDiffusionModelOutput:
         """One evaluation at z_t = ``sample`` (B, C, H, W), ``timestep`` (B,) in 0 … T − 1.
 
-        Backbone and heads compute in the weights' dtype; the outputs have the dtype of ``sample``.
-
-        Args:
-            sample, timestep, observation: see `Backbone.forward`.
-            heads: names of the modalities whose heads are read. Default: all.
+        Backbone and heads compute in the weights' dtype; the outputs have the dtype of ``sample``. ``heads``: names of
+        the modalities whose heads are read; None: all.
         """
         inside, outside = next(self.backbone.parameters()).dtype, sample.dtype
         output = self.backbone(sample.to(inside), timestep, observation.to(inside))

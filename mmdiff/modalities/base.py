@@ -1,8 +1,4 @@
-"""The contracts of a modality.
-
-`Value`: how a value is read, shown and saved. `Condition`: how it enters diffusion space, E_i. `Modality`: how it
-leaves it, D_i and p_θ(x_i | z_t). `mmdiff.modalities.anchor` has what only the anchor needs.
-"""
+"""`Value`: how a value is read and saved; `Condition`: E_i; `Modality`: D_i and p_θ(x_i | z_t). See also `anchor`."""
 
 from __future__ import annotations
 

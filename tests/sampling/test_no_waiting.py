@@ -44,7 +44,8 @@ class _NoReads(TorchDispatchMode):
 
 def test_a_step_of_sampling_or_training_reads_nothing_from_the_device() -> None:
     """On the meta device, which has no values to read and cannot be copied from."""
-    model, scheduler = random_model(MODALITIES), MTDiffusionScheduler(weights={"label": {"scale": 0.5}}, solver="DDIMScheduler")
+    model = random_model(MODALITIES)
+    scheduler = MTDiffusionScheduler(weights={"label": {"scale": 0.5}}, solver="DDIMScheduler")
     objective = MTObjective(model, scheduler, dict.fromkeys(model.names, StateProbabilities(0.4, 0.3)), {"label": 0.1})
     objective.to("meta")
     values = {name: model.modalities[name].examples(4, torch.Generator()).to("meta") for name in model.names}
