@@ -19,8 +19,10 @@ from mmdiff.backbones import DiT, Observation
 from mmdiff.benchmarks.interleaved import interleaved, ratio
 from mmdiff.benchmarks.machine import machine
 from mmdiff.errors import InputError
+from mmdiff.evaluation.tables import facts, table
 from mmdiff.training.process import set_threads
 
+HEAD = ("comparison", "ratio (rounds)", "bar", "reached", "remark")
 CLASSES = 10  # of the label that both networks are given
 
 
@@ -89,14 +91,12 @@ def run(request: Request) -> str:
         tree = {**about, "sizes": sizes, "rows": [asdict(row) for row in rows]}
         request.out.parent.mkdir(parents=True, exist_ok=True)
         request.out.write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
-    lines = [", ".join(f"{name} {value}" for name, value in facts.items()) for facts in (about, sizes)]
-    return "\n".join([*lines, *map(_line, rows)])
+    return "\n".join([*facts(about | {"sizes": sizes}), "", *table(HEAD, list(map(_cells, rows)))])
 
 
-def _line(row: Row) -> str:
-    figure = "not measured" if row.value is None else f"{row.value:.3f} ({row.low:.3f}–{row.high:.3f})"
-    verdict = {True: "met", False: "missed", None: ""}[row.met]
-    return f"{row.name:<48}{figure:<24}{row.bar:<10}{verdict:<8}{row.remark}"
+def _cells(row: Row) -> list[str]:
+    figure = "not measured" if row.value is None else f"{row.value:.3f} ({row.low:.3f} … {row.high:.3f})"
+    return [row.name, figure, row.bar, {True: "yes", False: "no", None: ""}[row.met], row.remark]
 
 
 def step_of(request: Request, network: nn.Module, dtype: torch.dtype = torch.float32) -> Callable[[], None]:

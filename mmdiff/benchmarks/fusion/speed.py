@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import platform
+import functools
 import statistics
-import time
 from collections.abc import Callable
-from datetime import date
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from mmdiff.benchmarks.interleaved import interleaved
+from mmdiff.benchmarks.machine import machine
 from mmdiff.errors import InputError
+from mmdiff.evaluation.tables import facts
 from mmdiff.modalities.fusion import FUSIONS, Fused, Fusion, build_fusion
 
 
@@ -49,27 +49,24 @@ def fusion_speed(
     counts = [1 + (index * largest) // sets for index in range(sets)]
     mask = (torch.arange(largest) < torch.tensor(counts)[:, None]).to(device)
     members = torch.randn(sets, largest, dim, generator=generator).to(device).requires_grad_(backward)
-    sides: dict[str, Callable[[], list[Fused]]] = {
+    fusions: dict[str, Callable[[], list[Fused]]] = {
         "batch": lambda: [module(members, mask)],
         "loop": lambda: [module(members[k : k + 1, :n], mask[k : k + 1, :n]) for k, n in enumerate(counts)],
         "bare": lambda: [_BARE[kind](module, members[k, :n]) for k, n in enumerate(counts)],
     }
-    times: dict[str, list[float]] = {name: [] for name in sides}
     outputs: dict[str, Tensor] = {}
+
+    def fuse(name: str) -> None:
+        members.grad = None
+        outputs[name] = torch.cat([one.embedding.reshape(-1, dim) for one in fusions[name]()])  # (B, d)
+        if backward:
+            outputs[name].square().sum().backward()
+
     with torch.set_grad_enabled(backward):
-        for index in range(rounds + 1):
-            for name, fuse in sides.items():
-                start = _now(device)
-                results = fuse()
-                outputs[name] = torch.cat([one.embedding.reshape(-1, dim) for one in results])  # (B, d)
-                if backward:
-                    outputs[name].square().sum().backward()
-                seconds = _now(device) - start
-                if index > 0:
-                    times[name].append(1000 * seconds)
-                members.grad = None
+        times = interleaved({name: functools.partial(fuse, name) for name in fusions}, rounds, device)
     difference = max(float((outputs["batch"] - outputs[name]).detach().abs().max()) for name in ("loop", "bare"))
-    return FusionSpeed(**{name: statistics.median(values) for name, values in times.items()}, difference=difference)
+    medians = {name: 1000 * statistics.median(seconds) for name, seconds in times.items()}
+    return FusionSpeed(**medians, difference=difference)
 
 
 def compare_fusions(
@@ -85,8 +82,7 @@ def compare_fusions(
     torch.set_num_threads(threads)
     try:
         lines = [
-            f"{date.today().isoformat()}, {platform.machine()}, torch {torch.__version__}, {device}, "
-            f"{threads} threads, load {os.getloadavg()[0]:.1f}; "
+            *facts(machine(device)),
             f"{sets} sets of 1 … {largest} members of {dim} numbers, float32, median of {rounds} rounds",
             f"{'':<34}{'batch':>9}{'loop':>11}{'ratio':>8}{'bare loop':>11}{'ratio':>8}{'difference':>13}",
         ]
@@ -100,13 +96,6 @@ def compare_fusions(
     finally:
         torch.set_num_threads(before)
     return "\n".join(lines)
-
-
-def _now(device: str) -> float:
-    if device == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def _mean(module: Fusion, h: Tensor) -> Fused:

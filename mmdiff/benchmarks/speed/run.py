@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmdiff.benchmarks.interleaved import interleaved
 from mmdiff.benchmarks.machine import machine
 from mmdiff.benchmarks.speed.sampling import sampling
-from mmdiff.benchmarks.speed.sides import TRAINING, Pair
+from mmdiff.benchmarks.speed.sides import TRAINING
 from mmdiff.config import Config
 from mmdiff.errors import InputError
 from mmdiff.evaluation.tables import facts, table
@@ -95,7 +95,9 @@ def _training(config: Config, side: str, request: Request) -> dict[str, Any]:
     """Milliseconds of CPU time per step of both sides, and their ratio."""
     config = _updated(config, steps=(request.rounds + 2) * request.steps)
     pair = TRAINING[side](config, request.trust)
-    ours, others = _rounds(pair, request.rounds, request.steps)
+    sides = {"mmdiff": _repeated(pair.mmdiff, request.steps), "other": _repeated(pair.other, request.steps)}
+    times = interleaved(sides, request.rounds)
+    ours, others = ([1000 * seconds / request.steps for seconds in times[name]] for name in sides)
     ratios = [a / b for a, b in zip(ours, others, strict=True)]
     name = config.name if side in OF_CONFIGS else "image + label, 6.5 M"
     row = {"experiment": name, "against": side, "mmdiff_ms": statistics.median(ours)}
@@ -109,30 +111,18 @@ def _training(config: Config, side: str, request: Request) -> dict[str, Any]:
     return row | {"ratio": statistics.median(ratios), "rounds": ratios, "load": machine()["load"]}
 
 
-def _rounds(pair: Pair, rounds: int, steps: int) -> tuple[list[float], list[float]]:
-    """Milliseconds per step of both sides in every round; one more round warms up."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for index in range(rounds + 1):
-        # the order alternates, so that a drift of the machine's speed falls on both sides
-        sides = list(zip(times, (pair.mmdiff, pair.other), strict=True))
-        for found, step in sides if index % 2 == 0 else reversed(sides):
-            milliseconds = 1000 * _cpu_seconds(step, steps) / steps
-            if index > 0:
-                found.append(milliseconds)
-    return times
+def _repeated(step: Callable[[], None], count: int) -> Callable[[], None]:
+    def steps() -> None:
+        for _ in range(count):
+            step()
 
-
-def _cpu_seconds(step: Callable[[], None], steps: int) -> float:
-    start = time.process_time()
-    for _ in range(steps):
-        step()
-    return time.process_time() - start
+    return steps
 
 
 def _sampling(config: Config, request: Request) -> list[dict[str, Any]]:
     rows = []
-    for title, found in sampling(config, request.rounds, request.steps, request.trust).items():
-        microseconds = {f"{name}_us": 1e6 * seconds for name, seconds in found._asdict().items()}
+    for title, seconds_of in sampling(config, request.rounds, request.steps, request.trust).items():
+        microseconds = {f"{name}_us": 1e6 * seconds for name, seconds in seconds_of._asdict().items()}
         row = {"experiment": config.name, "against": f"solver, {title}", "bar": f"<= {OVERHEADS[title]} µs"}
         reached = microseconds["overhead_us"] <= OVERHEADS[title]
         rows.append(row | microseconds | {"reached": reached, "load": machine()["load"]})
