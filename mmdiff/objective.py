@@ -121,19 +121,19 @@ class MTObjective(nn.Module):
         """{modality: (parameters, log_scale)} of learned weight schedules."""
         return {name: (self.schedule_shapes[name], self.schedule_scales[name]) for name in self.schedule_shapes}
 
-    def forward(self, batch: Batch, where: BatchPosition) -> ObjectiveOutput:
+    def forward(self, batch: Batch, position: BatchPosition) -> ObjectiveOutput:
         """One (micro-)batch; see the module's docstring."""
         model = self.model.of_size(*batch.values[self.model.anchor].shape[-2:])
         scheduler = self.scheduler.with_learned_weights(self.learned_weights())
         batch = self.without_missing(batch, model)
-        aggregated, observed, denoised = self.draw_states(batch, where)
-        timesteps = self.draw_timesteps(where, denoised)  # (B,)
+        aggregated, observed, denoised = self.draw_states(batch, position)
+        timesteps = self.draw_timesteps(position, denoised)  # (B,)
 
         anchor = batch.values[model.anchor]
         stored = batch.values.get(f"{model.anchor}/latents")
-        model.modalities[model.anchor].prepare(anchor, self.normals("latent", where), stored)
+        model.modalities[model.anchor].prepare(anchor, self.normals("latent", position), stored)
         z_0 = model.modalities[model.anchor].encode(anchor)  # (B, C, H, W)
-        noise = normal(self.seed, where.step, "noise", where.positions, z_0.shape[1:])
+        noise = normal(self.seed, position.step, "noise", position.positions, z_0.shape[1:])
         weighted = {name: batch.values[name] for name in self.weighted}
         encodings = {
             name: encoding * aggregated[name][:, None, None, None] for name, encoding in model.encode(weighted).items()
@@ -142,7 +142,7 @@ class MTObjective(nn.Module):
         z_t = z_t * denoised[:, None, None, None]  # elsewhere the mean of z_T, as in sampling
         observation = model.observation(batch.values, aggregated, observed, like=z_t)
         if count := model.backbone.random_numbers(*z_t.shape[2:]):
-            numbers = uniform(self.seed, where.step, "backbone", where.positions, (count,))
+            numbers = uniform(self.seed, position.step, "backbone", position.positions, (count,))
             observation = observation._replace(random=numbers)
         output = model(z_t, timesteps, observation)
 
@@ -164,11 +164,11 @@ class MTObjective(nn.Module):
             nll = modality.nll(output.params[name].float(), asked)
             terms[f"l2/{name}"] = nll * (batch.present[name] & batch.present[source] & ~observed[source])
         if self.contrastive:
-            other = where.neighbours()
+            other = position.neighbours()
             push = losses.contrastive_error(output.prediction, target[other], weight)
             terms["contrastive"] = push * (denoised & batch.present[model.anchor][other])
         if self.alignment is not None:
-            terms |= self.alignment(anchor, z_t.shape[2:], denoised, where.step, where.neighbours)
+            terms |= self.alignment(anchor, z_t.shape[2:], denoised, position.step, position.neighbours)
         return self.total(terms, self.untouched(batch, model))
 
     def untouched(self, batch: Batch, model: MTDiffusionModel) -> Tensor | float:
@@ -180,9 +180,9 @@ class MTObjective(nn.Module):
         rows = {name: batch.values[name][:1] for name in self.unweighted}
         return sum(0.0 * encoding.sum() for encoding in model.encode(rows).values())
 
-    def normals(self, stream: str, where: BatchPosition) -> Callable[[tuple[int, ...]], Tensor]:
+    def normals(self, stream: str, position: BatchPosition) -> Callable[[tuple[int, ...]], Tensor]:
         """shape -> standard normal numbers (B, *shape) of a stream."""
-        return lambda shape: normal(self.seed, where.step, stream, where.positions, shape)
+        return lambda shape: normal(self.seed, position.step, stream, position.positions, shape)
 
     def without_missing(self, batch: Batch, model: MTDiffusionModel) -> Batch:
         """Missing values as placeholders: whatever a data set left there has no effect."""
@@ -216,8 +216,8 @@ class MTObjective(nn.Module):
             parts["repa"] = self.alignment.weight * means["repa"]
         parts |= {f"penalty/{name}": penalty for name, penalty in penalties.items()}
         loss = sum(list(parts.values())[1:], start=parts["l0"]) + nothing
-        told = {"loss": loss, **means, **{f"weight/{name}": weight for name, weight in weights.items()}}
-        return ObjectiveOutput(loss, {name: value.detach() for name, value in told.items()}, parts)
+        logged = {"loss": loss, **means, **{f"weight/{name}": weight for name, weight in weights.items()}}
+        return ObjectiveOutput(loss, {name: value.detach() for name, value in logged.items()}, parts)
 
     def trained_weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """({modality: w}, {modality: −½ log w}) of learned weights."""
@@ -225,14 +225,15 @@ class MTObjective(nn.Module):
         both = {name: losses.learned_weight(p, fixed[name]) for name, p in self.log_weights.items()}
         return {name: weight for name, (weight, _) in both.items()}, {name: rest for name, (_, rest) in both.items()}
 
-    def draw_states(self, batch: Batch, where: BatchPosition) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    def draw_states(self, batch: Batch, position: BatchPosition) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         """({name: aggregated}, {name: observed}, denoised), (B,) bool each; a missing value is absent.
 
         Nothing is denoised where the anchor is observed, missing or hidden: the heads are read at t = T, nothing is
         aggregated, and L1 and L3 count 0.
         """
         names, anchor = self.model.names, self.anchor_index
-        u = uniforms(self.seed, where.step, [*streams(names), "hidden"], where.positions, (COLUMNS,))  # (N + 3, B, 3)
+        drawn = [*streams(names), "hidden"]
+        u = uniforms(self.seed, position.step, drawn, position.positions, (COLUMNS,))  # (N + 3, B, 3)
         flags = self.distribution.draw(Draw(u[:-1], self.state_probabilities, anchor))
         present = torch.stack([batch.present[name] for name in names])  # (N, B)
         observed = flags.observed & present
@@ -240,13 +241,13 @@ class MTObjective(nn.Module):
         aggregated = flags.aggregated & present & denoised
         return dict(zip(names, aggregated, strict=True)), dict(zip(names, observed, strict=True)), denoised
 
-    def draw_timesteps(self, where: BatchPosition, denoised: Tensor) -> Tensor:
+    def draw_timesteps(self, position: BatchPosition, denoised: Tensor) -> Tensor:
         """(B,): one uniform number, spread evenly over the global batch (Kingma et al., 2021), mapped by the scheduler.
 
         Where nothing is denoised t = T, as sampling asks then.
         """
-        offset = uniform_number(self.seed, where.step, "times")
-        u = (where.positions.double() / where.global_batch + offset) % 1.0
+        offset = uniform_number(self.seed, position.step, "times")
+        u = (position.positions.double() / position.global_batch + offset) % 1.0
         return torch.where(denoised, self.scheduler.training_timesteps(u), self.scheduler.terminal_timestep)
 
     def snr_weight(self, timesteps: Tensor) -> Tensor | None:

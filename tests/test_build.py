@@ -123,6 +123,18 @@ def test_scheduler_mistakes_are_named_as_in_the_config(configure: Configure) -> 
             build_scheduler(resolve(configure(override), rows()))
 
 
+def test_a_time_shift_by_resolution_becomes_a_number(configure: Configure) -> None:
+    """√(positions / 1024) of the diffusion space, 1 at least; other words are refused."""
+    flow = "scheduler.kind=flow_match"
+    for size, shift in ((16, 1.0), (64, 2.0)):
+        config = resolve(configure(flow, "scheduler.time_shift=resolution"), rows(size=(size, size)))
+        assert build_scheduler(config).config.time_shift == shift
+        assert resolve(config, rows(size=(size, size))) == config
+    for wrong in ("large", 0.0, -1.0, 1e6):
+        with refused("scheduler.time_shift", wrong):
+            build_scheduler(resolve(configure(flow, f"scheduler.time_shift={wrong}"), rows()))
+
+
 def test_the_resolved_config_lists_every_argument_of_the_scheduler(configure: Configure) -> None:
     for kind, cls in SCHEDULERS.items():
         config = resolve(configure(f"scheduler.kind={kind}"), rows())

@@ -149,7 +149,7 @@ def fusion(
 ) -> None:
     """Answer questions about image sets by every fusion.
 
-    Beside the four fusions stand one large image of all members, and single images. The table has accuracy, precision
+    Beside the fusions stand one large image of all members, and single images. The table has accuracy, precision
     and recall against the number of members and the share of distractors.
     """
     files, overrides = files_and_overrides("EXPERIMENT", experiments)
@@ -176,7 +176,7 @@ def backbones(
 ) -> None:
     """Time the transformer against that of diffusers.
 
-    A second table row each: bfloat16, activation checkpointing and its memory, tokens dropped in the middle.
+    Further rows: bfloat16, activation checkpointing and its memory, tokens dropped in the middle.
     """
     from mmdiff.benchmarks.backbones import Request, run
 

@@ -1,4 +1,4 @@
-"""`Value`: how a value is read and saved; `Condition`: E_i; `Modality`: D_i and p_θ(x_i | z_t). See also `anchor`."""
+"""The contracts of a modality: `Value` is read and saved, `Condition` enters diffusion space, `Modality` leaves it."""
 
 from __future__ import annotations
 
@@ -208,8 +208,8 @@ class Condition(Value, TiedState):
             other.height, other.width = scaled((self.height, self.width), (before[0], before[1]), (height, width))
         return other
 
-    def run_encoder(self) -> Callable[[Tensor], Tensor]:
-        """`encode` for many calls with the same weights: what no value changes may be computed once."""
+    def fixed_encoder(self) -> Callable[[Tensor], Tensor]:
+        """`encode`, for many calls while the weights stay fixed: what depends on them alone is computed once."""
         return self.encode
 
     @property

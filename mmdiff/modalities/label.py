@@ -204,9 +204,9 @@ class Label(Modality):
         return table / table.square().mean(dim=(1, 2, 3), keepdim=True).add(1e-12).sqrt()
 
     def encode(self, value: Tensor) -> Tensor:
-        return self.run_encoder()(value)
+        return self.fixed_encoder()(value)
 
-    def run_encoder(self) -> Callable[[Tensor], Tensor]:
+    def fixed_encoder(self) -> Callable[[Tensor], Tensor]:
         table = self._normalised_table()
         return lambda value: repeated(table[value], (self.height, self.width))
 

@@ -175,13 +175,9 @@ def _log_likelihood(modality: Modality, params: Tensor, value: Tensor) -> Tensor
 
 
 def feedback_encoding(
-    modality: Modality,
-    params: Tensor,
-    feedback: str,
-    drawn: Tensor,
-    encode: Callable[[Tensor], Tensor] | None = None,
+    modality: Modality, encode: Callable[[Tensor], Tensor], params: Tensor, feedback: str, drawn: Tensor | None
 ) -> Tensor:
     """The encoding of an unobserved modality from its head: E(draw), Σ_k p(k) E(k), or E(mode); ``encode`` is E."""
     if feedback == "mean":
         return modality.expected_encoding(params)
-    return (encode or modality.encode)(drawn if feedback == "draw" else modality.mode(params))
+    return encode(drawn if feedback == "draw" else modality.mode(params))

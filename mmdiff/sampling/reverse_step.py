@@ -27,7 +27,7 @@ class ReverseStep:
         conditioning, values = request.conditioning, request.values
         self.model, self.scheduler, self.request = model, scheduler, request
         self.fed_back = sorted(conditioning.fed_back)
-        self.encoders = {name: model.modalities[name].run_encoder() for name in self.fed_back}
+        self.encoders = {name: model.modalities[name].fixed_encoder() for name in self.fed_back}
         self.unobserved = sorted(set(model.generated) - set(values))
         anchor = model.modalities[model.anchor]
         self.known = [model.modalities[n].known_part(values[n], anchor) for n in sorted(conditioning.replaced)]
@@ -79,8 +79,8 @@ class ReverseStep:
             for name in (self.unobserved if last else self.fed_back if feedback == "draw" else ())
         }
         for name in self.fed_back:
-            drawn, encode = self.draws.get(name), self.encoders[name]
-            self.encodings[name] = feedback_encoding(modalities[name], params[name], feedback, drawn, encode)
+            modality, drawn = modalities[name], self.draws.get(name)
+            self.encodings[name] = feedback_encoding(modality, self.encoders[name], params[name], feedback, drawn)
 
     def _with_known(self, sample: Tensor, now: int) -> Tensor:
         if not self.known:

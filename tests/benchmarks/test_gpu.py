@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mmdiff.benchmarks.gpu import measures
+from mmdiff.benchmarks.gpu import run as gpu_run
 from mmdiff.benchmarks.gpu.run import Request, run
 from mmdiff.errors import InputError
 
@@ -47,8 +48,14 @@ def test_every_part_runs_at_toy_size_and_a_part_that_fails_is_a_line(
         run(Request(tmp_path / "gpu", toy=True))
 
 
-def test_the_time_is_kept(tmp_path: Path) -> None:
+def test_the_time_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part begins only while five seconds are left, and takes no more than are left; the rest is told."""
+    begun: list[float] = []
+    within = gpu_run._within
+    monkeypatch.setattr(gpu_run, "_within", lambda seconds: begun.append(seconds) or within(seconds))
     run(Request(tmp_path / "gpu", budget=0.1, toy=True))
     results = json.loads((tmp_path / "gpu" / "gpu.json").read_text())
     assert results["seconds"] < 30
+    assert begun and all(5 <= seconds <= 6 for seconds in begun) and begun == sorted(begun, reverse=True)
+    assert len(begun) < len(results["parts"])
     assert "not_measured" in list(results["parts"].values())[-1]

@@ -122,7 +122,7 @@ def test_what_is_fed() -> None:
     expected = {"draw": rows[2:], "mode": rows[:1], "mean": (0.5 * rows[0] + 0.3 * rows[1] + 0.2 * rows[2])[None]}
     assert expected.keys() == set(FEEDBACKS)
     for feedback, encoding in expected.items():
-        torch.testing.assert_close(feedback_encoding(label, params, feedback, drawn), encoding)
+        torch.testing.assert_close(feedback_encoding(label, label.encode, params, feedback, drawn), encoding)
 
 
 # ------------------------------------------------------------------------------------------------ names and scales
