@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from networks import random_model
+from networks import DIT, random_model
 from torch import Tensor
 
 from mmdiff.data import Batch
+from mmdiff.model import MTDiffusionModel
 from mmdiff.objective import BatchPosition, MTObjective, ObjectiveOutput, StateProbabilities
 from mmdiff.randomness import normal
 from mmdiff.schedulers import MTDiffusionScheduler
@@ -371,3 +372,20 @@ def test_the_uncertainty_is_told_by_the_network_and_learned() -> None:
     error = (plain["l1"] + plain["l3"]).item()
     assert found["log_std.bias"].item() == pytest.approx(1 - math.e**2 * error, rel=1e-4)  # 0 where σ² is the error
     assert found["log_std.weight"].any()  # it is told apart by what the network sees
+
+
+def test_the_backbones_numbers_are_functions_of_seed_step_and_position() -> None:
+    """A batch and its parts get the same; another step, another seed and another row get others."""
+    backbone = {"kind": "dit", **DIT, "depth": 3, "token_drop": 0.5, "outer_blocks": 1}
+    images = {"image": {"kind": "image", "channels": 1, "size": 8}}
+    model, told = MTDiffusionModel(images, backbone), []
+    model.backbone.register_forward_pre_hook(lambda _, arguments: told.append(arguments[2].random))
+    whole = Batch({"image": batch().values["image"]}, {"image": torch.ones(8, dtype=torch.bool)})
+    half = Batch({"image": whole.values["image"][4:]}, {"image": torch.ones(4, dtype=torch.bool)})
+    for seed, step, rows, first in ((0, 5, whole, 0), (0, 5, half, 4), (0, 6, whole, 0), (1, 5, whole, 0)):
+        objective = MTObjective(model, MTDiffusionScheduler(), {"image": ABSENT}, {}, seed=seed)
+        objective(rows, BatchPosition(step, torch.arange(first, 8), 8))
+    drawn, part, later, other = told
+    assert drawn.shape == (8, 16) and drawn.min() >= 0 and drawn.max() < 1
+    assert torch.equal(part, drawn[4:])
+    assert len(torch.cat([drawn, later, other]).unique(dim=0)) == 24

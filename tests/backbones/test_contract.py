@@ -135,6 +135,9 @@ def test_slots_name_every_layer_that_depends_on_the_modalities() -> None:
         state, larger = one.state_dict(), other.state_dict()
         assert {name for name in state if state[name].shape != larger[name].shape} == set(axes)
         for name, found in axes.items():
+            pairs = enumerate(zip(state[name].shape, larger[name].shape, strict=True))
+            assert {dim for dim, (small, large) in pairs if small != large} == set(found), name
+        for name, found in axes.items():
             for dim, axis in found.items():
                 assert len({slot.key for slot in axis.slots}) == len(axis.slots) == state[name].shape[dim]
 

@@ -110,12 +110,20 @@ def test_dropped_patches_are_those_with_the_largest_numbers_and_only_where_numbe
 
 @torch.no_grad()
 def test_the_middle_blocks_see_the_kept_patches_and_all_other_tokens() -> None:
-    backbone, lengths = dit(**OPTIONS["dropping"]), []
+    """The four patches of the smallest numbers, each at its own place."""
+    backbone, seen = dit(**OPTIONS["dropping"]), []
     for block in backbone.layers:
-        block.register_forward_pre_hook(lambda _, arguments: lengths.append(arguments[0].shape[1]))
-    backbone(*inputs(random=16))
+        block.register_forward_pre_hook(lambda _, arguments: seen.append((arguments[0], arguments[2])))
+        block.register_forward_hook(lambda *call: seen.append(call[2][0]))
+    batch = inputs(random=16)
+    backbone(*batch)
     front = len(WIDTHS) + 1
-    assert lengths == [front + 16, front + 4, front + 4, front + 16]
+    before, ((tokens, turn), *_) = seen[1], seen[2:]
+    whole = backbone.rotation(4, 4, torch.float64)[0]
+    for row, numbers in enumerate(batch[2].random):
+        kept = [*range(front), *(int(k) + front for k in numbers.argsort()[:4])]
+        assert torch.equal(tokens[row], before[row, kept]) and torch.equal(turn[row], whole[kept])
+    assert [len(entry[0][0]) for entry in seen[::2]] == [front + 16, front + 4, front + 4, front + 16]
 
 
 @every_option

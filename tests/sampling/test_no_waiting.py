@@ -61,3 +61,19 @@ def test_a_step_of_sampling_or_training_reads_nothing_from_the_device() -> None:
             with torch.no_grad():
                 z_t = step(z_t, index)
     assert z_t.is_meta
+
+
+@torch.no_grad()
+def test_a_step_reads_the_heads_that_it_uses_and_the_last_one_all_unobserved() -> None:
+    """The label is fed back in every step; mask and embedding are drawn once, in the last."""
+    scheduler = MTDiffusionScheduler(weights={"label": {"scale": 0.5}}, solver="DDIMScheduler")
+    model, read = random_model(MODALITIES), []
+    model.register_forward_hook(lambda *call: read.append(set(call[2].params)))
+    parameters = {name: p.default for name, p in inspect.signature(MTDiffusionPipeline.__call__).parameters.items()}
+    asked = {"batch_size": 2, "num_inference_steps": 3, "final_read": False}
+    step = ReverseStep(model, scheduler, request_of(model, scheduler, parameters | asked))
+    z_t = step.start()
+    for index in range(3):
+        z_t = step(z_t, index)
+    assert read == [{"label"}, {"label"}, set(model.generated)]
+    assert set(step.draws) == set(model.generated) and len(model.generated) == 4
