@@ -151,12 +151,12 @@ class MTDiffusionModel(LoraModel, ModelMixin, ConfigMixin):
         size = (base[0] if height is None else height, base[1] if width is None else width)
         if size == tuple(base):
             return self
-        shown, unit = f"{size[1]}x{size[0]}", self.backbone.multiple
+        size_text, unit = f"{size[1]}x{size[0]}", self.backbone.multiple
         with at(f"height and width, {self.anchor}", join=None):
             rows, columns = scaled(space, base, size)
         if rows % unit or columns % unit or not rows or not columns:
             steps = f"{unit * base[0] // space[0]} and {unit * base[1] // space[1]}"
-            raise InputError("height and width", shown, f"need multiples of {steps} pixels for this backbone")
+            raise InputError("height and width", size_text, f"need multiples of {steps} pixels for this backbone")
         other = copy.copy(self)
         other.space = (self.space[0], rows, columns)
         other._modules = dict(self._modules)  # the copy's own, of the same modules

@@ -122,8 +122,8 @@ def curves(metrics: Path, path: Path) -> Path:
 
 def _series(lines: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
     """(steps, values) of the lines that have a finite value of this name."""
-    found = np.array([(line["step"], line[name]) for line in lines if name in line], dtype=float)
-    return found[np.isfinite(found[:, 1])].T
+    points = np.array([(line["step"], line[name]) for line in lines if name in line], dtype=float)
+    return points[np.isfinite(points[:, 1])].T
 
 
 def _panel(axis: Any, title: str, members: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:

@@ -6,6 +6,7 @@ Nothing here stands in for the package's own code.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 import shutil
 import signal
@@ -198,6 +199,11 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 # ---------------------------------------------------------------------------------------------------- real processes
 
 
+def _end_with_the_tests() -> None:
+    """SIGTERM when the tests' process is gone, killed too: endless trainings must not outlive it."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 class Launched:
     """A real process and everything it starts.
 
@@ -212,7 +218,13 @@ class Launched:
         self._out, self._err = folder / "stdout.txt", folder / "stderr.txt"
         with self._out.open("w") as out, self._err.open("w") as err:
             self.process = subprocess.Popen(
-                arguments, stdout=out, stderr=err, cwd=folder, env={**os.environ, **environment}, start_new_session=True
+                arguments,
+                stdout=out,
+                stderr=err,
+                cwd=folder,
+                env={**os.environ, **environment},
+                start_new_session=True,
+                preexec_fn=_end_with_the_tests if sys.platform == "linux" else None,
             )
 
     def wait(self, timeout: float = 180) -> Answer:

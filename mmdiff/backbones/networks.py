@@ -61,8 +61,8 @@ class NetworkBackbone(Backbone):
         generator = torch.Generator().manual_seed(0)
         channels, flags = self.inputs
         size = [self.space, (channels, *self.space[1:]), (flags,)]
-        sample, seen, told = (torch.randn(2, *shape, generator=generator).to(device) for shape in size)
-        return sample, torch.tensor([1, 10], device=device), Observation(seen, told)
+        sample, channels_seen, flags_set = (torch.randn(2, *shape, generator=generator).to(device) for shape in size)
+        return sample, torch.tensor([1, 10], device=device), Observation(channels_seen, flags_set)
 
 
 def complete_config(cls: type[ModelMixin], config: Mapping[str, Any]) -> dict[str, Any]:

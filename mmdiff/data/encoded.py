@@ -138,8 +138,8 @@ def open_encoded(data: DataConfig, manifest: Manifest) -> tuple[Rows, Rows]:
         file = folder / shard.file
         size = file.stat().st_size if file.is_file() else None
         if size != shard.bytes:
-            found = "is missing" if size is None else f"has {size} bytes instead of {shard.bytes}"
-            raise InputError("data.source", str(file), f"{found}; encode the data again")
+            fault = "is missing" if size is None else f"has {size} bytes instead of {shard.bytes}"
+            raise InputError("data.source", str(file), f"{fault}; encode the data again")
     files = {split: [str(folder / s.file) for s in manifest.shards if s.split == split] for split in SPLITS}
     if data.streaming:
         splits: Mapping[str, Any] = open_streamed(data.streams, "parquet", data_files=files)

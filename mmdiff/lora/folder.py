@@ -31,10 +31,10 @@ def save(model: nn.Module, folder: Path) -> None:
         model: with LoRA layers.
         folder: is made.
     """
-    found = layers(model)
-    one = next(iter(found.values()))
+    adapted = layers(model)
+    one = next(iter(adapted.values()))
     config = peft_package().LoraConfig(
-        r=one.r[ADAPTER], lora_alpha=one.lora_alpha[ADAPTER], target_modules=sorted(found)
+        r=one.r[ADAPTER], lora_alpha=one.lora_alpha[ADAPTER], target_modules=sorted(adapted)
     )
     folder.mkdir(parents=True)
     config.inference_mode = True
@@ -126,8 +126,8 @@ def _read_layers(file: Path, model: nn.Module, names: list[str], rank: int) -> d
         out, inner = model.get_submodule(name).weight.shape
         shapes |= {name + A: (rank, inner), name + B: (out, rank)}
     tensors = _tensors(file)
-    found = {_with_adapter(name.removeprefix(_PREFIX)): tensor for name, tensor in tensors.items()}
-    return _fitting(file, found, shapes)
+    weights = {_with_adapter(name.removeprefix(_PREFIX)): tensor for name, tensor in tensors.items()}
+    return _fitting(file, weights, shapes)
 
 
 def _with_adapter(name: str) -> str:

@@ -79,9 +79,9 @@ def find_autoencoder(name: Any, key: str = "autoencoder") -> type[ModelMixin]:
     Raises:
         InputError: it is no autoencoder of diffusers, or one of videos or sounds.
     """
-    found = getattr(diffusers, name, None) if isinstance(name, str) and name in FAMILIES else None
-    if found is not None:
-        return found
+    family = getattr(diffusers, name, None) if isinstance(name, str) and name in FAMILIES else None
+    if family is not None:
+        return family
     if isinstance(name, str) and hasattr(autoencoders, name):
         raise InputError(key, name, f"does not read images; these do: {', '.join(FAMILIES)}")
     raise InputError(key, name, f"is no autoencoder of diffusers; it has {', '.join(FAMILIES)}")
@@ -119,10 +119,10 @@ def load_autoencoder(source: str, **arguments: Any) -> ModelMixin:
     cls, _ = read_config(source, **hub)
     try:
         with _quiet():
-            network, found = cls.from_pretrained(source, output_loading_info=True, **arguments)
+            network, loading = cls.from_pretrained(source, output_loading_info=True, **arguments)
     except _DAMAGE as error:
         raise InputError("autoencoder", source, f"cannot be read: {_said(error)}") from None
-    if missing := sorted(found["missing_keys"]):
+    if missing := sorted(loading["missing_keys"]):
         remedy = f"its weights lack {len(missing)} tensors of {cls.__name__}, such as {missing[0]}; save it again"
         raise InputError("autoencoder", source, remedy)
     return network
@@ -148,13 +148,13 @@ def latent_space(source: str) -> tuple[int, int]:
 def digest(network: ModelMixin) -> str:
     """A hash of the weights, the class and its settings; not of the folder they come from."""
     network = getattr(network, "_orig_mod", network)
-    found = hashlib.sha256(type(network).__name__.encode())
+    sha = hashlib.sha256(type(network).__name__.encode())
     settings = {name: value for name, value in network.config.items() if not name.startswith("_")}
-    found.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    sha.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(network.state_dict().items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return found.hexdigest()[:32]
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()[:32]
 
 
 def image_channels(network: ModelMixin) -> int:

@@ -145,16 +145,18 @@ class Image(Anchor):
     def settings_from_data(
         cls, feature: Any, values: Iterable[Any], channels: int | None = None, size: Any = None, **settings: Any
     ) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        measured: dict[str, Any] = {}
         if channels is None or size is None:
             channel_counts, sizes = headers("image", values)
             if not channel_counts:
                 raise InputError("image", None, "the column holds no image; check data.columns")
-            found = {"channels": channel_counts[0], **({} if size is not None else {"size": one_size("image", sizes)})}
+            measured = {"channels": channel_counts[0]}
+            if size is None:
+                measured["size"] = one_size("image", sizes)
         if settings.get("latent_scale") == "measured" and settings.get("latents_std") is None:
-            given = {name: value for name, value in (("channels", channels), ("size", size)) if value is not None}
-            found |= cls._measure(values, **{**found, **given}, **settings)
-        return found
+            stated = {name: value for name, value in (("channels", channels), ("size", size)) if value is not None}
+            measured |= cls._measure(values, **{**measured, **stated}, **settings)
+        return measured
 
     @classmethod
     def _measure(cls, values: Iterable[Any], **settings: Any) -> dict[str, list[float]]:

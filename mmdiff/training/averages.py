@@ -173,8 +173,8 @@ def _kept(checkpoint: Checkpoint, config: Config, decay: float) -> dict[str, Ten
     if decay == train.ema_decay:
         return first_average(checkpoint.ema)
     prefix = f"decay={decay}/"
-    found = {name: tensor for name, tensor in checkpoint.ema.items() if name.startswith(prefix)}
-    return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    prefixed = {name: tensor for name, tensor in checkpoint.ema.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): tensor for name, tensor in prefixed.items()}
 
 
 def reconstructed(run: Path, sigma_rel: float, step: int | None) -> tuple[dict[str, Tensor], int, dict[str, float]]:

@@ -44,8 +44,8 @@ class Checkpoint:
         """{name: a tensor of its shape} of one of `PARTS`."""
         if not self.sharded:
             return self._tensors(part)
-        found = {n: t for n, t in self._shapes.items() if n.startswith(f"{part}.")}
-        return {name.removeprefix(f"{part}."): tensor for name, tensor in found.items()}
+        shapes = {n: t for n, t in self._shapes.items() if n.startswith(f"{part}.")}
+        return {name.removeprefix(f"{part}."): tensor for name, tensor in shapes.items()}
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:

@@ -53,13 +53,13 @@ def initialize(
         InputError: nothing is there, nothing of it fits, or it is damaged.
     """
     path, model = Path(source).expanduser(), objective.model
-    found = read_source(path, model.config.modality_config, say, trust)
+    read = read_source(path, model.config.modality_config, say, trust)
     own = _beginning(only, {base_name(name): tensor for name, tensor in objective.state_dict().items()})
-    weights = _beginning(only, found.weights)
-    axes, found_axes = _axes(model, found.model)
-    other = _other_kinds(model, found.model)
+    weights = _beginning(only, read.weights)
+    axes, source_axes = _axes(model, read.model)
+    other = _other_kinds(model, read.model)
     fitting = {
-        name: take(own[name], weights[name], axes.get(name, {}), found_axes.get(name, {}))
+        name: take(own[name], weights[name], axes.get(name, {}), source_axes.get(name, {}))
         for name in sorted(set(own) & set(weights))
         if _modality(name) not in other
     }
@@ -101,25 +101,25 @@ def initialize_backbone(
     """
     source = config.backbone.initialize_from
     assert source is not None
-    found = find(source)
-    check_agrees(config, found)
-    if found.network is None:
+    described = find(source)
+    check_agrees(config, described)
+    if described.network is None:
         with at(keys={KEY: pretrained.KEY}):
             origin = initialize(objective, source, say, trust, write, only="model.backbone.")
         if origin["left"]:
             remedy = f"its backbone does not fit this one: {origin['left'][0]} finds no place"
             raise InputError(pretrained.KEY, source, remedy)
     else:
-        network, backbone = load_network(found), objective.model.backbone
+        network, backbone = load_network(described), objective.model.backbone
         own = {base_name(name): tensor for name, tensor in backbone.network.state_dict().items()}
         for name, tensor in network.state_dict().items():
             own[name].copy_(tensor)
         _check_prediction(source, network, backbone)
         count = len(network.state_dict())
-        say(f"{source}: all {count} tensors of a {type(network).__name__} taken, as backbone.kind {found.kind}")
+        say(f"{source}: all {count} tensors of a {type(network).__name__} taken, as backbone.kind {described.kind}")
         folder = Path(source).expanduser()
         origin = {"initialize_from": str(folder.resolve()) if folder.is_dir() else source}
-    for line in contradictions(config, found):
+    for line in contradictions(config, described):
         say(f"warning: {line}; the first samples are not the source's")
     return {"backbone": origin}
 

@@ -29,9 +29,9 @@ def interference(parts: Mapping[str, Tensor], parameters: Iterable[nn.Parameter]
     gradients = {}
     for name, part in merged.items():
         if part.requires_grad:
-            found = torch.autograd.grad(part, trained, retain_graph=True, allow_unused=True)
-            if any(gradient is not None for gradient in found):
-                pieces = (p.new_zeros(p.shape) if g is None else g for p, g in zip(trained, found, strict=True))
+            raw = torch.autograd.grad(part, trained, retain_graph=True, allow_unused=True)
+            if any(gradient is not None for gradient in raw):
+                pieces = (p.new_zeros(p.shape) if g is None else g for p, g in zip(trained, raw, strict=True))
                 gradients[name] = torch.cat([piece.flatten().float() for piece in pieces])
     norms = {name: gradient.norm() for name, gradient in gradients.items()}
     measured = {f"norm/{name}": norm for name, norm in norms.items()}

@@ -124,11 +124,11 @@ class Log:
 
     def _interference(self) -> dict[str, float]:
         """What the step measured of gradients, averaged over processes."""
-        found = self.trainer.interference
-        if not found:
+        measured = self.trainer.interference
+        if not measured:
             return {}
-        values = self.accelerator.reduce(torch.stack([found[name] for name in sorted(found)]), reduction="mean")
-        return dict(zip(sorted(found), values.tolist(), strict=True))
+        values = self.accelerator.reduce(torch.stack([measured[name] for name in sorted(measured)]), reduction="mean")
+        return dict(zip(sorted(measured), values.tolist(), strict=True))
 
     def _skipped(self) -> dict[str, int]:
         """How many values were skipped, where they are: those that the main process has met."""

@@ -48,10 +48,10 @@ def shapes(folder: Path) -> dict[str, Tensor]:
         DamagedError: the files cannot be read.
     """
     try:
-        found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+        entries = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except Exception as error:  # whatever damaged headers lead to
         raise DamagedError(f"its shards cannot be read, {error}") from None
-    return {name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta") for name, entry in found.items()}
+    return {name: torch.empty(one.size, dtype=one.properties.dtype, device="meta") for name, one in entries.items()}
 
 
 def read_whole(folder: Path, prefix: str) -> dict[str, Tensor]:

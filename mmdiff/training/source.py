@@ -105,9 +105,9 @@ def _model(file: Path, config: Mapping[str, Any], own: Mapping[str, Any], trust:
 def _checked(path: Path, source: Source) -> Source:
     """The weights must be those of the model: what their entries mean is read off it."""
     for name, tensor in source.model.state_dict().items():
-        found = source.weights.get(f"model.{name}")
-        if found is not None and found.shape != tensor.shape:
-            there = f"{name} is {tuple(found.shape)} in the weights, {tuple(tensor.shape)} by the config"
+        weight = source.weights.get(f"model.{name}")
+        if weight is not None and weight.shape != tensor.shape:
+            there = f"{name} is {tuple(weight.shape)} in the weights, {tuple(tensor.shape)} by the config"
             raise InputError(KEY, str(path), f"its weights and its config do not belong together: {there}")
     return source
 
