@@ -100,7 +100,7 @@ def _timm(model: str, pretrained: str | None) -> _Encoder:
 
 
 class Alignment(nn.Module):
-    """The term `repa`: minus the cosine between projected features of the backbone and the teacher's, Eq. (23).
+    """The term `repa`: minus the cosine between projected features of the backbone and the teacher's, Eq. (24).
 
     Args:
         network: the model; its anchor must be an image.

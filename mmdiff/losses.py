@@ -1,4 +1,4 @@
-"""The four terms of the bound, L0 … L3, per sample: (B,), Eq. (7)–(10), and what training adds, Eq. (21)–(23).
+"""The four terms of the bound, L0 … L3, per sample: (B,), Eq. (7)–(10), and what training adds, Eq. (22)–(24).
 
 `mmdiff.evaluation.elbo` sums their exact forms in nats. Training uses the reweighted `denoising_error` or
 `uncertain_error` for L1 and L3, and each modality's `nll` for L2.
@@ -72,7 +72,7 @@ def min_snr_weight(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
 
 
 def learned_weight(parameter: Tensor, start: float, factor: float = WEIGHT_FACTOR) -> tuple[Tensor, Tensor]:
-    """(w, −½ log w) of one modality, Eq. (21): its loss L counts w L − ½ log w (Kendall et al., 2018, 1705.07115).
+    """(w, −½ log w) of one modality, Eq. (22): its loss L counts w L − ½ log w (Kendall et al., 2018, 1705.07115).
 
     For a fixed L the best w is 1 / (2 L). A likelihood of a continuous value has no lower bound, and where L < 0 there
     is no best w, so w keeps within a ``factor`` of where it starts. It stays able to turn back: the bound is smooth.
@@ -89,7 +89,7 @@ def learned_weight(parameter: Tensor, start: float, factor: float = WEIGHT_FACTO
 
 
 def contrastive_error(prediction: Tensor, other_target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """The negative of contrastive flow matching, Eq. (22): ‖prediction − another sample's target‖² per dimension: (B,).
+    """The negative of contrastive flow matching, Eq. (23): ‖prediction − another sample's target‖² per dimension: (B,).
 
     Stoica et al. (2025, arXiv 2506.05350) subtract λ times it from the error of flow matching.
     """
@@ -97,7 +97,7 @@ def contrastive_error(prediction: Tensor, other_target: Tensor, weight: Tensor |
 
 
 def misalignment(projected: Tensor, teacher: Tensor) -> Tensor:
-    """Representation alignment, Eq. (23): minus the mean cosine over places, in [−1, 1] (Yu et al., 2025, 2410.06940).
+    """Representation alignment, Eq. (24): minus the mean cosine over places, in [−1, 1] (Yu et al., 2025, 2410.06940).
 
     Args:
         projected: the backbone's features, projected, (B, K, h, w).

@@ -86,7 +86,7 @@ def read_lines(folder: Path) -> list[dict[str, float]]:
 @pytest.mark.parametrize("start", [1.0, 0.1])
 @pytest.mark.parametrize("loss", [0.02, 0.5, 7.0, -0.3])
 def test_a_learned_weight_has_its_gradient_and_its_optimum_in_closed_form(loss: float, start: float) -> None:
-    """Eq. (21) by hand: d/dp = a (w L − ½)(1 − tanh²(a p/b)); the best w is 1/(2 L), and the bound where L < 0."""
+    """Eq. (22) by hand: d/dp = a (w L − ½)(1 − tanh²(a p/b)); the best w is 1/(2 L), and the bound where L < 0."""
     bound, speed = math.log(losses.WEIGHT_FACTOR), losses.WEIGHT_SPEED
     parameter = torch.full((1,), 0.07, requires_grad=True)
     weight, penalty = losses.learned_weight(parameter, start)

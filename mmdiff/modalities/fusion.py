@@ -1,88 +1,18 @@
-"""Several embeddings of one thing become one, whatever their order and number (docs/theory.md, section 7)."""
+"""The fusions, Eq. (14)–(21): several embeddings of one thing become one (docs/theory.md, section 7)."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import NamedTuple
+import math
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
 from mmdiff.errors import InputError
+from mmdiff.modalities.fusion_base import Fused, Fusion
 from mmdiff.modalities.ragged import Sets, packed
 
-
-class Fused(NamedTuple):
-    """``embedding`` (B, d) or (B, tokens, d); ``weights`` (B, n), which add up to 1 and are 0 where no member is."""
-
-    embedding: Tensor
-    weights: Tensor
-
-
-class Fusion(nn.Module, ABC):
-    """Members (B, n, d), or (B, n, tokens, d), and a mask (B, n), true where a member is -> `Fused`.
-
-    Every token position is a set of its own; its weights are then averaged over the tokens. A place without a member
-    may hold anything, NaN too. The order of members and places without one change nothing, and one member is its own
-    fusion: bit-exactly on a CPU, in every precision. What else is in the batch changes results by rounding: by 1e-14 of
-    the largest member in float64, 1e-6 in float32. bfloat16 is computed in float32 and the result rounded (0.4 %).
-
-    Args:
-        dim: d.
-        hidden: width of the attentions' layer.
-
-    Raises:
-        InputError: for an empty set (on an accelerator: an assertion of the device), and for shapes that do not fit.
-    """
-
-    def __init__(self, dim: int, hidden: int = 128) -> None:
-        super().__init__()
-        if dim < 1 or hidden < 1:
-            raise InputError("dim" if dim < 1 else "hidden", dim if dim < 1 else hidden, "needs one number at least")
-        self.dim = dim
-
-    def forward(self, members: Tensor, mask: Tensor) -> Fused:
-        self._check(members, mask)
-        wide = members.to(torch.promote_types(members.dtype, torch.float32))
-        image_sets = (wide if wide.ndim == 4 else wide[:, :, None]).transpose(1, 2)  # (B, T, n, d)
-        size, tokens, count, _ = image_sets.shape
-        sets = packed(image_sets.flatten(0, 1), mask.repeat_interleave(tokens, dim=0))
-        scores = self._of_set(image_sets, mask, sets)
-        fused, table = self.fuse(sets, scores)  # (B T, d), (B T, m)
-        weights = sets.places(table, count).reshape(size, tokens, count).mean(dim=1)  # (B, n)
-        return Fused(fused.reshape(size, *members.shape[2:]).to(members.dtype), weights)
-
-    @abstractmethod
-    def fuse(self, sets: Sets, scores: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(embeddings (B, d), weights (B, m)) of B sets; ``scores`` (N,): `set_scores` of the rows."""
-
-    def set_scores(self, wholes: Sets) -> Tensor | None:
-        """What the set says of each member as a whole, the mean of its tokens: a score (N,), or None."""
-        return None
-
-    def _of_set(self, image_sets: Tensor, mask: Tensor, sets: Sets) -> Tensor | None:
-        """`set_scores` of members (B, T, n, d) for the rows of their token sets."""
-        size, tokens, count, _ = image_sets.shape
-        wholes = sets if tokens == 1 else packed(image_sets.mean(dim=1), mask)
-        scores = self.set_scores(wholes)
-        if scores is None or tokens == 1:
-            return scores
-        table = wholes.places(wholes.table(scores, gap=0.0), count)  # (B, n)
-        return sets.flat(table.repeat_interleave(tokens, dim=0).gather(1, sets.order))
-
-    def _check(self, members: Tensor, mask: Tensor) -> None:
-        if members.ndim not in (3, 4) or members.shape[-1] != self.dim or 0 in members.shape[2:]:
-            raise InputError("members", tuple(members.shape), f"needs (B, n, {self.dim}) or (B, n, tokens, {self.dim})")
-        if mask.dtype != torch.bool or mask.shape != members.shape[:2]:
-            actual = f"{mask.dtype} {tuple(mask.shape)}"
-            raise InputError("mask", actual, f"needs torch.bool of shape {tuple(members.shape[:2])}")
-        filled = mask.any(dim=1)
-        if mask.device.type != "cpu" or torch.compiler.is_compiling():
-            torch._assert_async(filled.all(), "mask: a set is empty; every set needs a member at least")
-        elif not filled.all():
-            empty = int(filled.byte().argmin())
-            raise InputError("mask", f"set {empty} of {len(mask)}", "is empty; every set needs a member at least")
+__all__ = ["FUSIONS", "QUERY_FUSIONS", "Fused", "Fusion", "build_fusion"]
 
 
 class Weighted(Fusion):
@@ -210,11 +140,35 @@ class AgreementAttention(Attention):
         super().__init__(dim, hidden)
         self.s = nn.Parameter(torch.tensor(10.0).log())
 
-    def set_scores(self, wholes: Sets) -> Tensor:
+    def set_scores(self, wholes: Sets, query: Tensor | None) -> Tensor:
         directions = normalize(wholes.rows, dim=1)  # (N, d); 0 in gaps
         means = wholes.sums(directions) / wholes.filled.sum(dim=1, keepdim=True)  # (B, d)
         agreement = (directions * means[wholes.owners]).sum(dim=1)  # (N,)
         return self.s.to(agreement.dtype).exp() * agreement
+
+
+class QueryAttention(Attention):
+    """Eq. (21): a = softmax_k( (v + W q / √m)ᵀ tanh(V h_k) ), m = ``hidden``; a query of zeros gives Eq. (15).
+
+    Scaled dot-product attention (Vaswani et al., 2017, 1706.03762) of one query to the keys of Ilse et al. (2018,
+    1802.04712), whose learned v is a query for all sets. With tokens, the query scores members as wholes: by the means
+    of their tokens.
+
+    Args:
+        dim, hidden: see `Fusion`.
+        query_dim: q.
+    """
+
+    def __init__(self, dim: int, hidden: int = 128, query_dim: int = 0) -> None:
+        super().__init__(dim, hidden)
+        if query_dim < 1:
+            raise InputError("query_dim", query_dim, "needs one number at least")
+        self.query_dim, self.W = query_dim, nn.Linear(query_dim, hidden, bias=False)
+
+    def set_scores(self, wholes: Sets, query: Tensor | None) -> Tensor:
+        assert query is not None  # checked
+        asked = _linear(query.to(wholes.rows.dtype), self.W)[wholes.owners]  # (N, hidden)
+        return (_linear(wholes.rows, self.V).tanh() * asked).sum(dim=1) / math.sqrt(asked.shape[1])
 
 
 class GeometricMedian(Weighted):
@@ -226,7 +180,7 @@ class GeometricMedian(Weighted):
 
     STEPS, SOFTNESS = 8, 1e-3
 
-    def set_scores(self, wholes: Sets) -> Tensor:
+    def set_scores(self, wholes: Sets, query: Tensor | None) -> Tensor:
         rows, counts = wholes.rows, wholes.filled.sum(dim=1, keepdim=True)
         weights = wholes.flat((wholes.filled / counts).to(rows.dtype))  # (N,)
         for _ in range(self.STEPS):
@@ -251,19 +205,27 @@ FUSIONS: dict[str, type[Fusion]] = {
 }
 
 
-def build_fusion(kind: str, dim: int, hidden: int = 128) -> Fusion:
+#: Those that take a query.
+QUERY_FUSIONS: dict[str, type[QueryAttention]] = {"query_attention": QueryAttention}
+
+
+def build_fusion(kind: str, dim: int, hidden: int = 128, query_dim: int | None = None) -> Fusion:
     """A fusion by its name.
 
     Args:
-        kind: a key of `FUSIONS`.
+        kind: a key of `FUSIONS`, or with ``query_dim`` of `QUERY_FUSIONS`.
         dim, hidden: see `Fusion`.
+        query_dim: q of the queries; None: there are none.
 
     Raises:
         InputError: for an unknown name, or a width below 1.
     """
-    if kind not in FUSIONS:
-        raise InputError("fusion", kind, f"choose one of {', '.join(FUSIONS)}")
-    return FUSIONS[kind](dim, hidden)
+    known = FUSIONS if query_dim is None else QUERY_FUSIONS
+    if kind not in known:
+        plain, asked = ", ".join(FUSIONS), ", ".join(QUERY_FUSIONS)
+        remedy = f"choose one of {plain}; with a query {asked}" if query_dim is None else f"with a query choose {asked}"
+        raise InputError("fusion", kind, remedy)
+    return FUSIONS[kind](dim, hidden) if query_dim is None else QUERY_FUSIONS[kind](dim, hidden, query_dim)
 
 
 def _linear(x: Tensor, layer: nn.Linear) -> Tensor:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import scipy.optimize
 import torch
+from refusals import refused
 from torch import Generator, Tensor
 
 from mmdiff.errors import InputError
-from mmdiff.modalities.fusion import FUSIONS, Fused, Fusion, build_fusion
+from mmdiff.modalities.fusion import FUSIONS, QUERY_FUSIONS, Fused, Fusion, build_fusion
 
-DIM, HIDDEN, TOKENS = 6, 5, 3
+DIM, HIDDEN, TOKENS, QUERY = 6, 5, 3, 4
 SIZES = [1, 4, 2, 7, 7, 3]  # of the sets in a batch
-every_fusion = pytest.mark.parametrize("kind", FUSIONS)
+every_fusion = pytest.mark.parametrize("kind", [*FUSIONS, *QUERY_FUSIONS])
 with_tokens = pytest.mark.parametrize("tokens", [(), (TOKENS,)], ids=["vectors", "tokens"])
 
 
@@ -23,7 +26,17 @@ def seeded(seed: int = 0) -> Generator:
 
 def fusion(kind: str, dtype: torch.dtype = torch.float64) -> Fusion:
     torch.manual_seed(0)
-    return build_fusion(kind, DIM, HIDDEN).to(dtype)
+    return build_fusion(kind, DIM, HIDDEN, QUERY if kind in QUERY_FUSIONS else None).to(dtype)
+
+
+def queries(module: Fusion, first: int, count: int) -> tuple[Tensor, ...]:
+    """The arguments that follow the mask, for sets ``first``, ``first`` + 1, …: their queries, or nothing."""
+    drawn = 3 * torch.randn(9, QUERY, generator=seeded(12), dtype=torch.float64)
+    return (drawn[first : first + count],) if module.query_dim else ()
+
+
+def fuse(module: Callable[..., Fused], members: Tensor, mask: Tensor, first: int = 0) -> Fused:
+    return module(members, mask, *queries(module, first, len(mask)))
 
 
 def ragged(tokens: tuple[int, ...] = (), sizes: list[int] | None = None) -> tuple[Tensor, Tensor]:
@@ -36,8 +49,8 @@ def ragged(tokens: tuple[int, ...] = (), sizes: list[int] | None = None) -> tupl
     return members, mask
 
 
-def written_out(kind: str, module: Fusion, h: Tensor, wholes: Tensor) -> tuple[Tensor, Tensor]:
-    """The equations for one set h (n, d), whose members are ``wholes`` (n, d): (embedding (d,), weights (n,))."""
+def written_out(kind: str, module: Fusion, h: Tensor, wholes: Tensor, row: int) -> tuple[Tensor, Tensor]:
+    """The equations for set ``row``, h (n, d), whose members are ``wholes`` (n, d): (embedding (d,), weights (n,))."""
     weights, size = {name: parameter.detach() for name, parameter in module.named_parameters()}, len(h)
     if kind == "max":
         winners = [[k for k in range(size) if h[k, j] == h[:, j].max()] for j in range(DIM)]
@@ -59,6 +72,9 @@ def written_out(kind: str, module: Fusion, h: Tensor, wholes: Tensor) -> tuple[T
         if kind == "agreement_attention":
             cosines = [float(one @ wholes[k] / (one.norm() * wholes[k].norm())) for one in wholes]
             scores[k] += weights["s"].exp() * sum(cosines) / size
+        if kind == "query_attention":
+            (asked,) = queries(module, row, 1)
+            scores[k] += (weights["W.weight"] @ asked[0]) @ torch.tanh(weights["V.weight"] @ wholes[k]) / HIDDEN**0.5
     a = scores.exp() / scores.exp().sum(dim=0)  # (n, 1 or d)
     if kind == "value_gated_attention":
         a = a / (1 + torch.exp(-weights["g"].exp() * (size * a - 1)))
@@ -70,12 +86,12 @@ def written_out(kind: str, module: Fusion, h: Tensor, wholes: Tensor) -> tuple[T
 @every_fusion
 def test_it_is_the_equation(kind: str, tokens: tuple[int, ...]) -> None:
     module, (members, mask) = fusion(kind), ragged(tokens)
-    embedding, weights = module(members, mask)
+    embedding, weights = fuse(module, members, mask)
     assert embedding.shape == (len(SIZES), *tokens, DIM) and weights.shape == mask.shape
     for row in range(len(SIZES)):
         by_token = members[row, mask[row]].reshape(SIZES[row], -1, DIM).unbind(1)
         wholes = torch.stack(by_token).mean(dim=0)  # (n, d)
-        fused = [written_out(kind, module, h, wholes) for h in by_token]
+        fused = [written_out(kind, module, h, wholes, row) for h in by_token]
         expected = torch.stack([one for one, _ in fused]).reshape(*tokens, DIM)
         rounding = 1e-9 if kind == "geometric_median" else 1e-12  # its steps pass rounding on
         torch.testing.assert_close(embedding[row], expected, rtol=rounding, atol=rounding)
@@ -94,9 +110,9 @@ def test_order_changes_nothing(kind: str, tokens: tuple[int, ...]) -> None:
     module, (members, mask) = fusion(kind), ragged(tokens)
     order = torch.rand(mask.shape, generator=seeded(2)).argsort(dim=1)
     rows = torch.arange(len(mask))[:, None]
-    fused = module(members, mask)
+    fused = fuse(module, members, mask)
     assert not torch.equal(mask[rows, order], mask)
-    exactly(module(members[rows, order], mask[rows, order]), fused.embedding, fused.weights[rows, order])
+    exactly(fuse(module, members[rows, order], mask[rows, order]), fused.embedding, fused.weights[rows, order])
 
 
 @pytest.mark.parametrize("more", [1, 2, 3, 5, 8, 16])
@@ -105,8 +121,8 @@ def test_order_changes_nothing(kind: str, tokens: tuple[int, ...]) -> None:
 def test_padding_changes_nothing(kind: str, tokens: tuple[int, ...], more: int) -> None:
     module, (members, mask) = fusion(kind), ragged(tokens)
     gaps = 1e300 * torch.ones(len(mask), more, *tokens, DIM, dtype=torch.float64)
-    fused = module(members, mask)
-    padded = module(torch.cat([members, gaps], dim=1), torch.cat([mask, mask.new_zeros(len(mask), more)], dim=1))
+    fused = fuse(module, members, mask)
+    padded = fuse(module, torch.cat([members, gaps], dim=1), torch.cat([mask, mask.new_zeros(len(mask), more)], dim=1))
     exactly(padded, fused.embedding, torch.cat([fused.weights, fused.weights.new_zeros(len(mask), more)], dim=1))
 
 
@@ -114,14 +130,14 @@ def test_padding_changes_nothing(kind: str, tokens: tuple[int, ...], more: int) 
 @every_fusion
 def test_one_member_is_its_own_fusion(kind: str, tokens: tuple[int, ...]) -> None:
     members, mask = ragged(tokens, sizes=[1] * 5)
-    fused = fusion(kind)(members, mask)
+    fused = fuse(fusion(kind), members, mask)
     exactly(fused, members[mask], mask.double())
 
 
 @every_fusion
 def test_weights_add_up_to_one_and_are_zero_in_gaps(kind: str) -> None:
     members, mask = ragged()
-    _, weights = fusion(kind)(members, mask)
+    _, weights = fuse(fusion(kind), members, mask)
     assert (weights[~mask] == 0).all() and (weights >= 0).all()
     torch.testing.assert_close(weights.sum(dim=1), torch.ones(len(mask), dtype=torch.float64))
 
@@ -130,11 +146,13 @@ def test_weights_add_up_to_one_and_are_zero_in_gaps(kind: str) -> None:
 def test_what_is_duplicated_counts_twice(kind: str) -> None:
     """All members twice: nothing changes. One member twice: both get the same weight."""
     module, (members, mask) = fusion(kind), ragged()
-    fused, twice = module(members, mask), module(members.repeat(1, 2, 1), mask.repeat(1, 2))
+    fused, twice = fuse(module, members, mask), fuse(module, members.repeat(1, 2, 1), mask.repeat(1, 2))
     torch.testing.assert_close(twice.embedding, fused.embedding, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(twice.weights, fused.weights.repeat(1, 2) / 2, rtol=1e-13, atol=1e-15)
     first = members[:, :1].nan_to_num(0.5)
-    _, weights = module(torch.cat([members, first, first], dim=1), torch.nn.functional.pad(mask, (0, 2), value=True))
+    _, weights = fuse(
+        module, torch.cat([members, first, first], dim=1), torch.nn.functional.pad(mask, (0, 2), value=True)
+    )
     assert torch.equal(weights[:, -1], weights[:, -2])
     assert (weights[:, -1] > 0).any()
 
@@ -151,11 +169,11 @@ def test_a_tie_is_shared() -> None:
 @every_fusion
 def test_a_batch_is_its_sets(kind: str, tokens: tuple[int, ...]) -> None:
     module, (members, mask) = fusion(kind), ragged(tokens)
-    fused = module(members, mask)
-    parts = [module(members[k : k + 1, mask[k]], mask[k : k + 1, mask[k]]) for k in range(len(mask))]
+    fused = fuse(module, members, mask)
+    parts = [fuse(module, members[k : k + 1, mask[k]], mask[k : k + 1, mask[k]], k) for k in range(len(mask))]
     torch.testing.assert_close(fused.embedding, torch.cat([p.embedding for p in parts]), rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(fused.weights[mask], torch.cat([p.weights[0] for p in parts]), rtol=1e-13, atol=1e-15)
-    nothing = module(members[:0], mask[:0])
+    nothing = fuse(module, members[:0], mask[:0])
     assert nothing.embedding.shape == (0, *tokens, DIM) and nothing.weights.shape == (0, mask.shape[1])
 
 
@@ -164,15 +182,16 @@ def test_a_batch_is_its_sets(kind: str, tokens: tuple[int, ...]) -> None:
 def test_gradients_are_those_of_finite_differences(kind: str, tokens: tuple[int, ...]) -> None:
     module, (members, mask) = fusion(kind), ragged(tokens, sizes=[1, 3])
     members = members.nan_to_num(0.5).requires_grad_()
+    asked = queries(module, 0, len(mask))
     weighted = kind != "max"  # its weights are piecewise constant
 
     def both(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        fused = torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), (x, mask))
+        fused = torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), (x, mask, *asked))
         return tuple(fused)[: 1 + weighted]
 
     names, parameters = zip(*module.named_parameters(), strict=True) if list(module.parameters()) else ((), ())
     assert torch.autograd.gradcheck(both, (members, *parameters))
-    module(members, mask).embedding.sum().backward()
+    fuse(module, members, mask).embedding.sum().backward()
     assert (members.grad[~mask] == 0).all()
     assert all(parameter.grad.any() for parameter in module.parameters())
 
@@ -183,9 +202,9 @@ def test_lower_precision_is_as_near_as_stated(kind: str, dtype: torch.dtype, tol
     """2^-8, half a step of bfloat16, of the largest number that is fused; its weights are computed in float32."""
     members, mask = ragged()
     low = members.to(dtype)
-    embedding, weights = fusion(kind, dtype)(low, mask)
+    embedding, weights = fuse(fusion(kind, dtype), low, mask)
     module = fusion(kind, dtype).double()  # of the same rounded weights
-    exact = module(low.double(), mask)
+    exact = fuse(module, low.double(), mask)
     assert (embedding.dtype, weights.dtype) == (dtype, torch.float32)
     largest = members.nan_to_num().abs().amax()
     assert float((embedding.double() - exact.embedding).detach().abs().max()) <= tolerance * largest
@@ -197,8 +216,8 @@ def test_order_and_padding_are_exact_in_lower_precision_too(kind: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         module, (members, mask) = fusion(kind, dtype), ragged()
         members = torch.cat([members, members], dim=1).to(dtype)
-        fused = module(members[:, : mask.shape[1]], mask)
-        flipped = module(members.flip(1), torch.cat([mask, torch.zeros_like(mask)], dim=1).flip(1))
+        fused = fuse(module, members[:, : mask.shape[1]], mask)
+        flipped = fuse(module, members.flip(1), torch.cat([mask, torch.zeros_like(mask)], dim=1).flip(1))
         exactly(flipped, fused.embedding, torch.nn.functional.pad(fused.weights, (0, mask.shape[1])).flip(1))
 
 
@@ -207,7 +226,7 @@ def test_attention_without_a_score_is_the_mean() -> None:
     for kind in ("attention", "gated_attention"):
         module = fusion(kind)
         torch.nn.init.zeros_(module.v.weight)
-        exactly(module(members, mask), *fusion("mean")(members, mask))
+        exactly(fuse(module, members, mask), *fusion("mean")(members, mask))
 
 
 @with_tokens
@@ -217,7 +236,10 @@ def test_the_compiled_fusion_is_the_same_in_one_graph(kind: str, tokens: tuple[i
     torch.compiler.reset()
     module, (members, mask) = fusion(kind), ragged(tokens)
     members.requires_grad_()
-    fused, compiled = module(members, mask), torch.compile(module, backend="aot_eager", fullgraph=True)(members, mask)
+    fused, compiled = (
+        fuse(module, members, mask),
+        fuse(torch.compile(module, backend="aot_eager", fullgraph=True), members, mask),
+    )
     torch.testing.assert_close(compiled.embedding, fused.embedding, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(compiled.weights, fused.weights, rtol=1e-12, atol=1e-12)
     (expected,) = torch.autograd.grad(fused.embedding.square().sum(), members)
@@ -225,7 +247,7 @@ def test_the_compiled_fusion_is_the_same_in_one_graph(kind: str, tokens: tuple[i
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
-# ------------------------------------------------------------------------------------------- what the set says of each
+# ------------------------------------------------------------------------------- what set and query say of each member
 
 
 def sameness(count: int, odd: int | None, generator: Generator) -> Tensor:
@@ -321,14 +343,41 @@ def test_the_gate_raises_what_is_high_and_lowers_what_is_low() -> None:
     assert after[high] > before[high] > 1 / 6 > before[low] > after[low]
 
 
+def test_a_query_of_zeros_is_attention() -> None:
+    module, (members, mask) = fusion("query_attention"), ragged((TOKENS,))
+    plain = build_fusion("attention", DIM, HIDDEN).double()
+    plain.load_state_dict({name: weight for name, weight in module.state_dict().items() if name != "W.weight"})
+    exactly(module(members, mask, torch.zeros(len(mask), QUERY)), *plain(members, mask))
+
+
+def test_every_set_is_asked_its_own_query() -> None:
+    """The member that the query names gets the weight, whichever others there are."""
+    module = build_fusion("query_attention", 3, 3, 3)
+    for layer, factor in ((module.V, 4.0), (module.v, 0.0), (module.W, 30.0)):
+        torch.nn.init.eye_(layer.weight).data.mul_(factor)
+    members, mask = torch.eye(3).repeat(3, 2, 1), torch.ones(3, 6, dtype=torch.bool)
+    weights = module(members, mask, torch.eye(3)).weights
+    torch.testing.assert_close(weights, torch.eye(3).repeat(1, 2) / 2, rtol=0, atol=1e-3)
+
+
+@every_fusion
+def test_a_query_is_given_where_it_is_taken(kind: str) -> None:
+    module, (members, mask) = fusion(kind), ragged()
+    asked = torch.zeros(len(mask), QUERY)
+    wrong = [None, asked[1:], asked[:, 1:], asked[0]] if module.query_dim else [asked]
+    for query in wrong:
+        with refused("query", None if query is None else tuple(query.shape)):
+            module(members, mask, query)
+
+
 @every_fusion
 def test_autocast_keeps_the_precision_of_the_members(kind: str) -> None:
     members, mask = ragged()
     module = fusion(kind, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        embedding, weights = module(members.float(), mask)
+        embedding, weights = fuse(module, members.float(), mask)
     assert embedding.dtype == weights.dtype == torch.float32
-    torch.testing.assert_close(weights, module(members.float(), mask).weights, rtol=0.05, atol=0.01)
+    torch.testing.assert_close(weights, fuse(module, members.float(), mask).weights, rtol=0.05, atol=0.01)
 
 
 @pytest.mark.parametrize(
@@ -344,7 +393,7 @@ def test_autocast_keeps_the_precision_of_the_members(kind: str) -> None:
 @every_fusion
 def test_what_does_not_fit_is_refused_in_one_line(kind: str, change: object, message: str) -> None:
     with pytest.raises(InputError, match=message) as refused:
-        fusion(kind)(*change(*ragged()))
+        fuse(fusion(kind), *change(*ragged()))
     assert "\n" not in str(refused.value)
 
 
@@ -353,3 +402,9 @@ def test_names_and_widths_are_checked() -> None:
         build_fusion("median", DIM)
     with pytest.raises(InputError, match="hidden = 0"):
         build_fusion("attention", DIM, 0)
+    with refused("fusion", "query_attention", "with a query"):
+        build_fusion("query_attention", DIM)
+    with refused("fusion", "attention", "query_attention"):
+        build_fusion("attention", DIM, query_dim=QUERY)
+    with refused("query_dim", 0):
+        build_fusion("query_attention", DIM, query_dim=0)
