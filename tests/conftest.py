@@ -6,17 +6,14 @@ Nothing here stands in for the package's own code.
 from __future__ import annotations
 
 import atexit
-import ctypes
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +33,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from networks import random_model  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
+from processes import Forked, end_with_the_tests, mmdiff  # noqa: E402
 
 from mmdiff.config import Config, load_config  # noqa: E402
 
@@ -199,11 +197,6 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 # ---------------------------------------------------------------------------------------------------- real processes
 
 
-def _end_with_the_tests() -> None:
-    """SIGTERM when the tests' process is gone, killed too: endless trainings must not outlive it."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
 class Launched:
     """A real process and everything it starts.
 
@@ -224,7 +217,7 @@ class Launched:
                 cwd=folder,
                 env={**os.environ, **environment},
                 start_new_session=True,
-                preexec_fn=_end_with_the_tests if sys.platform == "linux" else None,
+                preexec_fn=end_with_the_tests,
             )
 
     def wait(self, timeout: float = 180) -> Answer:
@@ -261,98 +254,18 @@ def launch() -> Iterator[Callable[..., Launched]]:
         process.kill()
 
 
-def torchrun(processes: int) -> list[str]:
-    """The start of a command line that starts CPU processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    module = "torch.distributed.run"  # what the torchrun script calls
-    return [sys.executable, "-m", module, f"--nproc_per_node={processes}", f"--master_port={port}", "-m", "mmdiff"]
-
-
-# windows of three steps straddle the checkpoints at 20 and 40, parts and processes split the batch of 12
-SIXTY_STEPS = [
-    "train.steps=60",
-    "train.checkpoint_every=20",
-    "train.accumulate=2",
-    "train.resume=auto",
-    "loss.uncertainty=true",
-    "data.augment={flip: 0.5, crop: [0.5, 1.0], contrast: 0.3}",
-]
-
-
 @pytest.fixture(scope="session")
-def sixty_steps(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
-    """`sixty_steps(output, …)`: the arguments of `mmdiff train` for a tiny run of 60 steps."""
-    path = tmp_path_factory.mktemp("sixty") / "tiny.yaml"
-    OmegaConf.save(OmegaConf.create(tiny_tree(path.parent / "run")), path)
-    return lambda output, *more: [str(path), f"output={output}", *SIXTY_STEPS, *more]
+def forked() -> Iterator[Callable[..., Forked]]:
+    """`forked(["train", …], folder, processes=2)` is `mmdiff train …` in processes that need not import it."""
+    started: list[Forked] = []
 
+    def start(arguments: list[str], folder: Path, processes: int = 1) -> Forked:
+        started.append(Forked(mmdiff, tuple(map(str, arguments)), folder, processes))
+        return started[-1]
 
-@pytest.fixture(scope="session")
-def one_process(sixty_steps: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of 60 uninterrupted steps in this process."""
-    from mmdiff.training import train
-
-    config, *overrides = sixty_steps(tmp_path_factory.mktemp("one") / "run")
-    return train(load_config(config, overrides))
-
-
-class StoppedRuns(NamedTuple):
-    """Run folders of 60 steps that were stopped on the way and resumed."""
-
-    one: Path  # under `accelerate launch`, SIGKILL after 42; SIGTERM after 51; the rest in this process
-    one_kept: list[str]  # its checkpoints after the SIGKILL
-    one_told_to_stop: Answer  # to the SIGTERM
-    one_saved: list[str]  # its checkpoints after that
-    two: Path  # two processes, SIGKILL after 42
-    two_resumed: Answer
-    two_whole: Path  # two processes, never stopped
-
-
-@pytest.fixture(scope="session")
-def stopped_runs(
-    launch: Callable[..., Launched], sixty_steps: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory
-) -> StoppedRuns:
-    """Every real process that trains, at once: most of their time goes into imports."""
-    from mmdiff.training import train
-
-    folder = tmp_path_factory.mktemp("stopped")
-    one, two, two_whole = folder / "one", folder / "two", folder / "two-whole"
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "-m", "mmdiff"]
-
-    def start(output: Path, log: str, command: list[str], *more: str) -> Launched:
-        return launch([*command, "train", *sixty_steps(output, *more)], folder / log, ACCELERATE_USE_CPU="1")
-
-    def kept(output: Path) -> list[str]:
-        assert not (output / "pipeline").exists(), "the run was over before it could be stopped"
-        return sorted(path.name for path in (output / "checkpoints").glob("step-*"))
-
-    def stop_one() -> tuple[list[str], Answer, list[str]]:
-        first = start(one, "one-first", accelerate, "data.workers=2")
-        first.wait_for(one / "metrics.jsonl", '"step": 42,')
-        first.kill()
-        after_kill = kept(one)
-        second = start(one, "one-second", [sys.executable, "-m", "mmdiff"], "data.workers=2")
-        second.wait_for(one / "metrics.jsonl", '"step": 51,')
-        second.process.terminate()
-        return after_kill, second.wait(), kept(one)
-
-    def stop_two() -> Answer:
-        first = start(two, "two-first", torchrun(2))
-        first.wait_for(two / "metrics.jsonl", '"step": 42,')
-        first.kill()
-        assert kept(two) == ["step-20", "step-40"]
-        return start(two, "two-second", torchrun(2)).wait()
-
-    with ThreadPoolExecutor() as pool:
-        futures = pool.submit(stop_one), pool.submit(stop_two)
-        whole = start(two_whole, "two-whole-log", torchrun(2)).wait()
-        assert whole.code == 0, whole.err
-        one_facts, two_resumed = futures[0].result(), futures[1].result()
-    config, *overrides = sixty_steps(one)
-    train(load_config(config, overrides))
-    return StoppedRuns(one, *one_facts, two, two_resumed, two_whole)
+    yield start
+    for one in started:
+        one.kill()
 
 
 @pytest.fixture(scope="module")

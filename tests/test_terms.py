@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -300,7 +299,7 @@ def test_a_shuffled_teacher_changes_the_alignment_and_nothing_else(teacher: Path
 
 @pytest.mark.slow
 def test_two_processes_compute_all_terms_as_one_does(
-    tiny: dict[str, Any], teacher: Path, launch: Callable[..., Any], tmp_path: Path
+    tiny: dict[str, Any], teacher: Path, forked: Callable[..., Any], tmp_path: Path
 ) -> None:
     """Past the last step of the alignment too: its projector still has gradients there."""
     folder = tmp_path / "clip"
@@ -310,9 +309,8 @@ def test_two_processes_compute_all_terms_as_one_does(
     repa = {"model": f"local-dir:{folder}", "pretrained": None, "layer": 1, "until": 4, "teacher": "shuffled"}
     tree = {**tiny, "loss": {"weighting": "learned", "contrastive": 0.05, "repa": repa}}
     OmegaConf.save(OmegaConf.create({**tree, "scheduler": {"kind": "flow_match"}}), tmp_path / "all.yaml")
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "mmdiff"]
-    arguments = ["train", str(tmp_path / "all.yaml"), f"output={tmp_path / 'two'}"]
-    two = launch([*start, *arguments], tmp_path / "log", ACCELERATE_USE_CPU="1")
+    arguments = ["train", tmp_path / "all.yaml", f"output={tmp_path / 'two'}"]
+    two = forked(arguments, tmp_path / "log", processes=2)
     one = train(load_config(tmp_path / "all.yaml", ["train.accumulate=3"]))
     answer = two.wait()
     assert answer.code == 0, answer.err

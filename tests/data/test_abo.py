@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ from PIL import Image as PILImage
 
 from mmdiff.build import build
 from mmdiff.config import parse_config
+from mmdiff.data.abo_sample import write_sample
+from mmdiff.data.files import undecoded
 from mmdiff.data.sources import open_splits
 from mmdiff.errors import InputError
+from mmdiff.modalities.pictures import loaded
 
 LISTINGS = [
     {
@@ -143,14 +147,102 @@ def test_a_model_reads_them(folder: Path, tiny: dict[str, Any]) -> None:
     assert built.config.modalities["label"].settings()["names"] == ["CHAIR", "LAMP", "TABLE"]
 
 
-def test_other_folders_are_refused(folder: Path, tmp_path: Path) -> None:
-    def refused(message: str, **options: Any) -> None:
-        with pytest.raises(InputError, match=message):
-            open_splits("abo", options={"folder": str(folder), **options})
+def test_products_have_a_least_and_a_largest_number_of_photos(folder: Path) -> None:
+    whole = products(folder)
+    assert set(products(folder, min_images=1)) == set(whole) - {"B04"}
+    few = [
+        {"item_id": item, "main_image_id": "img-1", "other_image_id": ["img-2"]} for item in ("D1", "D2", "D3", "D4")
+    ]
+    write_listing(folder / "listings" / "metadata" / "listings_2.json.gz", few)
+    found = products(folder, min_images=2, every=2)
+    assert set(found) == {"B01", "D1", "D2", "D3", "D4"}
+    assert heights(products(folder, min_images=2, max_images=1, every=2)["B01"]["photos"]) == [21]
 
-    refused("images = 'original': no such folder", images="original")
-    refused("max_images = 0", max_images=0)
-    refused("folder = .*holds no listings", folder=str(tmp_path / "elsewhere"))
-    refused("is no option of abo", languages="en")
-    write_listing(folder / "listings" / "metadata" / "listings_2.json.gz", [{"item": 3}])
-    refused("listings_2.json.gz, line 1': has no item_id")
+
+def test_products_with_a_caption_are_kept_where_captions_are_named(folder: Path) -> None:
+    captions = folder / "captions.csv"
+    captions.write_text('B01,"a chair, red"\nB01,another\nB03,\nB99,of no product\nC01, a lamp \nC02,x\nC03,x\n')
+    found = products(folder, captions=str(captions), every=2)
+    assert {item: row["caption"] for item, row in found.items()} == {
+        "B01": "a chair, red",
+        "C01": "a lamp",
+        **dict.fromkeys(("C02", "C03"), "x"),
+    }
+    assert {row["caption"] for row in products(folder).values()} == {None}
+
+
+def test_the_sample_is_in_the_published_format(tmp_path: Path) -> None:
+    root = write_sample(tmp_path / "sample", products=30, size=16, most=4)
+    found = products(root, captions=str(root / "captions.csv"), every=3, min_images=2)
+    assert len(found) == 30 and {len(row["photos"]) for row in found.values()} == {2, 3, 4}
+    missing = [item for item, row in found.items() if row["color"] is None]
+    assert missing == ["B000000001"] and len(products(root, language="de")) == 30
+    for item, row in found.items():
+        _, color, shape = row["caption"].removesuffix(".").split()
+        assert (row["category"], row["item_name"]) == (f"{shape} toy", f"{color} {shape}".capitalize())
+        assert item in missing or row["color"] == color
+        assert max(row["image"].resize((1, 1)).getpixel((0, 0))) > 30  # not black
+    with pytest.raises(InputError, match="^folder = .*not empty"):
+        write_sample(root)
+    again = write_sample(tmp_path / "again", products=30, size=16, most=4)
+    files = [path for path in root.rglob("*") if path.is_file()]
+    assert all((again / path.relative_to(root)).read_bytes() == path.read_bytes() for path in files)
+
+
+def refused(key: str, value: str, root: Path, **options: Any) -> None:
+    with pytest.raises(InputError, match=f"^{key} = {re.escape(value)}"):
+        open_splits("abo", options={"folder": str(root), **options})
+
+
+def test_other_folders_and_numbers_are_refused(folder: Path, tmp_path: Path) -> None:
+    captions = tmp_path / "captions.csv"
+    captions.write_text("B99,of no product\n")
+    for key, value, options in (
+        ("images", "'original'", {"images": "original"}),
+        ("max_images", "0", {"max_images": 0}),
+        ("min_images", "9", {"min_images": 9}),
+        ("min_images", "-1", {"min_images": -1}),
+        ("every", "1", {"every": 1}),
+        ("language", "'english'", {"language": "english"}),
+        ("folder", "", {"folder": str(tmp_path / "elsewhere")}),
+        ("captions", "", {"captions": str(captions)}),
+        ("captions", "", {"captions": str(tmp_path / "none.csv")}),
+        ("data.options.languages", "'en'", {"languages": "en"}),
+        ("data.options", "", {"every": "two"}),
+    ):
+        refused(key, value, folder, **options)
+    captions.write_text("B01\n")
+    refused("captions", "'captions.csv, line 1'", folder, captions=str(captions))
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        (b"no gzip", ""),
+        (gzip.compress(b"x" * 10_000)[:-20], ""),
+        (gzip.compress(b"\xff\xfe"), ""),
+        (gzip.compress(b"{"), ", line 1"),
+        (gzip.compress(b'{"item": 3}'), ", line 1"),
+        (gzip.compress(b'{"item_id": "A", "color": "red"}'), ", line 1"),
+        (gzip.compress(b'{"item_id": "A", "other_image_id": 3}'), ", line 1"),
+        (gzip.compress(b'{"item_id": "A", "other_image_id": [{}]}'), ", line 1"),
+    ],
+)
+def test_damaged_listings_are_named(content: bytes, place: str, folder: Path) -> None:
+    (folder / "listings" / "metadata" / "listings_2.json.gz").write_bytes(content)
+    refused("folder", f"'listings_2.json.gz{place}'", folder)
+
+
+def test_damaged_tables_and_photos_are_named(folder: Path) -> None:
+    table = folder / "images" / "metadata" / "images.csv.gz"
+    content = table.read_bytes()
+    for text in (b"image_id,file\n", b"image_id,path\nimg-1,../../secret.jpg\n", b"image_id,path\nimg-1,/etc/x.jpg\n"):
+        table.write_bytes(gzip.compress(text))
+        refused("folder", "'images.csv.gz'", folder)
+    table.write_bytes(gzip.compress(b"image_id,path\nimg-1,77/77.jpg\n"))
+    refused("images", "'small'", folder)
+    table.write_bytes(content)
+    (folder / "images" / "small" / "01" / "01.jpg").write_bytes(b"no picture")
+    rows = undecoded(open_splits("abo", options={"folder": str(folder)})[0])  # read where it is needed
+    with pytest.raises(InputError, match=r"01\.jpg"):
+        loaded("photos", rows[0]["photos"][0])

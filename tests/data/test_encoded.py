@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -192,16 +189,18 @@ def test_latents_alone_train_and_say_what_they_cannot(tmp_path: Path, networks: 
 # ------------------------------------------------------------------------------------------------------------- stopping
 
 
-def test_a_killed_encoding_goes_on_to_the_same_bytes(tmp_path: Path, networks: Path) -> None:
+def test_a_killed_encoding_goes_on_to_the_same_bytes(
+    tmp_path: Path, networks: Path, forked: Callable[..., Any]
+) -> None:
     asked = config(tmp_path, {"space": "latent", "autoencoder": str(networks / "kl")})
     whole = encode(asked, tmp_path / "whole", rows_per_shard=2)
     (tmp_path / "c.yaml").write_text(as_yaml(asked))
-    command = [sys.executable, "-m", "mmdiff", "encode", tmp_path / "c.yaml", "--out", tmp_path / "cut"]
-    process = subprocess.Popen([*command, "--rows-per-shard", "2"], stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (tmp_path / "cut" / "train-00002.parquet").exists():
+    command = ["encode", tmp_path / "c.yaml", "--out", tmp_path / "cut", "--rows-per-shard", 2]
+    (process,) = forked(command, tmp_path / "log").processes
+    while process.is_alive() and not (tmp_path / "cut" / "train-00002.parquet").exists():
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.join()
     assert not manifest(tmp_path / "cut")["complete"]
     with refused("data.source", str(tmp_path / "cut")):
         build(on(asked, tmp_path / "cut"))

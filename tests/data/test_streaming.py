@@ -6,7 +6,6 @@ import io
 import json
 import pickle
 import shutil
-import sys
 import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -193,15 +192,14 @@ def test_workers_and_a_stop_in_the_middle_of_an_epoch_change_no_bit(
 
 @pytest.mark.slow
 def test_two_processes_with_workers_read_the_batches_of_one(
-    configure: Configure, launch: Callable[..., Any], tiny_file: Path, tmp_path: Path
+    configure: Configure, forked: Callable[..., Any], tiny_file: Path, tmp_path: Path
 ) -> None:
     more = [f"data.source={write(tmp_path / 'data', 'parquet')}", "data.holdout=5", "data.streaming=true"]
     more += ["data.streams=4", "train.steps=12", "train.log_every=3", "train.checkpoint_every=6"]
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "mmdiff"]
-    two = [*start, "train", str(tiny_file), *more, "data.workers=3", "train.accumulate=2", f"output={tmp_path / 'two'}"]
-    launched = launch(two, tmp_path / "log", ACCELERATE_USE_CPU="1")
+    two = ["train", tiny_file, *more, "data.workers=3", "train.accumulate=2", f"output={tmp_path / 'two'}"]
+    started = forked(two, tmp_path / "log", processes=2)
     one = train(configure(*more), progress=False)
-    answer = launched.wait()
+    answer = started.wait()
     assert answer.code == 0, answer.err
     for line, other in zip(*(metrics(run) for run in (one, tmp_path / "two")), strict=True):
         assert line == pytest.approx(other, rel=1e-3, abs=1e-6)

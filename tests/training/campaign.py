@@ -232,15 +232,20 @@ def _full_disk(
         subprocess.run(["umount", "-l", disk_], check=True)
 
 
-if __name__ == "__main__":
+def main(*arguments: str) -> None:
+    """A line per kind and outcome."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE of the config")
     for name, default in (("kills", 34), ("full", 14), ("damaged", 20), ("seed", 0), ("processes", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    asked = parser.parse_intermixed_args()
+    asked = parser.parse_intermixed_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         numbers = asked.kills, asked.full, asked.damaged, asked.seed
         counts = campaign(asked.config, Path(scratch), *numbers, asked.overrides, asked.processes)
     for (kind, outcome), count in sorted(counts.items()):
         print(f"{kind:10} {outcome:10} {count}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

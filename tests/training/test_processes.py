@@ -3,53 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
+from processes import assert_close, lines
 
 from mmdiff.config import Config, TrainConfig, load_config
-from mmdiff.data import Order
-from mmdiff.data.order import MicroBatches
 from mmdiff.errors import InputError
 from mmdiff.training import train
 from mmdiff.training.process import make_accelerator
-from mmdiff.training.tracking import MACHINE
-
-
-def lines(folder: Path, count: int) -> list[dict[str, float]]:
-    read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in MACHINE} for line in read[:count]]
-
-
-def assert_close(one: Path, other: Path) -> None:
-    """The lines of the first six steps, before rounding has grown."""
-    for a, b in zip(lines(one, 2), lines(other, 2), strict=True):
-        assert a["step"] in (3, 6)
-        assert a == pytest.approx(b, rel=1e-4, abs=1e-7)
-
-
-def test_parts_add_up(one_process: Path, sixty_steps: Callable[..., list[str]], tmp_path: Path) -> None:
-    config, *overrides = sixty_steps(tmp_path / "run", "train.accumulate=1")
-    assert_close(train(load_config(config, overrides)), one_process)
-
-
-@pytest.mark.slow
-def test_two_processes_compute_what_one_computes(one_process: Path, stopped_runs: Any) -> None:
-    state = json.loads((stopped_runs.two_whole / "checkpoints" / "step-60" / "state.json").read_text())
-    assert (state["processes"], state["threads"]) == (2, 1)
-    assert_close(stopped_runs.two_whole, one_process)
-    shares = [list(MicroBatches(Order(1498, 0), 0, 6, 12, 2, rank, 2)) for rank in (0, 1)]  # the run's own numbers
-    one, other = ({visit.row for batch in share for visit in batch} for share in shares)
-    assert len(one) == len(other) == 36 and not one & other
-
-
-@pytest.mark.slow
-def test_accelerate_launch_computes_the_same(one_process: Path, stopped_runs: Any) -> None:
-    assert_close(stopped_runs.one, one_process)  # its first 42 steps ran under `accelerate launch`
 
 
 def test_a_process_that_knows_nothing_of_the_others_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,14 +53,12 @@ ALL_MODALITIES = {
 }
 
 
-@pytest.mark.slow
 def test_two_processes_compute_what_one_computes_whatever_is_missing_in_all_modalities(
-    tiny: dict[str, Any], launch: Callable[..., Any], tmp_path: Path
+    tiny: dict[str, Any], forked: Callable[..., Any], tmp_path: Path
 ) -> None:
     path = tmp_path / "all.yaml"
     OmegaConf.save(OmegaConf.create({**tiny, **ALL_MODALITIES}), path)
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "mmdiff"]
-    two = launch([*start, "train", str(path), f"output={tmp_path / 'two'}"], tmp_path / "log", ACCELERATE_USE_CPU="1")
+    two = forked(["train", path, f"output={tmp_path / 'two'}"], tmp_path / "log", processes=2)
     one = train(load_config(path, [f"output={tmp_path / 'one'}"]))
     answer = two.wait()
     assert answer.code == 0, answer.err

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from conftest import tiny_tree
+from omegaconf import OmegaConf
+from processes import Ended, assert_close
 from safetensors.torch import load_file
 
 from mmdiff.config import Config, load_config
+from mmdiff.data import Order
+from mmdiff.data.order import MicroBatches
 from mmdiff.training import train
 from mmdiff.training.tracking import MACHINE
 
@@ -33,6 +40,111 @@ def assert_same_run(one: Path, other: Path, step: int) -> None:
     pipelines = [load_file(f / "pipeline/model/diffusion_pytorch_model.safetensors") for f in (one, other)]
     assert all(torch.equal(pipelines[0][key], pipelines[1][key]) for key in pipelines[0])
     assert metrics(one) == metrics(other)
+
+
+# windows of three steps straddle the checkpoints at 20 and 40, parts and processes split the batch of 12
+SIXTY_STEPS = [
+    "train.steps=60",
+    "train.checkpoint_every=20",
+    "train.accumulate=2",
+    "train.resume=auto",
+    "loss.uncertainty=true",
+    "data.augment={flip: 0.5, crop: [0.5, 1.0], contrast: 0.3}",
+]
+
+
+@pytest.fixture(scope="module")
+def sixty_steps(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
+    """`sixty_steps(output, …)`: the arguments of `mmdiff train` for a tiny run of 60 steps."""
+    path = tmp_path_factory.mktemp("sixty") / "tiny.yaml"
+    OmegaConf.save(OmegaConf.create(tiny_tree(path.parent / "run")), path)
+    return lambda output, *more: [str(path), f"output={output}", *SIXTY_STEPS, *more]
+
+
+@pytest.fixture(scope="module")
+def one_process(sixty_steps: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of 60 uninterrupted steps in this process."""
+    config, *overrides = sixty_steps(tmp_path_factory.mktemp("one") / "run")
+    return train(load_config(config, overrides))
+
+
+class StoppedRuns(NamedTuple):
+    """Run folders of 60 steps that were stopped on the way and resumed."""
+
+    one: Path  # under `accelerate launch`, SIGKILL after 42; SIGTERM after 51; the rest in this process
+    one_kept: list[str]  # its checkpoints after the SIGKILL
+    one_told_to_stop: Ended  # by the SIGTERM
+    one_saved: list[str]  # its checkpoints after that
+    two: Path  # two processes under torchrun, SIGKILL after 42
+    two_resumed: Any
+    two_whole: Path  # two processes, never stopped
+
+
+@pytest.fixture(scope="module")
+def stopped_runs(
+    launch: Callable[..., Any],
+    forked: Callable[..., Any],
+    sixty_steps: Callable[..., list[str]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> StoppedRuns:
+    """All at once; what a launcher started is killed, and goes on under torchrun or without a launcher."""
+    folder = tmp_path_factory.mktemp("stopped")
+    one, two, two_whole = folder / "one", folder / "two", folder / "two-whole"
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "-m", "mmdiff"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "mmdiff"]
+
+    def start(output: Path, log: str, command: list[str], *more: str) -> Any:
+        return launch([*command, "train", *sixty_steps(output, *more)], folder / log, ACCELERATE_USE_CPU="1")
+
+    def kept(output: Path) -> list[str]:
+        assert not (output / "pipeline").exists(), "the run was over before it could be stopped"
+        return sorted(path.name for path in (output / "checkpoints").glob("step-*"))
+
+    def stop_one() -> tuple[list[str], Ended, list[str]]:
+        first = start(one, "one-first", accelerate, "data.workers=2")
+        first.wait_for(one / "metrics.jsonl", '"step": 42,')
+        first.kill()
+        after_kill = kept(one)
+        second = forked(["train", *sixty_steps(one, "data.workers=2")], folder / "one-second")
+        second.wait_for(one / "metrics.jsonl", '"step": 51,')
+        second.processes[0].terminate()
+        return after_kill, second.wait(), kept(one)
+
+    def stop_two() -> Any:
+        first = start(two, "two-first", torchrun)
+        first.wait_for(two / "metrics.jsonl", '"step": 42,')
+        first.kill()
+        assert kept(two) == ["step-20", "step-40"]
+        return start(two, "two-second", torchrun).wait()
+
+    with ThreadPoolExecutor() as pool:
+        futures = pool.submit(stop_one), pool.submit(stop_two)
+        whole = forked(["train", *sixty_steps(two_whole)], folder / "two-whole-log", processes=2).wait()
+        assert whole.code == 0, whole.err
+        one_facts, two_resumed = futures[0].result(), futures[1].result()
+    config, *overrides = sixty_steps(one)
+    train(load_config(config, overrides))
+    return StoppedRuns(one, *one_facts, two, two_resumed, two_whole)
+
+
+def test_parts_add_up(one_process: Path, sixty_steps: Callable[..., list[str]], tmp_path: Path) -> None:
+    config, *overrides = sixty_steps(tmp_path / "run", "train.accumulate=1")
+    assert_close(train(load_config(config, overrides)), one_process)
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_computes(one_process: Path, stopped_runs: Any) -> None:
+    state = json.loads((stopped_runs.two_whole / "checkpoints" / "step-60" / "state.json").read_text())
+    assert (state["processes"], state["threads"]) == (2, 1)
+    assert_close(stopped_runs.two_whole, one_process)
+    shares = [list(MicroBatches(Order(1498, 0), 0, 6, 12, 2, rank, 2)) for rank in (0, 1)]  # the run's own numbers
+    one, other = ({visit.row for batch in share for visit in batch} for share in shares)
+    assert len(one) == len(other) == 36 and not one & other
+
+
+@pytest.mark.slow
+def test_accelerate_launch_computes_the_same(one_process: Path, stopped_runs: Any) -> None:
+    assert_close(stopped_runs.one, one_process)  # its first 42 steps ran under `accelerate launch`
 
 
 @pytest.mark.slow

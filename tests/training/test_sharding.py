@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import os
 import shutil
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +16,8 @@ import psutil
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from campaign import bits
+from conftest import tiny_tree
 
 from mmdiff.config import Config
 from mmdiff.errors import InputError
@@ -27,53 +28,45 @@ from mmdiff.training.sealed import DamagedError
 ROOT = Path(__file__).parents[2]
 LAUNCH_FILES = ROOT / "experiments" / "accelerate"
 
-# every training is a pair of forked processes on gloo, started as torchrun would start them
-DRIVER = """
-import importlib.util, sys; sys.path.insert(0, sys.argv[1])
-from pathlib import Path
-from campaign import bits, forked
-from mmdiff.config import load_config
-file, folder = sys.argv[2:]
-def run(name, processes, *more):
-    config = load_config(file, [f"output={folder}/{name}", "train.checkpoint_every=6", "train.resume=auto", *more])
-    outcome = forked(config, processes=processes)
-    assert outcome == "done", (name, outcome)
-six, twelve, sharded = "train.steps=6", "train.steps=12", "train.sharding=fsdp2"
-constant = "train.lr_scheduler_type=constant"
-run("one", 1, twelve, constant)
-run("ddp", 2, twelve, constant)
-run("fsdp2", 2, twelve, constant, sharded)
-run("parts", 2, twelve, constant, sharded, "train.accumulate=2")
-run("stopped", 2, six, constant, sharded); run("stopped", 2, twelve, constant, sharded)
-assert bits(Path(folder, "stopped")) == bits(Path(folder, "fsdp2"))
-run("fewer", 2, six, constant, sharded); run("fewer", 1, twelve, constant)
-run("more", 1, six, constant); run("more", 2, twelve, constant, sharded)
-if importlib.util.find_spec("deepspeed"):
-    zero2 = constant, "train.sharding=zero2", "modalities.label.weight.learn_scale=false"
-    run("zero2", 2, twelve, *zero2)
-    run("zero2-stopped", 2, six, *zero2); run("zero2-stopped", 2, twelve, *zero2)
-    assert bits(Path(folder, "zero2-stopped")) == bits(Path(folder, "zero2"))
-"""
-
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folders that `DRIVER` leaves."""
-    from conftest import tiny_tree
-
+def runs(tmp_path_factory: pytest.TempPathFactory, forked: Callable[..., Any]) -> Path:
+    """The folders of trainings of one process, or of a pair on gloo."""
     folder = tmp_path_factory.mktemp("sharding")
     tree = tiny_tree(folder / "run")
     tree["modalities"]["label"]["weight"] = {"schedule": "learned", "learn_scale": True}  # a scalar, which has no parts
     (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
-    command = [sys.executable, "-c", DRIVER, str(Path(__file__).parent), str(folder / "tiny.yaml"), str(folder)]
-    log = {"CAMPAIGN_LOG": str(folder / "log")}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **log})
-    assert done.returncode == 0, done.stderr[-2000:] + (folder / "log").read_text()[-3000:]
+    always = ["train.checkpoint_every=6", "train.resume=auto", "train.lr_scheduler_type=constant"]
+
+    def run(name: str, processes: int, steps: int, *more: str) -> None:
+        settings = [f"output={folder / name}", f"train.steps={steps}", *always, *more]
+        answer = forked(["train", folder / "tiny.yaml", *settings], folder / "log", processes).wait()
+        assert answer.code == 0, (name, answer.err)
+
+    def pair(name: str, sharding: str, *more: str) -> None:
+        """A pair that is never stopped, and one that is: to the same bits."""
+        run(name, 2, 12, f"train.sharding={sharding}", *more)
+        for steps in (6, 12):
+            run(f"{name}-stopped", 2, steps, f"train.sharding={sharding}", *more)
+        assert bits(folder / f"{name}-stopped") == bits(folder / name)
+
+    sharded = "train.sharding=fsdp2"
+    run("one", 1, 12)
+    run("ddp", 2, 12)
+    run("parts", 2, 12, sharded, "train.accumulate=2")
+    pair("fsdp2", "fsdp2")
+    shutil.copytree(folder / "fsdp2-stopped", folder / "fewer")
+    shutil.rmtree(folder / "fewer" / "checkpoints" / "step-12")
+    run("fewer", 1, 12)
+    run("more", 1, 6)
+    run("more", 2, 12, sharded)
+    if importlib.util.find_spec("deepspeed"):
+        pair("zero2", "zero2", "modalities.label.weight.learn_scale=false")
     return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ddp", "fsdp2", "parts", "stopped", "fewer", "more"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "parts", "fsdp2-stopped", "fewer", "more"])
 def test_losses_are_those_of_one_process(runs: Path, name: str) -> None:
     """Under DDP, FSDP2 and accumulation; from two processes to one, and back, whose rows are in the same order."""
     one, other = (
@@ -148,20 +141,19 @@ def agent(node: int, port: int, *command: str) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("lost", "alone"), [(0, True), (1, False)], ids=["agent", "machine"])
 def test_a_lost_machine_ends_the_other_and_the_run_goes_on(
-    tiny_file: Path, launch: Callable[..., Any], tmp_path: Path, lost: int, alone: bool
+    tiny_file: Path, launch: Callable[..., Any], forked: Callable[..., Any], tmp_path: Path, lost: int, alone: bool
 ) -> None:
     """Of a machine's processes or of its agent alone, whose process must notice that, and end."""
 
-    def start(log: str, steps: int) -> list[Any]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        more = [f"train.steps={steps}", "train.checkpoint_every=2", "train.resume=auto", "train.sharding=fsdp2"]
-        more += ["train.lr_scheduler_type=constant", "train.log_every=1"]
-        commands = [agent(node, port, "train", str(tiny_file), *more) for node in (0, 1)]
-        return [launch(c, tmp_path / f"{log}{k}", ACCELERATE_USE_CPU="1") for k, c in enumerate(commands)]
+    def settings(steps: int) -> list[str]:
+        more = ["train.checkpoint_every=2", "train.resume=auto", "train.sharding=fsdp2", "train.log_every=1"]
+        return [f"train.steps={steps}", "train.lr_scheduler_type=constant", *more]
 
-    both = start("first", 100_000)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    commands = [agent(node, port, "train", str(tiny_file), *settings(100_000)) for node in (0, 1)]
+    both = [launch(c, tmp_path / f"first{k}", ACCELERATE_USE_CPU="1") for k, c in enumerate(commands)]
     both[0].wait_for(tmp_path / "run" / "metrics.jsonl", '"step": 4,')
     machine = psutil.Process(both[lost].process.pid)
     processes = [machine, *machine.children(recursive=True)]
@@ -177,8 +169,8 @@ def test_a_lost_machine_ends_the_other_and_the_run_goes_on(
     assert lines and all(line.startswith(("mmdiff: ", "stopped at step ")) for line in lines), lines
     assert alone or len(lines) == 1
     done = max(int(path.name.split("-")[1]) for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
-    again = start("second", done + 2)
-    assert [process.wait().code for process in again] == [0, 0]
+    again = forked(["train", tiny_file, *settings(done + 2)], tmp_path / "second", processes=2).wait()
+    assert again.code == 0, again.err
     assert (tmp_path / "run" / "checkpoints" / f"step-{done + 2}").is_dir()
 
 

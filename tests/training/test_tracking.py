@@ -168,13 +168,11 @@ def test_measuring_gradients_leaves_the_weights_as_they_are_to_the_bit(
 
 @pytest.mark.slow
 def test_two_processes_measure_gradients_without_waiting_for_one_another(
-    tiny_file: Path, launch: Callable[..., Any], tmp_path: Path
+    tiny_file: Path, forked: Callable[..., Any], tmp_path: Path
 ) -> None:
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "mmdiff"]
-
     def run(name: str, every: int) -> Any:
         more = [f"output={tmp_path / name}", f"train.gradients_every={every}", "train.accumulate=2"]
-        return launch([*start, "train", str(tiny_file), *more], tmp_path / f"{name}-log", ACCELERATE_USE_CPU="1")
+        return forked(["train", tiny_file, *more], tmp_path / f"{name}-log", processes=2)
 
     started = [run("without", 0), run("with", 3)]
     for process in started:
