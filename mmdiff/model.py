@@ -20,6 +20,7 @@ from mmdiff.errors import InputError, at
 from mmdiff.lora import LoraModel
 from mmdiff.modalities import Anchor, Condition, FillsAnchor, Modality, Shape, find_modality
 from mmdiff.modalities.grids import scaled
+from mmdiff.modalities.query import asked, built, query_slots
 from mmdiff.schedulers.arguments import check_value
 from mmdiff.slots import Axes, Slot, of, slots
 from mmdiff.trust import check_links, damage, refuse_custom, refuse_huge
@@ -73,10 +74,7 @@ class MTDiffusionModel(LoraModel, ModelMixin, ConfigMixin):
         self.names = tuple(kinds)  # sorted: saved configs do not keep the order of dicts
         self.observable = frozenset(self.names if observable is None else observable)
         self.auxiliary = tuple(name for name in self.names if name != anchor)
-        self.modalities = nn.ModuleDict()
-        for name, (modality, settings) in kinds.items():
-            with at(f"modalities.{name}"):
-                self.modalities[name] = modality(shape, **{**settings, "head": False} if name == anchor else settings)
+        self.modalities = nn.ModuleDict(built(kinds, shape, anchor, self.observable))
         self.generated = tuple(name for name in self.auxiliary if isinstance(self.modalities[name], Modality))
         self.filling = tuple(name for name in self.auxiliary if isinstance(self.modalities[name], FillsAnchor))
         for name in self.filling:
@@ -191,6 +189,7 @@ class MTDiffusionModel(LoraModel, ModelMixin, ConfigMixin):
             axes_of |= {f"modalities.{name}.{tensor}": axes for tensor, axes in parts.state.items()}
             channels += of(owner, parts.channels)
             flags += of(owner, [*slots(("aggregated", "observed")), *parts.context])
+        axes_of |= query_slots(self.modalities, by_name)
         axes_of |= {f"backbone.{tensor}": axes for tensor, axes in self.backbone.slots(channels, flags).items()}
         state = self.state_dict()
         for tensor, axes in axes_of.items():
@@ -227,7 +226,7 @@ class MTDiffusionModel(LoraModel, ModelMixin, ConfigMixin):
         flags = torch.stack(pairs, dim=1).to(like.dtype)  # (B, 2 N)
         channels, context = [], []
         for name, own in zip(self.names, flags.split(2, dim=1), strict=True):
-            modality: Condition = self.modalities[name]
+            modality = asked(self.modalities, name, values, observed)
             context.append(own)
             if name in values and name in observed:
                 flag = own[:, 1]

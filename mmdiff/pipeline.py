@@ -217,7 +217,7 @@ class MTDiffusionPipeline(LoraPipeline, DiffusionPipeline):
         check_finite({**samples, **draws})
         samples = {name: self._finish(name, samples[name], request) for name in model.names if name in samples}
         draws = {name: self._finish(name, value, request) for name, value in draws.items()}
-        return MTDiffusionPipelineOutput(samples, draws, weights_of(model, values))
+        return MTDiffusionPipelineOutput(samples, draws, weights_of(model, values, request.conditioning.concatenated))
 
     def _denoise(self, request: Request, progress: Callable[[list], Iterable]) -> tuple[Tensor, dict[str, Tensor]]:
         """(z_0, draws of the last step)."""

@@ -30,6 +30,7 @@ class Shape(NamedTuple):
     features: int  # channels F of the backbone's feature map
     pooled: int  # width P of the backbone's pooled vector
     stride: int = 1  # s: the feature map is (B, F, H / s, W / s)
+    query: int = 0  # numbers of the query that this modality is asked, see `Asked`
 
 
 class Value(ABC):

@@ -19,6 +19,7 @@ from mmdiff.errors import InputError
 from mmdiff.modalities.base import Condition, Modality, Shape
 from mmdiff.modalities.expectations import ROWS, Fault, equal, examples_of, expect, expect_shape, noise_of, params_of
 from mmdiff.modalities.head_contract import HEAD_LAWS
+from mmdiff.modalities.query import Asked
 
 FLIP = Change(flip=True)
 Build = Callable[[Shape], Condition]
@@ -116,6 +117,8 @@ def gradients(build: Build, shape: Shape) -> None:
     """Every parameter that is trained is reached by a gradient."""
     modality = build(shape)
     examples = examples_of(modality)
+    if isinstance(modality, Asked) and modality.query is not None:  # where nothing is asked, its weights rest
+        modality = modality.asked(torch.randn(ROWS, modality.query_dim, generator=Generator().manual_seed(5)))
     inputs = modality.encode(examples), modality.observe(examples), modality.context(examples)
     loss = sum((x * torch.randn(x.shape, generator=Generator().manual_seed(4))).sum() for x in inputs)
     if isinstance(modality, Modality):

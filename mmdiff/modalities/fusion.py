@@ -218,13 +218,14 @@ def build_fusion(kind: str, dim: int, hidden: int = 128, query_dim: int | None =
         query_dim: q of the queries; None: there are none.
 
     Raises:
-        InputError: for an unknown name, or a width below 1.
+        InputError: for an unknown name, a width below 1, or a kind that needs a query and has none.
     """
+    if query_dim is None and kind in QUERY_FUSIONS:
+        raise InputError("query", None, f"{kind} needs one")
     known = FUSIONS if query_dim is None else QUERY_FUSIONS
     if kind not in known:
-        plain, asked = ", ".join(FUSIONS), ", ".join(QUERY_FUSIONS)
-        remedy = f"choose one of {plain}; with a query {asked}" if query_dim is None else f"with a query choose {asked}"
-        raise InputError("fusion", kind, remedy)
+        where = "" if query_dim is None else "with a query "
+        raise InputError("fusion", kind, f"{where}choose one of {', '.join(known)}")
     return FUSIONS[kind](dim, hidden) if query_dim is None else QUERY_FUSIONS[kind](dim, hidden, query_dim)
 
 

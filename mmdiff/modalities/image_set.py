@@ -16,16 +16,17 @@ from torch.nn.functional import interpolate, linear, normalize
 from mmdiff.augmentation import Change
 from mmdiff.errors import InputError
 from mmdiff.image_files import is_image
-from mmdiff.modalities.base import Condition, Shape
+from mmdiff.modalities.base import Shape
 from mmdiff.modalities.encoders import build_encoder
 from mmdiff.modalities.files import open_image
 from mmdiff.modalities.fusion import Fused, build_fusion
 from mmdiff.modalities.grids import Size, height_width, repeatable
 from mmdiff.modalities.heads import widened
 from mmdiff.modalities.image import Background, Image
+from mmdiff.modalities.query import Asked
 
 
-class ImageSet(Condition):
+class ImageSet(Asked):
     """A set of 1 to `max_images` images; its value is (max_images, channels + 1, height, width) float32.
 
     The images come first. The last channel is 1 for them and 0 for the empty places. As a raw value it is a list of
@@ -40,15 +41,18 @@ class ImageSet(Condition):
         resize: see `Image`.
         encoder: {kind: resnet} (a small one of timm), {kind: convolutions}, {kind: open_clip} or an import path, with
             its settings, see `mmdiff.modalities.encoders`.
-        fusion: a key of `mmdiff.modalities.fusion.FUSIONS`: mean, max, attention, agreement_attention, …
+        fusion: a key of `mmdiff.modalities.fusion.FUSIONS`: mean, max, attention, agreement_attention, …; with a query
+            query_attention.
         dim: size of the fused embedding.
         hidden: width of the attentions' layer.
         observe_as: how a set reaches the backbone: "context" (the embedding) or "channels" (a map).
         map_size: side of the map's grid, repeated to the size of the diffusion space. Default: the full size.
         background: see `Image`.
+        query: another modality; where it is observed, its context says which images matter.
     """
 
     reads_images: ClassVar[bool] = True
+    query_weights: ClassVar[tuple[str, ...]] = ("fusion.W.weight",)
 
     def __init__(
         self,
@@ -64,8 +68,9 @@ class ImageSet(Condition):
         observe_as: str = "context",
         map_size: int | None = None,
         background: Background = 255,
+        query: str | None = None,
     ) -> None:
-        super().__init__(shape)
+        super().__init__(shape, query)
         if max_images < 1:
             raise InputError("max_images", max_images, "a set has one image at least")
         if dim < 2:
@@ -76,7 +81,7 @@ class ImageSet(Condition):
         self.max_images, self.dim, self.by_context = max_images, dim, observe_as == "context"
         self.encoder = build_encoder(encoder or {"kind": "resnet"}, channels, height_width(size))
         self.project = nn.Linear(self.encoder.width, dim)
-        self.fusion = build_fusion(fusion, dim, hidden)
+        self.fusion = build_fusion(fusion, dim, hidden, None if query is None else self.query_dim)
         self.grid = (shape.space[0], *repeatable("map_size", map_size, shape.space))
         # fixed: what stands before it is learned
         self.register_buffer("map", nn.init.orthogonal_(torch.empty(math.prod(self.grid), dim)))
@@ -171,7 +176,7 @@ class ImageSet(Condition):
         features = self.encoder(value[:, :, :-1][there])  # (N, width), of the members only
         members = linear(features, widened(self.project.weight), widened(self.project.bias))
         placed = members.new_zeros(*there.shape, self.dim).masked_scatter(there[..., None], members)  # (B, n, d)
-        return self.fusion(placed, there)
+        return self.fusion(placed, there, self.question(like=placed))
 
     def weights(self, value: Tensor) -> Tensor:
         return self.fuse(value).weights

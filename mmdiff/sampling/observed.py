@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmdiff.errors import InputError, at
 from mmdiff.modalities import Condition
+from mmdiff.modalities.query import asked
 from mmdiff.model import MTDiffusionModel
 from mmdiff.values import dense, plain
 
@@ -96,9 +97,16 @@ def _depth(raw: Any, levels: int = 8) -> int:
     return 0
 
 
-def weights_of(model: MTDiffusionModel, values: Mapping[str, Tensor], size: int | None = None) -> dict[str, Tensor]:
-    """{modality with parts: weight of each part of its values (B, n)}, computed for ``size`` rows at once."""
-    weights = {
-        name: [model.modalities[name].weights(part) for part in v.split(size or len(v))] for name, v in values.items()
-    }
-    return {name: torch.cat(parts) for name, parts in weights.items() if parts[0] is not None}
+def weights_of(
+    model: MTDiffusionModel, values: Mapping[str, Tensor], concatenated: Collection[str]
+) -> dict[str, Tensor]:
+    """{modality with parts: weight of each part of its values (B, n)}, as the network sees them.
+
+    Args:
+        model: the networks.
+        values: of the observed modalities.
+        concatenated: conditions in the observation channels.
+    """
+    seen = {n: torch.ones(len(values[n]), dtype=torch.bool, device=values[n].device) for n in concatenated}
+    weights = {name: asked(model.modalities, name, values, seen).weights(value) for name, value in values.items()}
+    return {name: own for name, own in weights.items() if own is not None}

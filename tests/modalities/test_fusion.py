@@ -402,7 +402,7 @@ def test_names_and_widths_are_checked() -> None:
         build_fusion("median", DIM)
     with pytest.raises(InputError, match="hidden = 0"):
         build_fusion("attention", DIM, 0)
-    with refused("fusion", "query_attention", "with a query"):
+    with refused("query", None, "query_attention"):
         build_fusion("query_attention", DIM)
     with refused("fusion", "attention", "query_attention"):
         build_fusion("attention", DIM, query_dim=QUERY)
