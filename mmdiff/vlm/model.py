@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmdiff.errors import InputError
-from mmdiff.modalities.fusion import Fused, build_fusion
+from mmdiff.modalities.fusion import QUERY_FUSIONS, Fused, build_fusion
 from mmdiff.vlm.architectures import ARCHITECTURES
 
 WEIGHTS, SETTINGS = "fusion.safetensors", "fusion.json"
+IGNORED = -100  # a label without a loss
 
 
 class Answered(NamedTuple):
@@ -40,7 +41,8 @@ class VisionLanguageModel(nn.Module):
 
     Args:
         model: a `Blip2ForConditionalGeneration` or a `LlavaForConditionalGeneration`.
-        fusion: a key of `mmdiff.modalities.fusion.FUSIONS`; ``hidden``: width of its layer.
+        fusion: a key of `mmdiff.modalities.fusion.FUSIONS`, or of `QUERY_FUSIONS`, which is asked the question, see
+            `question`; ``hidden``: width of its layer.
 
     Raises:
         InputError: for another architecture or fusion.
@@ -76,8 +78,13 @@ class VisionLanguageModel(nn.Module):
         return cls(model, fusion, hidden)
 
     def _set_fusion(self, kind: str, hidden: int) -> None:
-        self.fusion = build_fusion(kind, self.parts.width, hidden).to(self.model.device)
-        self.settings = {"fusion": kind, "dim": self.parts.width, "hidden": hidden}
+        query_dim = self._text_width if kind in QUERY_FUSIONS else None
+        self.fusion = build_fusion(kind, self.parts.width, hidden, query_dim).to(self.model.device)
+        self.settings = {"fusion": kind, "dim": self.parts.width, "hidden": hidden, "query_dim": query_dim}
+
+    @property
+    def _text_width(self) -> int:
+        return self.model.get_input_embeddings().embedding_dim
 
     def train(self, mode: bool = True) -> Self:
         """The model of transformers stays in evaluation mode."""
@@ -108,8 +115,27 @@ class VisionLanguageModel(nn.Module):
 
     # ----------------------------------------------------------------------------------------------- images and text
 
-    def fuse(self, images: Tensor, mask: Tensor) -> Fused:
-        """Preprocessed images (B, n, 3, H, W) and their ``mask`` (B, n), True for images -> tokens (B, tokens, d)."""
+    def question(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> Tensor | None:
+        """What a prompt asks (B, width of the text), or None where the fusion takes no query.
+
+        The mean of the frozen embeddings of its tokens, without those of images and answers, with mean square 1.
+        Arguments as of `forward`.
+        """
+        if not self.fusion.query_dim:
+            return None
+        asked = attention_mask.bool() & (input_ids != self.model.config.image_token_id)
+        if labels is not None and self.parts.continues:
+            asked = asked & (labels == IGNORED)
+        with torch.no_grad():
+            embeds = self.model.get_input_embeddings()(input_ids).float()  # (B, length, width)
+        mean = embeds.mul(asked[..., None]).sum(dim=1)  # its length does not count
+        return mean * mean.square().mean(dim=1, keepdim=True).add(1e-12).rsqrt()
+
+    def fuse(self, images: Tensor, mask: Tensor, query: Tensor | None = None) -> Fused:
+        """Preprocessed images (B, n, 3, H, W) and their ``mask`` (B, n), True for images -> tokens (B, tokens, d).
+
+        ``query``: of `question`, where the fusion takes one.
+        """
         if images.ndim != 5 or mask.dtype != torch.bool or mask.shape != images.shape[:2]:
             shapes = f"images {tuple(images.shape)}, mask {mask.dtype} {tuple(mask.shape)}"
             raise InputError("images", shapes, "needs images (B, n, 3, H, W) and a torch.bool mask (B, n)")
@@ -117,7 +143,7 @@ class VisionLanguageModel(nn.Module):
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             tokens = self.parts.encode(images[mask].to(self.model.dtype))  # (N, tokens, d), of the members only
         members = tokens.new_zeros(*mask.shape, *tokens.shape[1:])  # (B, n, tokens, d)
-        return self.fusion(members.masked_scatter(mask[..., None, None], tokens), mask)
+        return self.fusion(members.masked_scatter(mask[..., None, None], tokens), mask, query)
 
     def forward(
         self, images: Tensor, mask: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
@@ -131,7 +157,8 @@ class VisionLanguageModel(nn.Module):
             labels: of a decoder-only model (B, length) at the positions of ``input_ids``, else the decoder's text
                 (B, …); −100 is ignored.
         """
-        embeds, weights = self._embeds(images, mask, input_ids)
+        query = self.question(input_ids, attention_mask, labels)
+        embeds, weights = self._embeds(images, mask, input_ids, query)
         # a decoder without input text derives it from the labels
         output = self.parts.language(inputs_embeds=embeds, attention_mask=attention_mask, labels=labels)
         return Answered(output.loss, output.logits, weights)
@@ -141,13 +168,14 @@ class VisionLanguageModel(nn.Module):
         self, images: Tensor, mask: Tensor, input_ids: Tensor, attention_mask: Tensor, **settings: Any
     ) -> Generated:
         """Text for each set; ``settings`` are of transformers' ``generate``: max_new_tokens, num_beams, …"""
-        embeds, weights = self._embeds(images, mask, input_ids)
+        query = self.question(input_ids, attention_mask)
+        embeds, weights = self._embeds(images, mask, input_ids, query)
         tokens = self.parts.language.generate(inputs_embeds=embeds, attention_mask=attention_mask, **settings)
         return Generated(tokens, weights)
 
-    def _embeds(self, images: Tensor, mask: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def _embeds(self, images: Tensor, mask: Tensor, input_ids: Tensor, query: Tensor | None) -> tuple[Tensor, Tensor]:
         """(embeddings (B, length, width) with the fused images at the image tokens, weights (B, n))."""
-        fused, weights = self.fuse(images, mask)
+        fused, weights = self.fuse(images, mask, query)
         inputs, token = self.parts.connect(fused), self.model.config.image_token_id  # (B, k, width)
         places = input_ids == token
         if not (places.sum(dim=1) == inputs.shape[1]).all() or len(places) != len(inputs):
@@ -180,6 +208,9 @@ class VisionLanguageModel(nn.Module):
         facts = json.loads((folder / SETTINGS).read_text())
         if facts["dim"] != self.parts.width:
             remedy = f"fuses tokens of width {facts['dim']} (of {facts['model']}), this model has {self.parts.width}"
+            raise InputError("fusion", str(folder), remedy)
+        if facts.get("query_dim") not in (None, self._text_width):
+            remedy = f"is asked texts of width {facts['query_dim']} (of {facts['model']}), here {self._text_width}"
             raise InputError("fusion", str(folder), remedy)
         self._set_fusion(facts["fusion"], facts["hidden"])
         self.fusion.load_state_dict(load_file(folder / WEIGHTS, device=str(self.model.device)))

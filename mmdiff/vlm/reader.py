@@ -11,9 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mmdiff.errors import InputError
-from mmdiff.vlm.model import VisionLanguageModel
-
-IGNORED = -100  # a label without a loss
+from mmdiff.vlm.model import IGNORED, VisionLanguageModel
 
 
 class Inputs(NamedTuple):

@@ -15,7 +15,7 @@ from PIL import Image
 from refusals import refused
 from safetensors.torch import load_file
 
-from mmdiff.modalities.fusion import FUSIONS
+from mmdiff.modalities.fusion import FUSIONS, QUERY_FUSIONS
 from mmdiff.vlm import ARCHITECTURES, Reader, VisionLanguageModel
 from mmdiff.vlm.small import SMALL, Sizes, make_small
 
@@ -68,7 +68,7 @@ def test_one_photo_is_the_plain_model(folder: Path) -> None:
             labels=inputs.labels,
         )
         generated = without_prompt(model.generate(**batch, **GREEDY), prompt, model)
-    for fusion in FUSIONS:
+    for fusion in (*FUSIONS, *QUERY_FUSIONS):
         ours = VisionLanguageModel(model, fusion, hidden=8)
         answered = ours(*inputs)
         assert torch.equal(answered.logits, expected.logits) and torch.equal(answered.loss, expected.loss)
@@ -81,7 +81,7 @@ def _told(processor: Any) -> list[str]:
     return [f"<image>\n{PROMPT}" if llava else PROMPT] * 2
 
 
-@pytest.mark.parametrize("fusion", ["max", "gated_attention"])
+@pytest.mark.parametrize("fusion", ["max", "gated_attention", "query_attention"])
 def test_order_and_padding_change_nothing(folder: Path, fusion: str) -> None:
     ours = VisionLanguageModel.from_pretrained(folder, fusion, hidden=8)
     inputs = Reader(ours)([photos(3), photos(2, seed=1)], [PROMPT] * 2, ANSWERS)
@@ -109,9 +109,10 @@ def test_a_set_has_the_prompt_of_one_photo_and_generates(folder: Path) -> None:
     assert all(isinstance(text, str) for text in reader.texts(found.tokens))
 
 
-def test_only_the_fusion_learns_and_lies_apart(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fusion", ["gated_attention", "query_attention"])
+def test_only_the_fusion_learns_and_lies_apart(folder: Path, fusion: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    ours = VisionLanguageModel.from_pretrained(folder, "gated_attention", hidden=8).train()
+    ours = VisionLanguageModel.from_pretrained(folder, fusion, hidden=8).train()
     learning = {name.split(".")[0] for name, parameter in ours.named_parameters() if parameter.requires_grad}
     assert learning == {"fusion"} and not ours.model.training
     frozen = {name: tensor.clone() for name, tensor in ours.model.state_dict().items()}
@@ -129,10 +130,31 @@ def test_only_the_fusion_learns_and_lies_apart(folder: Path, tmp_path: Path) -> 
     assert all(parameter.grad is None for parameter in ours.model.parameters())
     ours.save_fusion(tmp_path)
     assert set(load_file(tmp_path / "fusion.safetensors")) == set(ours.fusion.state_dict())
-    assert json.loads((tmp_path / "fusion.json").read_text())["fusion"] == "gated_attention"
+    assert json.loads((tmp_path / "fusion.json").read_text())["fusion"] == fusion
     again = VisionLanguageModel.from_pretrained(folder)
     again.load_fusion(tmp_path)
     assert torch.equal(again(*inputs).logits, ours(*inputs).logits)
+
+
+def test_the_fusion_is_asked_the_question(folder: Path) -> None:
+    """Its words alone: not the images' tokens, not the padding, and never the answer."""
+    torch.manual_seed(0)
+    ours = VisionLanguageModel.from_pretrained(folder, "query_attention", hidden=8)
+    torch.nn.init.normal_(ours.fusion.W.weight, std=5)
+    reader, sets = Reader(ours), [photos(3), photos(3)]
+    prompts = [PROMPT, "a red circle of wood"]
+    asked, answered = reader(sets, prompts), reader(sets, prompts, ANSWERS)
+    alone = reader(sets[:1], [PROMPT])
+    words = alone.input_ids[0][alone.input_ids[0] != ours.model.config.image_token_id]
+    mean = ours.model.get_input_embeddings()(words).detach().mean(dim=0)
+    found = [ours.question(one.input_ids, one.attention_mask, one.labels) for one in (asked, answered, alone)]
+    for question in (one[0] for one in found):
+        torch.testing.assert_close(question, mean / mean.square().mean().sqrt(), rtol=1e-4, atol=1e-5)
+    assert not any(question.requires_grad for question in found)
+    one, other = ours(*answered).weights
+    assert (one - other).abs().max() > 1e-3  # the photos are the same
+    generated = ours.generate(*asked[:4], **GREEDY)
+    torch.testing.assert_close(generated.weights, torch.stack([one, other]), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("part", ["connector", "all"])
@@ -187,3 +209,8 @@ def test_what_cannot_be_is_refused(folders: dict[str, Path], tmp_path: Path) -> 
     make_small(wide, "llava", [PROMPT], TINY._replace(width=32))
     with refused("fusion", ANY, "16", "32"):
         VisionLanguageModel.from_pretrained(wide).load_fusion(tmp_path)
+    VisionLanguageModel.from_pretrained(folders["llava"], "query_attention").save_fusion(tmp_path)
+    facts = json.loads((tmp_path / "fusion.json").read_text())
+    (tmp_path / "fusion.json").write_text(json.dumps(facts | {"query_dim": 24}))
+    with refused("fusion", ANY, "16", "24"):
+        ours.load_fusion(tmp_path)
