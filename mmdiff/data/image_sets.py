@@ -14,20 +14,19 @@ from mmdiff.data.shapes.render import row_uniform
 from mmdiff.errors import InputError
 from mmdiff.randomness import fold
 
-PHOTOS, DISTRACTORS = "photos", "distractors"
-_TYPES = {PHOTOS: datasets.List(datasets.Image()), DISTRACTORS: datasets.List(datasets.Value("bool"))}
+PHOTOS, DISTRACTORS, OBJECTS = "photos", "distractors", "objects"
 
 
 class ImageSets(MadeRows):
     """Rows of one split.
 
-    A row is the first row of an object (its front view, which is in no set) with two further columns: ``photos``, other
-    views of it in random order, and ``distractors``, which of the photos show other objects. Objects take turns, so
-    that each has as many rows as the others.
+    A row is the first row of an object (its front view, which is in no set) with three further columns: ``photos``,
+    other views of it in random order; ``distractors``, which of the photos show other objects; ``objects``, what each
+    photo shows. Objects take turns, so that each has as many rows as the others.
 
     Args:
         base: rows of the source.
-        image: its column of images.
+        image, object: its columns of images and of what they show.
         fronts: the row in ``base`` of each object's front view.
         views: the rows of each object's other views in this split.
         rows: how many image sets.
@@ -40,6 +39,7 @@ class ImageSets(MadeRows):
         self,
         base: Any,
         image: str,
+        object: str,
         fronts: list[int],
         views: list[list[int]],
         rows: int,
@@ -47,19 +47,23 @@ class ImageSets(MadeRows):
         distractors: tuple[float, float],
         key: int,
     ) -> None:
-        super().__init__(rows, {**base.features, **_TYPES})
-        self.base, self.image, self.fronts, self.views = base, image, fronts, views
+        images, flags = datasets.List(datasets.Image()), datasets.List(datasets.Value("bool"))
+        types = {PHOTOS: images, DISTRACTORS: flags, OBJECTS: datasets.List(base.features[object])}
+        super().__init__(rows, {**base.features, **types})
+        self.base, self.image, self.object, self.fronts, self.views = base, image, object, fronts, views
         self.sizes, self.shares, self._key = sizes, distractors, key
 
     def make(self, row: int, names: list[str]) -> dict[str, Any]:
         thing = row % len(self.fronts)
-        kept = [name for name in names if name in self.base.column_names]
+        made = {PHOTOS, DISTRACTORS, OBJECTS} & set(names)
+        kept = [name for name in names if name in self.base.column_names and name not in made]
         columns: dict[str, Any] = dict(self.base.select_columns(kept)[self.fronts[thing]]) if kept else {}
-        if {PHOTOS, DISTRACTORS} & set(names):
+        if made:
             members, columns[DISTRACTORS] = self._members(row, thing)
-            if PHOTOS in names:
-                images = self.base.select_columns([self.image])
-                columns[PHOTOS] = [images[member][self.image] for member in members]
+            for name, column in ((PHOTOS, self.image), (OBJECTS, self.object)):
+                if name in made:
+                    values = self.base.select_columns([column])
+                    columns[name] = [values[member][column] for member in members]
         return {name: columns[name] for name in names}
 
     def _members(self, row: int, thing: int) -> tuple[list[int], list[bool]]:
@@ -146,7 +150,7 @@ def load(
         if not chosen:
             raise InputError("object", object, f"leaves no object for {name}: each needs a first row and further ones")
         fronts, others = (list(part) for part in zip(*chosen))
-        return ImageSets(base, image, fronts, others, count, sizes, shares, fold(seed, 0, f"bags/{name}"))
+        return ImageSets(base, image, object, fronts, others, count, sizes, shares, fold(seed, 0, f"bags/{name}"))
 
     def kept(items: list[Any], held: bool) -> list[Any]:
         return [item for k, item in enumerate(items) if (k % every == every - 1) == held]

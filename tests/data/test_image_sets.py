@@ -58,7 +58,7 @@ def views(rows: Any) -> set[tuple[int, int]]:
 def test_a_row_is_the_front_view_with_other_views_of_the_object(source: str) -> None:
     train, validation = image_sets(source, views=[1, 4], validation_rows=30)
     assert (len(train), len(validation)) == (60, 30)
-    assert train.column_names == ["image", "thing", "name", "photos", "distractors"] == list(train.features)
+    assert train.column_names == ["image", "thing", "name", "photos", "distractors", "objects"] == list(train.features)
     sizes = Counter()
     for row in train:
         found = [shown(photo) for photo in row["photos"]]
@@ -89,7 +89,8 @@ def test_distractors_are_views_of_others_and_are_marked(source: str) -> None:
     train, _ = image_sets(source, views=4, distractors=0.5)
     first = 0
     for row in train:
-        foreign = [shown(photo)[0] != row["thing"] for photo in row["photos"]]
+        assert row["objects"] == [shown(photo)[0] for photo in row["photos"]]
+        foreign = [thing != row["thing"] for thing in row["objects"]]
         assert row["distractors"] == foreign and sum(foreign) == 2
         first += foreign[0]
     assert first / len(train) == pytest.approx(0.5, abs=0.25)

@@ -14,13 +14,16 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from mmdiff.benchmarks.cache import stored
-from mmdiff.benchmarks.fusion.image_sets import Photos, front_views, one_large, square
-from mmdiff.benchmarks.fusion.learning import BEST, FINE_TUNED, SINGLE, ZERO_SHOT, Answers, Cell, Learner, fit
+from mmdiff.benchmarks.fusion.entries import BEST, FINE_TUNED, FUSED, SINGLE, ZERO_SHOT
+from mmdiff.benchmarks.fusion.image_sets import front_views
+from mmdiff.benchmarks.fusion.learning import Answers, Cell, CellAnswers, Learner, fit
+from mmdiff.benchmarks.fusion.photos import Photos, one_large, square
 from mmdiff.benchmarks.fusion.settings import Settings
 from mmdiff.modalities.encoders import build_encoder
-from mmdiff.modalities.fusion import FUSIONS, Fused, Fusion, build_fusion
+from mmdiff.modalities.fusion import Fused, Fusion, build_fusion
 
 _CHUNK = 256
+Which = tuple[Cell | None, bool]  # the training sets (None) or those of a cell, with distractors or without
 
 
 class Classifier(nn.Module):
@@ -71,19 +74,19 @@ class Classifiers(Learner):
 
     def __init__(self, settings: Settings, folder: Path) -> None:
         super().__init__(settings, folder)
-        self._seen: tuple[int, dict[Cell | None, Tensor]] = (-1, {})  # of one seed
+        self._seen: tuple[int, dict[Which, Tensor]] = (-1, {})  # of one seed
+        self._packed: dict[Which, Sets] = {}
 
-    def answers(self, entry: str, seed: int) -> Iterable[tuple[Cell, dict[str, Answers]]]:
-        model, fusion = self._pretrained(seed), None
-        if entry in FUSIONS:
-            fusion = self._fused(model, entry, seed)
-        elif entry == FINE_TUNED:
+    def learned(self, entry: str, seed: int) -> Iterable[CellAnswers]:
+        model, (kind, dropped) = self._pretrained(seed), FUSED.get(entry, (None, False))
+        fusion = None if kind is None else self._fused(model, kind, seed, dropped)
+        if entry == FINE_TUNED:
             self._tune_on_large(model, seed)
         ((task, _),) = self.settings.tasks.items()
         with torch.no_grad():
             for cell in self.cells:
-                outcome = self._by_fusion(model, fusion, cell, seed) if fusion else self._by_image(model, entry, cell)
-                yield cell, {task: outcome}
+                by_fusion = fusion and self._by_fusion(model, fusion, (cell, dropped), seed)
+                yield cell, {task: by_fusion or self._by_image(model, entry, cell)}
 
     @cached_property
     def _classes(self) -> list[str]:
@@ -94,19 +97,19 @@ class Classifiers(Learner):
         ((_, texts),) = answers.items()
         return torch.tensor([self._classes.index(text) for text in texts])
 
-    @cached_property
-    def _sets(self) -> dict[Cell | None, Sets]:
-        """The training image sets (None), and those of each cell."""
-        return {None: Sets(self.image_sets.photos), **{cell: Sets(self.test(cell).photos) for cell in self.cells}}
+    def _sets(self, which: Which) -> Sets:
+        if which not in self._packed:
+            self._packed[which] = Sets(self.sets(*which).photos)
+        return self._packed[which]
 
-    def _features(self, model: Classifier, cell: Cell | None, seed: int) -> Tensor:
+    def _features(self, model: Classifier, which: Which, seed: int) -> Tensor:
         """What the frozen encoder of a seed makes of all photos (N, d): all fusions see the same."""
         if self._seen[0] != seed:
             self._seen = (seed, {})
-        if cell not in self._seen[1]:
+        if which not in self._seen[1]:
             with torch.no_grad():
-                self._seen[1][cell] = model.features(self._sets[cell].images)
-        return self._seen[1][cell]
+                self._seen[1][which] = model.features(self._sets(which).images)
+        return self._seen[1][which]
 
     # ------------------------------------------------------------------------------------------------------- learning
 
@@ -129,8 +132,8 @@ class Classifiers(Learner):
         load_model(model, str(stored(path, write)))
         return model.eval()
 
-    def _fused(self, model: Classifier, kind: str, seed: int) -> Fusion:
-        sets = self._sets[None]
+    def _fused(self, model: Classifier, kind: str, seed: int, dropped: bool = False) -> Fusion:
+        sets = self._sets((None, dropped))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             fusion = build_fusion(kind, model.encoder.width, self.settings.hidden)
@@ -140,7 +143,7 @@ class Classifiers(Learner):
                 return sets.encode_and_fuse(model, fusion, rows).embedding
 
         else:
-            features = self._features(model, None, seed)
+            features = self._features(model, (None, dropped), seed)
 
             def fuse(rows: Tensor) -> Tensor:
                 return sets.fuse(fusion, features, rows).embedding
@@ -175,11 +178,12 @@ class Classifiers(Learner):
 
     # ------------------------------------------------------------------------------------------------------ answering
 
-    def _by_fusion(self, model: Classifier, fusion: Fusion, cell: Cell, seed: int) -> Answers:
-        sets = self._sets[cell]
-        features = model.features(sets.images) if self._encoder_learns else self._features(model, cell, seed)
+    def _by_fusion(self, model: Classifier, fusion: Fusion, which: Which, seed: int) -> Answers:
+        sets = self._sets(which)
+        features = model.features(sets.images) if self._encoder_learns else self._features(model, which, seed)
         fused = sets.fuse(fusion, features, torch.arange(len(sets.mask)))
-        return Answers([[text] for text in self._named(model, fused.embedding)], fused.weights)
+        weights = None if which[1] else fused.weights  # no distractor is left to weigh
+        return Answers([[text] for text in self._named(model, fused.embedding)], weights)
 
     def _by_image(self, model: Classifier, entry: str, cell: Cell) -> Answers:
         """What single images say: the large one of all photos, the first, or each."""

@@ -1,102 +1,133 @@
-"""ImageSets of photos with what is asked about them, at any number of photos and share of distractors."""
+"""Image sets are read from a source, at any number of photos and share of distractors."""
 
 from __future__ import annotations
 
 import copy
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
+import numpy as np
 from PIL import Image as PILImage
 
+from mmdiff.benchmarks.fusion.distractors import with_distractors
+from mmdiff.benchmarks.fusion.photos import NOTHING, ImageSets, own_photos, square
 from mmdiff.benchmarks.fusion.settings import SetData, Settings, Task
 from mmdiff.data import Rows
 from mmdiff.data.sources import open_splits
 from mmdiff.errors import InputError
-from mmdiff.modalities.pictures import flat, loaded
-
-Photos = list[PILImage.Image]
-
-
-class ImageSets(NamedTuple):
-    """B sets: ``photos``, which of them are ``distractors``, and {task: the B right answers}."""
-
-    photos: list[Photos]
-    distractors: list[list[bool]]
-    answers: dict[str, list[str]]
+from mmdiff.randomness import fold
 
 
 def training_sets(settings: Settings) -> ImageSets:
-    """The training rows, with the law that the options state."""
-    return _read(settings, *_rows(settings.data, settings.data.options, held_out=False))
+    """The training rows: as many photos as the source's law says, or all of a row."""
+    chosen = settings.distractors
+    if chosen.train == "source":
+        return _read(settings, settings.data.options, held_out=False)
+    clean = own_photos(_read(settings, _with_law(settings.data), held_out=False))
+    return with_distractors(clean, chosen.train, chosen.share, "train")
 
 
 def single_photos(settings: Settings) -> ImageSets:
     """The training rows with one photo each, which is right."""
-    return _read(settings, *_rows(settings.data, _with_law(settings.data, 1, 0.0), held_out=False))
+    return _few(own_photos(_read(settings, _with_law(settings.data, 1), held_out=False)), 1)
 
 
 def held_out_sets(settings: Settings, views: int, share: float) -> ImageSets:
-    """The first held-out rows with ``views`` photos each, of which a share (rounded at random) are distractors."""
-    rows, features = _rows(settings.data, _with_law(settings.data, views, share), held_out=True)
-    return _read(settings, rows, features, settings.test.rows)
+    """The first held-out rows with ``views`` photos each, or as many as a row has if it has fewer.
+
+    A share of them, rounded at random, are distractors.
+    """
+    kind, rows = settings.distractors.test, settings.test.rows
+    if kind == "source":
+        return _few(_read(settings, _with_law(settings.data, views, share), held_out=True, limit=rows), views)
+    clean = _few(own_photos(_read(settings, _with_law(settings.data, views), held_out=True, limit=rows)), views)
+    return with_distractors(clean, kind, (share, share), f"test/{views}/{share}")
 
 
 def front_views(settings: Settings) -> dict[str, PILImage.Image]:
     """{answer: the front view of a held-out object}, of every one among the first held-out rows."""
     data = settings.data
     ((_, task),) = settings.tasks.items()
-    rows, features = _rows(data, data.options, held_out=True)
+    rows = _rows(data, data.options, held_out=True)
     _check_columns(rows, (data.front, *task.columns))
     chosen, views = rows.select_columns(sorted({data.front, *task.columns})), {}
     for index in range(min(settings.test.rows, len(chosen))):
         row = chosen[index]
         if None not in row.values():
-            views.setdefault(_answer(row, task, features), square(row[data.front], data.size))
+            views.setdefault(_answer(row, task, rows.features), square(row[data.front], data.size))
     return views
 
 
-def one_large(photos: Photos) -> PILImage.Image:
-    """The photos of a set side by side, in a square of as many rows as columns; what is left is grey."""
-    side = math.ceil(math.sqrt(len(photos)))
-    width, height = photos[0].size
-    large = PILImage.new("RGB", (side * width, side * height), (128, 128, 128))
-    for index, photo in enumerate(photos):
-        large.paste(photo, (index % side * width, index // side * height))
-    return large
+def _law(options: dict[str, Any]) -> dict[str, Any] | None:
+    """The part of a source's options that says how image sets are made; None: the rows have their own photos.
+
+    The source shapes has it in a section of its own.
+    """
+    nested = options.get("image_sets")
+    if isinstance(nested, dict):
+        return nested
+    return options if "views" in options else None
 
 
-def square(photo: Any, size: int) -> PILImage.Image:
-    """In colour, and as large as asked for."""
-    picture = flat(loaded("photo", photo), 3, (255, 255, 255))
-    return picture if picture.size == (size, size) else picture.resize((size, size), PILImage.Resampling.BICUBIC)
-
-
-def _with_law(data: SetData, views: int, share: float) -> dict[str, Any]:
-    """The options with another law of image sets; the source shapes has it in a section of its own."""
+def _with_law(data: SetData, views: int | None = None, share: float = 0.0) -> dict[str, Any]:
+    """The options with another law."""
     options = copy.deepcopy(data.options)
-    law = options["image_sets"] if isinstance(options.get("image_sets"), dict) else options
-    law |= {"views": views, "distractors": share}
+    law = _law(options)
+    if law is not None:
+        law |= {"distractors": share} | ({} if views is None else {"views": views})
     return options
 
 
-def _rows(data: SetData, options: dict[str, Any], held_out: bool) -> tuple[Rows, Any]:
-    rows = open_splits(data.source, data.split, data.validation_split, options=options)[int(held_out)]
-    return rows, rows.features
+def _few(sets: ImageSets, count: int) -> ImageSets:
+    """At most ``count`` photos of each set, in random order; a law has given no more."""
+    key = fold(0, 0, f"fusion/photos/{count}")
+
+    def some(column: list[list[Any]]) -> list[list[Any]]:
+        return [[members[place] for place in places] for members, places in zip(column, chosen, strict=True)]
+
+    chosen = [
+        range(len(photos))
+        if len(photos) <= count
+        else np.random.Generator(np.random.Philox(key=[key, index])).permutation(len(photos))[:count]
+        for index, photos in enumerate(sets.photos)
+    ]
+    shown = {task: some(column) for task, column in sets.shown.items()}
+    return ImageSets(some(sets.photos), some(sets.distractors), sets.answers, shown)
 
 
-def _read(settings: Settings, rows: Rows, features: Any, limit: int | None = None) -> ImageSets:
-    data = settings.data
+def _rows(data: SetData, options: dict[str, Any], held_out: bool) -> Rows:
+    return open_splits(data.source, data.split, data.validation_split, options=options)[int(held_out)]
+
+
+def _read(settings: Settings, options: dict[str, Any], held_out: bool, limit: int | None = None) -> ImageSets:
+    data, rows = settings.data, _rows(settings.data, options, held_out)
     columns = {name for task in settings.tasks.values() for name in task.columns}
     _check_columns(rows, (data.photos, *sorted(columns)))
-    marked = data.distractors in rows.column_names
-    chosen = rows.select_columns(sorted({data.photos, *columns, *([data.distractors] if marked else [])}))
+    marks = [name for name in (data.distractors, data.objects) if name in rows.column_names]
+    chosen = rows.select_columns(sorted({data.photos, *columns, *marks}))
     picked = [chosen[index] for index in range(len(chosen) if limit is None else min(limit, len(chosen)))]
     picked = [row for row in picked if row[data.photos] and None not in (row[name] for name in columns)]
+    picked = [row for row in picked if not all(row.get(data.distractors) or [False])]
     photos = [[square(photo, data.size) for photo in row[data.photos]] for row in picked]
-    distractors = [row[data.distractors] if marked else [False] * len(row[data.photos]) for row in picked]
-    answers = {name: [_answer(row, task, features) for row in picked] for name, task in settings.tasks.items()}
-    return ImageSets(photos, distractors, answers)
+    distractors = [row.get(data.distractors) or [False] * len(row[data.photos]) for row in picked]
+    answers = {name: [_answer(row, task, rows.features) for row in picked] for name, task in settings.tasks.items()}
+    objects = [row.get(data.objects) or [None] * len(flags) for row, flags in zip(picked, distractors)]
+    shown = {name: _shown(texts, objects, distractors) for name, texts in answers.items()}
+    return ImageSets(photos, distractors, answers, shown)
+
+
+def _shown(answers: list[str], objects: list[list[Any]], distractors: list[list[bool]]) -> list[list[str]]:
+    """The answer for each photo: a set's own for its photos, and for a distractor that of a set of the same object."""
+    known = {
+        thing: answer
+        for answer, things, flags in zip(answers, objects, distractors)
+        for thing, flag in zip(things, flags)
+        if not flag and thing is not None
+    }
+    return [
+        [known.get(thing, NOTHING) if flag else answer for thing, flag in zip(things, flags)]
+        for answer, things, flags in zip(answers, objects, distractors)
+    ]
 
 
 def _check_columns(rows: Rows, wanted: tuple[str, ...]) -> None:

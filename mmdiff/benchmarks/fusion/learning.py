@@ -11,13 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmdiff.benchmarks.fusion.image_sets import ImageSets, held_out_sets, single_photos, training_sets
+from mmdiff.benchmarks.fusion.entries import BEST, ORACLE_VOTE, PLURALITY
+from mmdiff.benchmarks.fusion.image_sets import held_out_sets, single_photos, training_sets
+from mmdiff.benchmarks.fusion.photos import ImageSets, own_photos
+from mmdiff.benchmarks.fusion.scores import plurality
 from mmdiff.benchmarks.fusion.settings import Schedule, Settings
-from mmdiff.modalities.fusion import FUSIONS
 
-ZERO_SHOT, FINE_TUNED = "concatenated, zero-shot", "concatenated, fine-tuned"
-SINGLE, BEST = "single image", "best single image"
-ENTRIES = (*FUSIONS, ZERO_SHOT, FINE_TUNED, SINGLE, BEST)
 Cell = tuple[int, float]  # photos per set, share of distractors
 
 
@@ -26,6 +25,9 @@ class Answers(NamedTuple):
 
     texts: list[list[str]]
     weights: Tensor | None = None
+
+
+CellAnswers = tuple[Cell, dict[str, Answers]]  # a cell's answers to every task
 
 
 class Learner(ABC):
@@ -41,6 +43,7 @@ class Learner(ABC):
         test = settings.test
         self.cells: list[Cell] = [(views, share) for share in test.distractors for views in test.views]
         self._tests: dict[Cell, ImageSets] = {}
+        self._each: tuple[int, list[CellAnswers]] = (-1, [])  # of one seed
 
     @cached_property
     def image_sets(self) -> ImageSets:
@@ -53,14 +56,41 @@ class Learner(ABC):
         return single_photos(self.settings)
 
     def test(self, cell: Cell) -> ImageSets:
-        """Held-out image_sets."""
+        """Held-out image sets."""
         if cell not in self._tests:
             self._tests[cell] = held_out_sets(self.settings, *cell)
         return self._tests[cell]
 
-    @abstractmethod
-    def answers(self, entry: str, seed: int) -> Iterable[tuple[Cell, dict[str, Answers]]]:
+    def sets(self, cell: Cell | None, dropped: bool) -> ImageSets:
+        """For training (None) or of a cell; ``dropped``: without their distractors."""
+        sets = self.image_sets if cell is None else self.test(cell)
+        return own_photos(sets) if dropped else sets
+
+    def answers(self, entry: str, seed: int) -> Iterable[CellAnswers]:
         """Learn as the entry does, then answer all tasks in each of the cells."""
+        votes = {BEST: self._each_photo, PLURALITY: self._plurality, ORACLE_VOTE: self._oracle_vote}
+        return votes[entry](seed) if entry in votes else self.learned(entry, seed)
+
+    @abstractmethod
+    def learned(self, entry: str, seed: int) -> Iterable[CellAnswers]:
+        """The same; of `BEST` the answer for every photo, and no votes."""
+
+    def _each_photo(self, seed: int) -> list[CellAnswers]:
+        if self._each[0] != seed:
+            self._each = (seed, list(self.learned(BEST, seed)))
+        return self._each[1]
+
+    def _plurality(self, seed: int) -> Iterable[CellAnswers]:
+        for cell, tasks in self._each_photo(seed):
+            yield cell, {task: _voted(answers.texts, seed) for task, answers in tasks.items()}
+
+    def _oracle_vote(self, seed: int) -> Iterable[CellAnswers]:
+        for cell in self.cells:
+            yield cell, {task: _voted(texts, seed) for task, texts in self.test(cell).shown.items()}
+
+
+def _voted(texts: list[list[str]], seed: int) -> Answers:
+    return Answers([[text] for text in plurality(texts, seed)])
 
 
 def fit(

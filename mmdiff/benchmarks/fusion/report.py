@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmdiff.benchmarks.fusion.learning import FINE_TUNED, ZERO_SHOT
+from mmdiff.benchmarks.fusion.entries import BASES, DROPPED
 from mmdiff.evaluation.tables import facts, grouped, table
 
 ALL = "all"  # cells together: the mean over those with two photos and more
-BASES = (ZERO_SHOT, FINE_TUNED)
 
 
 def text(tree: dict[str, Any]) -> str:
@@ -25,8 +24,28 @@ def text(tree: dict[str, Any]) -> str:
         ]
         lines += ["", f"{task}: means over the sets of two photos and more [95 % between seeds]", ""]
         lines += table(["", "accuracy", "precision", "recall", *heads, "weight on distractors (1/n)"], cells)
-    cells = [[f"{r['task']}: {r['entry']}", *(_score(r[base], "+") for base in BASES)] for r in tree["gains"]]
-    return "\n".join([*lines, "", *table(["accuracy minus that of", *BASES], cells)])
+        lines += [*_headroom(tree, task), "", *_gains(tree, task)]
+    return "\n".join(lines)
+
+
+def _headroom(tree: dict[str, Any], task: str) -> list[str]:
+    own = [f"{_share(row['distractors'])}: {_score(row, '+')}" for row in tree["headroom"] if row["task"] == task]
+    return ["", f"expected headroom ({DROPPED} minus mean), by share of distractors: {', '.join(own)}"] if own else []
+
+
+def _gains(tree: dict[str, Any], task: str) -> list[str]:
+    """Differences are paired by seed."""
+    rows = [row for row in tree["gains"] if row["task"] == task and any(base in row for base in BASES)]
+    bases = [base for base in BASES if any(base in row for row in rows)]
+    cells = [
+        [row["entry"], _share(row["distractors"]), *(_score(row[base], "+") if base in row else "–" for base in bases)]
+        for row in rows
+    ]
+    return table(["accuracy minus that of", "distractors", *bases], cells)
+
+
+def _share(share: Any) -> str:
+    return share if share == ALL else f"{share:.0%}"
 
 
 def _cells(entry: str, rows: dict[tuple, dict[str, Any]], places: list[tuple]) -> list[str]:

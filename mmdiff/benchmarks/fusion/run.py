@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from mmdiff.benchmarks.cache import key_of, stored_json, write_results
 from mmdiff.benchmarks.fusion.classifier import Classifiers, Retrieval
-from mmdiff.benchmarks.fusion.learning import BEST, ENTRIES, FINE_TUNED, SINGLE, ZERO_SHOT, Answers, Learner
+from mmdiff.benchmarks.fusion.entries import BASES, DROPPED, NOTES
+from mmdiff.benchmarks.fusion.learning import Answers, Learner
 from mmdiff.benchmarks.fusion.report import ALL, text
 from mmdiff.benchmarks.fusion.scores import best, between_seeds, mass
 from mmdiff.benchmarks.fusion.scores import scores as score
@@ -28,7 +29,7 @@ from mmdiff.modalities.fusion import FUSIONS
 from mmdiff.plots import accuracy_by_photos
 from mmdiff.trust import refuse_custom
 
-PROTOCOL = 2  # stored parts of another one are not taken
+PROTOCOL = 3  # stored parts of another one are not taken
 SCORES = ("accuracy", "precision", "recall", "weight on distractors", "1/n on distractors")
 LEARNERS: dict[str, type[Learner]] = {"classifier": Classifiers, "retrieval": Retrieval, "vlm": LanguageModels}
 Part = dict[str, Any]  # {"entry", "seed", "seconds", "scores": [{"task", "views", "distractors", …}]}
@@ -87,7 +88,7 @@ def results(settings: Settings, folder: Path, progress: bool = True) -> list[Par
     room = folder / f"{settings.name}-{key_of(_facts(settings))[:12]}"
     learner = LEARNERS[settings.learner](settings, room)
     parts = []
-    wanted = [(entry, seed) for seed in range(settings.seeds) for entry in ENTRIES]
+    wanted = [(entry, seed) for seed in range(settings.seeds) for entry in settings.entries]
     with tqdm(wanted, disable=not progress, unit="part") as bar:
         for entry, seed in bar:
             bar.set_postfix_str(f"{entry}, seed {seed}")
@@ -97,24 +98,37 @@ def results(settings: Settings, folder: Path, progress: bool = True) -> list[Par
 
 
 def tree(settings: Settings, parts: list[Part]) -> dict[str, Any]:
-    """{"manifest", "rows", "gains"}, plain dicts and lists.
+    """{"manifest", "rows", "gains", "headroom"}, plain dicts and lists.
 
-    A row is an entry on a task at a number of photos and a share of distractors, or at all of them; a gain is the
-    accuracy of a fusion minus that of photos in one large image, by seed.
+    A row is an entry on a task at a number of photos and a share of distractors, or at all of them. A gain is the
+    accuracy of a fusion minus that of each of `BASES`, by seed, at all numbers of photos. The expected headroom is the
+    gain of an oracle that takes the distractors out, over the mean: where it is 0, a tie says nothing.
     """
     scores = pd.DataFrame([{"entry": p["entry"], "seed": p["seed"]} | row for p in parts for row in p["scores"]])
     groups = scores.groupby(["task", "entry"])
-    cells: list[tuple[Any, Any]] = [(ALL, ALL), *((views, ALL) for views in settings.test.views)]
-    cells += [(ALL, share) for share in settings.test.distractors]
-    cells += [(views, share) for share in settings.test.distractors for views in settings.test.views]
+    shares: list[Any] = [ALL, *settings.test.distractors]
+    cells = [(views, share) for share in shares for views in (ALL, *settings.test.views)]
     rows = [
         {"task": task, "entry": entry, "photos": views, "distractors": share} | _row(_kept(own, views, share))
         for task in settings.tasks
-        for entry in ENTRIES
+        for entry in settings.entries
         for own in (groups.get_group((task, entry)),)
         for views, share in cells
     ]
-    return {"manifest": _manifest(settings, parts), "rows": rows, "gains": list(_gains(settings, rows))}
+    gains = [
+        {"task": task, "entry": entry, "distractors": share} | _gains(rows, task, entry, share)
+        for task in settings.tasks
+        for entry in settings.entries
+        if entry in FUSIONS
+        for share in shares
+    ]
+    headroom = [
+        {"task": task, "distractors": share} | gain["mean"]
+        for task in settings.tasks
+        for share in shares
+        if "mean" in (gain := _gains(rows, task, DROPPED, share))
+    ]
+    return {"manifest": _manifest(settings, parts), "rows": rows, "gains": gains, "headroom": headroom}
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
@@ -122,7 +136,7 @@ def tree(settings: Settings, parts: list[Part]) -> dict[str, Any]:
 
 def _facts(settings: Settings) -> dict[str, Any]:
     """All that a part is a function of, but for entry and seed."""
-    return {"protocol": PROTOCOL} | settings.model_dump(mode="json", exclude={"name", "seeds"})
+    return {"protocol": PROTOCOL} | settings.model_dump(mode="json", exclude={"name", "seeds", "entries"})
 
 
 def _computed(learner: Learner, entry: str, seed: int) -> Part:
@@ -161,16 +175,15 @@ def _row(scores: pd.DataFrame) -> dict[str, Any]:
     return {name: between_seeds(by_seed[name].tolist()) for name in by_seed}
 
 
-def _gains(settings: Settings, rows: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
-    whole = {(row["task"], row["entry"]): row for row in rows if (row["photos"], row["distractors"]) == (ALL, ALL)}
-    for task in settings.tasks:
-        for entry in FUSIONS:
-            own = whole[task, entry]["accuracy"]["by seed"]
-            differences = {
-                base: [one - other for one, other in zip(own, whole[task, base]["accuracy"]["by seed"])]
-                for base in (ZERO_SHOT, FINE_TUNED)
-            }
-            yield {"task": task, "entry": entry} | {name: between_seeds(each) for name, each in differences.items()}
+def _gains(rows: list[dict[str, Any]], task: str, entry: str, share: Any) -> dict[str, Any]:
+    """{base: mean, interval and values by seed of the entry's accuracy minus that of the base}."""
+    at = {row["entry"]: row for row in rows if (row["task"], row["photos"], row["distractors"]) == (task, ALL, share)}
+    own = at[entry]["accuracy"]["by seed"] if entry in at else []
+    return {
+        base: between_seeds([one - other for one, other in zip(own, at[base]["accuracy"]["by seed"], strict=True)])
+        for base in BASES
+        if own and base in at and base != entry
+    }
 
 
 def _manifest(settings: Settings, parts: list[Part]) -> dict[str, Any]:
@@ -181,8 +194,7 @@ def _manifest(settings: Settings, parts: list[Part]) -> dict[str, Any]:
         "held-out sets per number of photos and share of distractors": parts[0]["scores"][0]["sets"],
         "different answers among them": parts[0]["scores"][0]["answers"],
         "intervals": "95 % (Student) of the mean over seeds; a seed decides pretrained weights, fusion and batches",
-        BEST: "of each photo's answer the one nearest to the truth, which a person without the truth cannot choose",
-        SINGLE: "the first of each set, which are in random order",
+        **{entry: note for entry, note in NOTES.items() if entry in settings.entries},
         "distractors": "every set has a right photo at least, so that there is none in a set of one",
         "hours": round(sum(part["seconds"] for part in parts) / 3600, 4),
         "settings": settings.model_dump(mode="json"),

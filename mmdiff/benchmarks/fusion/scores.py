@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from random import Random
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,6 +57,17 @@ def best(kind: str, candidates: Sequence[Sequence[str]], truth: Sequence[str]) -
         return len(one & other) / max(1, len(one | other))
 
     return [max(texts, key=lambda text: nearness(text, right)) for texts, right in zip(candidates, truth, strict=True)]
+
+
+def plurality(candidates: Sequence[Sequence[str]], seed: int) -> list[str]:
+    """The most frequent text of each set; ties are broken at random, and an empty text has no vote."""
+    random, chosen = Random(seed), []
+    for texts in candidates:
+        votes = Counter(text for text in texts if text)
+        most = max(votes.values(), default=0)
+        first = sorted(text for text, count in votes.items() if count == most)
+        chosen.append(random.choice(first) if first else "")
+    return chosen
 
 
 def mass(weights: Tensor, distractors: Sequence[Sequence[bool]]) -> dict[str, float]:

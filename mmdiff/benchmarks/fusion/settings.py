@@ -5,14 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from mmdiff.benchmarks.fusion.entries import ENTRIES
 from mmdiff.config import parse_arguments, read_plain
 from mmdiff.config.base import FolderName
 from mmdiff.errors import InputError
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+DistractorKind = Literal["source", "none", "random", "foreign", "coherent"]
+
+
+def _chosen(entries: list[str]) -> list[str]:
+    """In the table's order."""
+    if unknown := [entry for entry in entries if entry not in ENTRIES]:
+        raise ValueError(f"{unknown[0]!r} is unknown; choose of {'; '.join(ENTRIES)}")
+    return [entry for entry in ENTRIES if entry in entries]
 
 
 class _Strict(BaseModel):
@@ -23,11 +32,13 @@ class SetData(_Strict):
     """Rows with a column of lists of photos."""
 
     source: str  # "shapes" with image sets, "image_sets", "abo", … see `mmdiff.data`
-    options: dict[str, Any] = {}  # of the source: the law of the training image sets, and how many rows there are
+    # of the source; a source that makes image sets has their law here, another one has the photos of each row
+    options: dict[str, Any] = {}
     split: str = "train"
     validation_split: str = "validation"
     photos: str = "photos"
     distractors: str = "distractors"  # lists of bool
+    objects: str = "objects"  # lists of what each photo shows
     front: str = "image"  # one more photo of each, in no set, by which it is found (learner: retrieval)
     size: Count = 24  # side of a photo in pixels
 
@@ -46,6 +57,23 @@ class Test(_Strict):
     rows: Count = 500
     views: Annotated[list[Count], Field(min_length=1)] = [1, 2, 4, 6]
     distractors: Annotated[list[Share], Field(min_length=1)] = [0.0, 0.25, 0.5]
+
+
+class Distractors(_Strict):
+    """Which photos do not belong, see `mmdiff.benchmarks.fusion.distractors`.
+
+    source: the law of the source; none; random: pixels in random order; foreign: each shows another object; coherent:
+    all show one other object.
+    """
+
+    train: DistractorKind = "source"
+    test: DistractorKind = "source"
+    share: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.0, 0.5]  # of training sets, drawn uniformly
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_both(cls, kind: Any) -> Any:
+        return {"train": kind, "test": kind} if isinstance(kind, str) else kind
 
 
 class Schedule(_Strict):
@@ -75,6 +103,8 @@ class Settings(_Strict):
     learner: Literal["classifier", "retrieval", "vlm"] = "classifier"
     seeds: Count = 5
     data: SetData
+    distractors: Distractors = Distractors()
+    entries: Annotated[list[str], Field(min_length=1), AfterValidator(_chosen)] = list(ENTRIES)  # what is compared
     tasks: Annotated[dict[str, Task], Field(min_length=1)]
     test: Test = Test()
     hidden: Count = 64  # width of the attentions' layer
@@ -106,8 +136,7 @@ def parse_settings(tree: Any) -> Settings:
     """
     if not isinstance(tree, dict):
         raise InputError("EXPERIMENT", tree, "must be a mapping of keys")
-    fields = Settings.model_fields.items()
-    arguments = {name: (field.annotation, ... if field.is_required() else field.default) for name, field in fields}
+    arguments = {name: (field.annotation, field) for name, field in Settings.model_fields.items()}
     settings = Settings(**parse_arguments("fusion", arguments, tree))
     if settings.learner != "vlm" and len(settings.tasks) > 1:
         raise InputError("fusion.tasks", list(settings.tasks), "a classifier has one task; learner: vlm has several")

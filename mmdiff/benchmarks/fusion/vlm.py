@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from mmdiff.benchmarks.cache import stored
-from mmdiff.benchmarks.fusion.image_sets import ImageSets, Photos, one_large
-from mmdiff.benchmarks.fusion.learning import FINE_TUNED, SINGLE, ZERO_SHOT, Answers, Cell, Learner, fit
-from mmdiff.modalities.fusion import FUSIONS
+from mmdiff.benchmarks.fusion.entries import FINE_TUNED, FUSED, SINGLE, ZERO_SHOT
+from mmdiff.benchmarks.fusion.learning import Answers, CellAnswers, Learner, fit
+from mmdiff.benchmarks.fusion.photos import ImageSets, Photos, one_large
 from mmdiff.vlm import Inputs, Reader, VisionLanguageModel
 from mmdiff.vlm.small import Sizes, make_small
 
@@ -27,15 +27,16 @@ class LanguageModels(Learner):
     fine-tuned by all that stands between encoder and language model, which is more than a fusion's weights.
     """
 
-    def answers(self, entry: str, seed: int) -> Iterable[tuple[Cell, dict[str, Answers]]]:
-        model, reader = self._pretrained(entry if entry in FUSIONS else "mean", seed)
-        if entry in FUSIONS:
-            self._learn(model, reader, "fusion", self.image_sets, seed)
+    def learned(self, entry: str, seed: int) -> Iterable[CellAnswers]:
+        kind, dropped = FUSED.get(entry, ("mean", False))
+        model, reader = self._pretrained(kind, seed)
+        if entry in FUSED:
+            self._learn(model, reader, "fusion", self.sets(None, dropped), seed)
         elif entry == FINE_TUNED:
             self._learn(model, reader, "connector", self._large, seed)
         model.eval()
         for cell in self.cells:
-            photos = self.test(cell).photos
+            photos = self.sets(cell, dropped).photos
             yield cell, {task: self._asked(model, reader, entry, task, photos) for task in self.settings.tasks}
 
     @cached_property
@@ -90,9 +91,9 @@ class LanguageModels(Learner):
         self, model: VisionLanguageModel, reader: Reader, entry: str, task: str, photos: list[Photos]
     ) -> Answers:
         question = self.settings.tasks[task].question
-        if entry in FUSIONS:
+        if entry in FUSED:
             texts, weights = self._generated(model, reader, photos, question)
-            return Answers([[text] for text in texts], weights)
+            return Answers([[text] for text in texts], None if FUSED[entry][1] else weights)
         if entry in (ZERO_SHOT, FINE_TUNED):
             photos = [[one_large(members)] for members in photos]
         elif entry == SINGLE:

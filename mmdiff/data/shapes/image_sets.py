@@ -18,6 +18,7 @@ from mmdiff.randomness import fold
 FRONT = (0.5, 0.5, 0.3)  # x, y and radius of the front view
 _DRAWN = 12  # uniform numbers per photo
 _DARK = 0.25  # brightness of the dark stripes
+_KINDS = datasets.ClassLabel(names=[f"{color} {shape}" for shape in SHAPES for color in COLORS])
 
 
 class ImageSets(NamedTuple):
@@ -51,8 +52,9 @@ class ShapeSets(Shapes):
     """Rows of shapes with further columns.
 
     ``photos``: images of an object of the row's shape and colour at other places and scales, and of other objects;
-    ``distractors``: which photos show other objects; ``front``: the whole object, in the centre; ``kind``: shape and
-    colour as one class; ``description``: for example "a red circle".
+    ``distractors``: which photos show other objects; ``objects``: shape and colour in each photo, as one class;
+    ``front``: the whole object, in the centre; ``kind``: shape and colour as one class; ``description``: for example
+    "a red circle".
 
     Args:
         split, rows, size, views, seed: see `Shapes`.
@@ -78,6 +80,9 @@ class ShapeSets(Shapes):
     def _distractors(self, row: int, thing: Thing, backdrop: np.ndarray) -> list[bool]:
         return [photo.distractor for photo in self._members(row, thing)]
 
+    def _objects(self, row: int, thing: Thing, backdrop: np.ndarray) -> list[int]:
+        return [_kind(photo.thing) for photo in self._members(row, thing)]
+
     def _picture(self, photo: Photo) -> Image.Image:
         striped = photo.distractor and self.image_sets.strangers
         pixels = render(photo.thing, photo.backdrop, self.size, _stripes(self.size) if striped else 1.0)
@@ -90,15 +95,17 @@ class ShapeSets(Shapes):
     makers: ClassVar[dict[str, Callable[[Any, int, Thing, np.ndarray], Any]]] = Shapes.makers | {
         "photos": _photos,
         "distractors": _distractors,
+        "objects": _objects,
         "front": _front,
-        "kind": lambda rows, row, thing, backdrop: thing.label * len(COLORS) + thing.color,
+        "kind": lambda rows, row, thing, backdrop: _kind(thing),
         "description": lambda rows, row, thing, backdrop: f"a {COLORS[thing.color]} {SHAPES[thing.label]}",
     }
     types: ClassVar[dict[str, Any]] = Shapes.types | {
         "photos": datasets.List(datasets.Image()),
         "distractors": datasets.List(datasets.Value("bool")),
+        "objects": datasets.List(_KINDS),
         "front": datasets.Image(),
-        "kind": datasets.ClassLabel(names=[f"{color} {shape}" for shape in SHAPES for color in COLORS]),
+        "kind": _KINDS,
         "description": datasets.Value("string"),
     }
 
@@ -128,8 +135,12 @@ def load(
     return {split: ShapeSets(split, len(rows), size, views, seed, settings) for split, rows in plain.items()}
 
 
+def _kind(thing: Thing) -> int:
+    return thing.label * len(COLORS) + thing.color
+
+
 def _photo(thing: Thing, distractor: bool, uniform: np.ndarray) -> Photo:
-    kind = thing.label * len(COLORS) + thing.color
+    kind = _kind(thing)
     if distractor:  # another kind, uniformly
         kinds = len(SHAPES) * len(COLORS)
         kind = (kind + 1 + int(uniform[1] * (kinds - 1))) % kinds

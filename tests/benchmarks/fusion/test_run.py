@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -17,10 +18,12 @@ from torch.nn.functional import cross_entropy
 
 from mmdiff.benchmarks.fusion import run as fusion_accuracy
 from mmdiff.benchmarks.fusion.classifier import Classifiers, Retrieval
-from mmdiff.benchmarks.fusion.image_sets import front_views, held_out_sets, one_large, single_photos, training_sets
-from mmdiff.benchmarks.fusion.learning import ENTRIES, FINE_TUNED, ZERO_SHOT, fit
-from mmdiff.benchmarks.fusion.scores import best, between_seeds, mass, scores
-from mmdiff.benchmarks.fusion.settings import Schedule, Settings, load_settings
+from mmdiff.benchmarks.fusion.entries import BASES, DROPPED, ENTRIES, FINE_TUNED, ORACLE_VOTE, ZERO_SHOT
+from mmdiff.benchmarks.fusion.image_sets import front_views, held_out_sets, single_photos, training_sets
+from mmdiff.benchmarks.fusion.learning import fit
+from mmdiff.benchmarks.fusion.photos import one_large
+from mmdiff.benchmarks.fusion.scores import best, between_seeds, mass, plurality, scores
+from mmdiff.benchmarks.fusion.settings import Schedule, Settings, load_settings, parse_settings
 from mmdiff.benchmarks.fusion.vlm import LanguageModels
 from mmdiff.errors import InputError
 from mmdiff.modalities.fusion import FUSIONS, build_fusion
@@ -71,6 +74,12 @@ def test_the_best_answer_is_the_nearest() -> None:
     assert best("label", [["b", "a"]], ["a"]) == ["a"]
 
 
+def test_the_plurality_is_what_most_say() -> None:
+    assert plurality([["a", "b", "a"], ["", "b", ""], [""]], seed=0) == ["a", "b", ""]
+    ties = plurality([["a", "b"]] * 200, seed=0)
+    assert 70 < ties.count("a") < 130 and ties == plurality([["b", "a"]] * 200, seed=0)
+
+
 def test_the_mass_on_distractors_is_compared_with_an_even_one() -> None:
     weights = torch.tensor([[0.5, 0.25, 0.25], [0.9, 0.1, 0.0], [1.0, 0.0, 0.0]])
     found = mass(weights, [[False, True, True], [False, True], [False]])
@@ -114,6 +123,71 @@ def test_one_large_image_holds_all_photos(count: int, side: int) -> None:
     assert large.shape == (4 * side, 4 * side)
     blocks = large.reshape(side, 4, side, 4)[:, 0, :, 0].flatten().tolist()
     assert blocks == [*range(1, count + 1), *[128] * (side**2 - count)]
+
+
+@pytest.mark.parametrize("stem", ["accuracy_shapes", "accuracy_coil"])
+@pytest.mark.parametrize("kind", ["source", "none", "random", "foreign", "coherent"])
+def test_distractors_are_what_their_kind_says(stem: str, kind: str) -> None:
+    """How many there are, what they show, and that the photo is indeed of what is said of it."""
+    settings = toy(stem, f"distractors={kind}", "test.rows=8")
+    sets = held_out_sets(settings, 4, 0.5)
+    ((shown,), (answers,)) = sets.shown.values(), sets.answers.values()
+    assert {sum(flags) for flags in sets.distractors} == ({0} if kind == "none" else {2})
+    assert sets.answers == held_out_sets(settings, 1, 0.0).answers
+    for answer, each, flags in zip(answers, shown, sets.distractors):
+        foreign = [text for text, flag in zip(each, flags) if flag]
+        assert [text for text, flag in zip(each, flags) if not flag] == [answer] * (4 - len(foreign))
+        assert answer not in foreign
+        assert kind != "random" or foreign == ["", ""]
+        assert kind != "coherent" or (foreign[0] == foreign[1] != "")
+    assert kind != "foreign" or any(len({*each} - {answer}) == 2 for answer, each in zip(answers, shown))
+    again = held_out_sets(settings, 4, 0.5)
+    assert [[p.tobytes() for p in row] for row in again.photos] == [[p.tobytes() for p in row] for row in sets.photos]
+
+
+@pytest.mark.parametrize("kind", ["foreign", "coherent"])
+def test_a_distractor_shows_what_is_said_of_it(kind: str) -> None:
+    clean, mixed = (
+        held_out_sets(toy("accuracy_coil", f"distractors={one}", "test.rows=8"), 4, 0.5) for one in ("none", kind)
+    )
+    pictures = {
+        photo.tobytes(): answer for photos, answer in zip(clean.photos, clean.answers["category"]) for photo in photos
+    }
+    for photos, texts in zip(mixed.photos, mixed.shown["category"]):
+        assert [pictures[photo.tobytes()] for photo in photos] == texts
+
+
+def test_an_oracle_vote_is_right_where_most_photos_are(tmp_path: Path) -> None:
+    learner = Classifiers(toy("accuracy_shapes", "distractors=coherent", "test.rows=40", "seeds=1"), tmp_path)
+    for share, low, high in ((0.25, 1.0, 1.0), (0.5, 0.2, 0.8)):  # of four photos one, two
+        learner.cells = [(4, share)]
+        ((_, answers),) = learner.answers(ORACLE_VOTE, 0)
+        truth = learner.test((4, share)).answers["category"]
+        right = np.mean([texts == [text] for texts, text in zip(answers["category"].texts, truth)])
+        assert low <= right <= high
+
+
+def test_photos_of_a_row_are_enough(tmp_path: Path) -> None:
+    """A source without a law of image sets: every row has its own photos, here one to three."""
+    things = [*range(4)] * 6
+    rows = [
+        {"label": thing, "photos": [Image.new("RGB", (8, 8), (thing * 60, k, row)) for k in range(1 + row % 3)]}
+        for row, thing in enumerate(things)
+    ]
+    features = datasets.Features(
+        {"label": datasets.ClassLabel(names=list("abcd")), "photos": datasets.List(datasets.Image())}
+    )
+    table = datasets.Dataset.from_list(rows, features=features)
+    datasets.DatasetDict({"train": table, "validation": table}).save_to_disk(tmp_path / "things")
+    tree = toy("accuracy_shapes", "distractors=foreign", "test.rows=24").model_dump()
+    tree["data"] |= {"source": str(tmp_path / "things"), "options": {}, "size": 8}
+    tree["tasks"]["category"]["columns"] = ["label"]
+    settings = parse_settings(tree)
+    assert [len(photos) for photos in training_sets(settings).photos] == [1, 2, 3] * 8
+    assert {len(photos) for photos in single_photos(settings).photos} == {1}
+    held_out = held_out_sets(settings, 2, 0.5)
+    assert [len(photos) for photos in held_out.photos] == [1, 2, 2] * 8
+    assert [sum(flags) for flags in held_out.distractors] == [0, 1, 1] * 8
 
 
 # ------------------------------------------------------------------------------------------------------------- learning
@@ -202,9 +276,10 @@ def test_the_command_leaves_a_table_and_goes_on(stem: str, cli: Cli, tmp_path: P
     found = json.loads((tmp_path / f"{stem}.json").read_text())
     tasks = found["manifest"]["settings"]["tasks"]
     assert len(found["rows"]) == len(tasks) * len(ENTRIES) * (1 + 2 + 1 + 2)
-    assert {(row["task"], row["entry"]) for row in found["gains"]} == {
-        (task, kind) for task in tasks for kind in FUSIONS
+    assert {(row["task"], row["entry"], row["distractors"]) for row in found["gains"]} == {
+        (task, kind, share) for task in tasks for kind in FUSIONS for share in ("all", 0.5)
     }
+    assert len(found["headroom"]) == 2 * len(tasks)
     assert found["manifest"]["seeds"] == [0] and "mmdiff benchmark fusion" in found["manifest"]["command"]
     assert (tmp_path / f"{stem}.png").stat().st_size > 1000
     parts = sorted(tmp_path.glob(f"{stem}-*/parts/*.json"))
@@ -219,7 +294,8 @@ def test_the_command_leaves_a_table_and_goes_on(stem: str, cli: Cli, tmp_path: P
 
 def test_means_and_gains_are_of_the_parts(tmp_path: Path) -> None:
     settings = toy("accuracy_shapes")
-    accuracy = {"mean": 0.5, ZERO_SHOT: 0.2, FINE_TUNED: 0.3}
+    accuracy = {"mean": 0.5, "attention": 0.4, "agreement_attention": 0.7}
+    accuracy |= {ZERO_SHOT: 0.2, FINE_TUNED: 0.3, DROPPED: 0.8}
 
     def cell(entry: str, seed: int, views: int, share: float) -> dict[str, Any]:
         own = accuracy.get(entry, 0.1) + 0.01 * seed + (0.3 if views == 1 else 0.0) - 0.1 * share
@@ -236,8 +312,13 @@ def test_means_and_gains_are_of_the_parts(tmp_path: Path) -> None:
     found = fusion_accuracy.tree(settings, parts)
     row = next(r for r in found["rows"] if (r["entry"], r["photos"], r["distractors"]) == ("mean", "all", "all"))
     assert row["accuracy"]["by seed"] == pytest.approx([0.475, 0.485])  # of three photos, both shares
-    gain = next(r for r in found["gains"] if r["entry"] == "mean")
-    assert gain[ZERO_SHOT]["mean"] == pytest.approx(0.3) and gain[FINE_TUNED]["mean"] == pytest.approx(0.2)
+    gains = {
+        (row["entry"], row["distractors"]): {base: row[base]["mean"] for base in BASES if base in row}
+        for row in found["gains"]
+    }
+    assert gains["mean", "all"] == pytest.approx({"attention": 0.1, ZERO_SHOT: 0.3, FINE_TUNED: 0.2})
+    assert gains["agreement_attention", 0.5]["attention"] == pytest.approx(0.3)
+    assert [row["mean"] for row in found["headroom"]] == pytest.approx([0.3] * 3)  # of all shares, of 0, of 0.5
 
 
 @pytest.mark.parametrize(
@@ -249,6 +330,10 @@ def test_means_and_gains_are_of_the_parts(tmp_path: Path) -> None:
         ("learner=oracle", "learner"),
         ("tasks.more.columns=[label]", "a classifier has one task"),
         ("test.distractors=[1.0]", "test.distractors"),
+        ("seeds=0", "fusion.seeds"),
+        ("distractors=strange", "fusion.distractors"),
+        ("distractors.test=strange", "fusion.distractors.test"),
+        ("entries=[mean,median]", "'median' is unknown"),
     ],
 )
 def test_bad_settings_are_one_line(change: str, message: str, tmp_path: Path) -> None:

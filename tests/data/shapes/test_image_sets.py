@@ -47,7 +47,7 @@ def test_a_bag_changes_nothing_of_the_other_columns() -> None:
     for one, other in zip(plain, bagged):
         assert one["image"].tobytes() == other["image"].tobytes() and one["embedding"] == other["embedding"]
     assert set(bagged.column_names) - set(plain.column_names) == {
-        *("photos", "distractors", "front", "kind", "description")
+        *("photos", "distractors", "objects", "front", "kind", "description")
     }
     assert set(bagged.features) == set(bagged.column_names)
 
@@ -69,7 +69,8 @@ def test_whole_photos_show_the_kind_and_distractors_another() -> None:
     own, kinds = rows(60, **image_sets), column("kind", 60, **image_sets)
     for row, kind in zip(own, kinds):
         read = read_kind(as_images(row["photos"]))
-        assert [(one == kind) for one in read.tolist()] == [not flag for flag in row["distractors"]]
+        assert read.tolist() == row["objects"]
+        assert [one != kind for one in row["objects"]] == row["distractors"]
     fronts = as_images(column("front", 60))
     assert torch.equal(read_kind(fronts), torch.tensor(kinds))
     assert torch.equal(read_label(fronts), torch.tensor(kinds) // len(COLORS))

@@ -1,0 +1,23 @@
+"""What the fusion benchmark compares, by name."""
+
+from __future__ import annotations
+
+from mmdiff.modalities.fusion import FUSIONS
+
+ZERO_SHOT, FINE_TUNED = "concatenated, zero-shot", "concatenated, fine-tuned"
+SINGLE, BEST = "single image", "best single image"
+PLURALITY = "plurality of single images"
+ORACLE_VOTE, DROPPED = "oracle vote", "distractors dropped"
+ENTRIES = (*FUSIONS, ZERO_SHOT, FINE_TUNED, SINGLE, BEST, PLURALITY, ORACLE_VOTE, DROPPED)
+#: {entry: (the fusion, whether somebody took the distractors out)}
+FUSED: dict[str, tuple[str, bool]] = {**{kind: (kind, False) for kind in FUSIONS}, DROPPED: ("mean", True)}
+#: Gains are over these.
+BASES = ("mean", "attention", ZERO_SHOT, FINE_TUNED)
+
+NOTES = {
+    SINGLE: "the first of each set, which are in random order",
+    BEST: "of each photo's answer the one nearest to the truth, which a person without the truth cannot choose",
+    PLURALITY: "the answer that most photos of a set give; ties are broken at random",
+    ORACLE_VOTE: "the right answer for most photos of a set, as if each photo were read rightly; ties as above",
+    DROPPED: "an oracle takes the distractors out, then the mean is asked; minus the mean: the expected headroom",
+}
