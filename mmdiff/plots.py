@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import cycle, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 from mmdiff.config import SampleConfig
 from mmdiff.grids import class_names, grid, sample_grid
+from mmdiff.modalities.fusion import FUSIONS
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.schedulers import MTScheduler
 
@@ -164,25 +166,28 @@ def _as_image(z_t: torch.Tensor) -> Image.Image:
 
 def accuracy_by_photos(rows: list[dict[str, Any]], path: Path) -> Path:
     """Accuracy over the number of photos, of rows of `mmdiff.benchmarks.fusion.run`: one panel per task and share
-    of distractors, bars are 95 % intervals between seeds."""
+    of distractors, bars are 95 % intervals between seeds. Fusions are in colour."""
     single = [row for row in rows if "all" not in (row["photos"], row["distractors"])]
     panels: dict[tuple[str, float], dict[str, list[dict[str, Any]]]] = {}
     for row in single:
         panel = panels.setdefault((row["task"], row["distractors"]), {})
         panel.setdefault(row["entry"], []).append(row)
     tasks, shares = (list(dict.fromkeys(key[index] for key in panels)) for index in (0, 1))
-    figure = _figure(3.2 * len(shares) + 2.2, 2.9 * len(tasks))
+    entries = list(dict.fromkeys(row["entry"] for row in single))
+    figure = _figure(3.2 * len(shares) + 2.8, max(2.9 * len(tasks), 4.2))
     axes = figure.subplots(len(tasks), len(shares), squeeze=False, sharey=True)
+    others = cycle(product(("--", ":", "-."), ("black", "grey", "silver")))
+    styles = {entry: {} if entry in FUSIONS else dict(zip(("linestyle", "color"), next(others))) for entry in entries}
     for (task, share), lines in panels.items():
         axis = axes[tasks.index(task)][shares.index(share)]
         for index, (entry, points) in enumerate(lines.items()):
             scores = [point["accuracy"] for point in points]
             halves = [0.0 if one["95 %"] is None else one["95 %"][1] - one["mean"] for one in scores]
-            beside = 0.05 * (index - (len(lines) - 1) / 2)  # entries that agree would hide each other
+            beside = 0.03 * (index - (len(lines) - 1) / 2)  # entries that agree would hide each other
             photos, means = [point["photos"] + beside for point in points], [one["mean"] for one in scores]
-            axis.errorbar(photos, means, yerr=halves, label=entry, capsize=2, linewidth=1)
+            axis.errorbar(photos, means, yerr=halves, label=entry, linewidth=1.2, elinewidth=0.6, **styles[entry])
         axis.set(title=f"{task}, {share:.0%} distractors", xlabel="photos", ylabel="accuracy", ylim=(-0.03, 1.03))
-    axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=110)
     return path
 

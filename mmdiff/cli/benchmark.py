@@ -149,8 +149,9 @@ def fusion(
 ) -> None:
     """Answer questions about image sets by every fusion.
 
-    Beside the fusions stand one large image of all members, and single images. The table has accuracy, precision
-    and recall against the number of members and the share of distractors.
+    Beside the fusions stand one large image of all members, single images, votes, and an oracle that drops the
+    distractors. The table has accuracy, precision and recall against the number of members and the share of
+    distractors, and gains paired by seed. `distractors=foreign` (random, coherent, none) chooses what does not belong.
     """
     files, overrides = files_and_overrides("EXPERIMENT", experiments)
     read_only(trust)
