@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mmdiff.errors import InputError
 from mmdiff.modalities.fusion import QUERY_FUSIONS, Fused, build_fusion
+from mmdiff.vlm.architecture import Architecture
 from mmdiff.vlm.architectures import ARCHITECTURES
 
 WEIGHTS, SETTINGS = "fusion.safetensors", "fusion.json"
@@ -19,28 +20,30 @@ IGNORED = -100  # a label without a loss
 
 
 class Answered(NamedTuple):
-    """``loss`` of the labels or None, ``logits`` (B, length, vocabulary), ``weights`` (B, n) of the images."""
+    """``loss`` of the labels or None, ``logits`` (B, length, vocabulary), ``weights`` (B, n) of the images, or None
+    where they were not fused."""
 
     loss: Tensor | None
     logits: Tensor
-    weights: Tensor
+    weights: Tensor | None
 
 
 class Generated(NamedTuple):
-    """``tokens`` (B, new) without the prompt, ``weights`` (B, n) of the images."""
+    """``tokens`` (B, new) without the prompt, ``weights`` (B, n) of the images, or None where they were not fused."""
 
     tokens: Tensor
-    weights: Tensor
+    weights: Tensor | None
 
 
 class VisionLanguageModel(nn.Module):
     """Image tokens (B, n, tokens, d) are fused to (B, tokens, d), which replace those of a single image.
 
     By default only the fusion learns, see `learn`. The model around it is frozen and stays in evaluation mode. With one
-    image per set the results equal those of the model of transformers, bit for bit on a CPU.
+    image per set the results equal those of the model of transformers, bit for bit on a CPU. With
+    ``fused=False`` every image has its own tokens in the prompt, as the model itself reads several images.
 
     Args:
-        model: a `Blip2ForConditionalGeneration` or a `LlavaForConditionalGeneration`.
+        model: of transformers, of a type in `ARCHITECTURES`.
         fusion: a key of `mmdiff.modalities.fusion.FUSIONS`, or of `QUERY_FUSIONS`, which is asked the question, see
             `question`; ``hidden``: width of its layer.
 
@@ -68,8 +71,8 @@ class VisionLanguageModel(nn.Module):
         loading = {"trust_remote_code": False, "use_safetensors": True, **loading}
         try:
             config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-            architecture = _architecture(config.model_type)
-            model = getattr(transformers, architecture.model_class).from_pretrained(name, **loading)
+            _architecture(config.model_type)  # refuses before weights are loaded
+            model = transformers.AutoModelForImageTextToText.from_pretrained(name, **loading)
         except (OSError, ValueError, RuntimeError) as error:
             if isinstance(error, InputError):
                 raise
@@ -136,53 +139,75 @@ class VisionLanguageModel(nn.Module):
 
         ``query``: of `question`, where the fusion takes one.
         """
+        tokens = self._encode(images, mask)
+        members = tokens.new_zeros(*mask.shape, *tokens.shape[1:])  # (B, n, tokens, d)
+        return self.fusion(members.masked_scatter(mask[..., None, None], tokens), mask, query)
+
+    def _encode(self, images: Tensor, mask: Tensor) -> Tensor:
+        """The tokens (N, tokens, d) of the members alone."""
         if images.ndim != 5 or mask.dtype != torch.bool or mask.shape != images.shape[:2]:
             shapes = f"images {tuple(images.shape)}, mask {mask.dtype} {tuple(mask.shape)}"
             raise InputError("images", shapes, "needs images (B, n, 3, H, W) and a torch.bool mask (B, n)")
         learns = any(parameter.requires_grad for parameter in self.parts.vision.parameters())
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-            tokens = self.parts.encode(images[mask].to(self.model.dtype))  # (N, tokens, d), of the members only
-        members = tokens.new_zeros(*mask.shape, *tokens.shape[1:])  # (B, n, tokens, d)
-        return self.fusion(members.masked_scatter(mask[..., None, None], tokens), mask, query)
+            return self.parts.encode(images[mask].to(self.model.dtype))
 
     def forward(
-        self, images: Tensor, mask: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
+        self,
+        images: Tensor,
+        mask: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor | None = None,
+        fused: bool = True,
     ) -> Answered:
         """The next tokens, and with ``labels`` their loss.
 
         Args:
             images, mask: as of `fuse`; a set without an image is refused.
-            input_ids: (B, length) from `Reader`, with the image tokens of one image.
+            input_ids: (B, length) from `Reader`, with the image tokens of one image, or of all that are not fused.
             attention_mask: (B, length), 0 on padding.
             labels: of a decoder-only model (B, length) at the positions of ``input_ids``, else the decoder's text
                 (B, …); −100 is ignored.
+            fused: False for each image by itself in the prompt.
         """
         query = self.question(input_ids, attention_mask, labels)
-        embeds, weights = self._embeds(images, mask, input_ids, query)
+        arguments, weights = self._arguments(images, mask, input_ids, query, fused)
         # a decoder without input text derives it from the labels
-        output = self.parts.language(inputs_embeds=embeds, attention_mask=attention_mask, labels=labels)
+        output = self.parts.language(**arguments, attention_mask=attention_mask, labels=labels)
         return Answered(output.loss, output.logits, weights)
 
     @torch.no_grad()
     def generate(
-        self, images: Tensor, mask: Tensor, input_ids: Tensor, attention_mask: Tensor, **settings: Any
+        self,
+        images: Tensor,
+        mask: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        fused: bool = True,
+        **settings: Any,
     ) -> Generated:
         """Text for each set; ``settings`` are of transformers' ``generate``: max_new_tokens, num_beams, …"""
         query = self.question(input_ids, attention_mask)
-        embeds, weights = self._embeds(images, mask, input_ids, query)
-        tokens = self.parts.language.generate(inputs_embeds=embeds, attention_mask=attention_mask, **settings)
-        return Generated(tokens, weights)
+        arguments, weights = self._arguments(images, mask, input_ids, query, fused)
+        tokens = self.parts.language.generate(**arguments, attention_mask=attention_mask, **settings)
+        # with the prompt's tokens given, transformers returns them too
+        return Generated(tokens[:, input_ids.shape[1] :] if "input_ids" in arguments else tokens, weights)
 
-    def _embeds(self, images: Tensor, mask: Tensor, input_ids: Tensor, query: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(embeddings (B, length, width) with the fused images at the image tokens, weights (B, n))."""
-        fused, weights = self.fuse(images, mask, query)
-        inputs, token = self.parts.connect(fused), self.model.config.image_token_id  # (B, k, width)
-        places = input_ids == token
-        if not (places.sum(dim=1) == inputs.shape[1]).all() or len(places) != len(inputs):
-            remedy = f"needs {inputs.shape[1]} image tokens (id {token}) in each of {len(inputs)}"
-            raise InputError("input_ids", f"{places.sum(dim=1).tolist()} image tokens", remedy)
-        text = self.model.get_input_embeddings()(input_ids)  # (B, length, width)
-        return text.masked_scatter(places[..., None], inputs.to(text)), weights
+    def _arguments(
+        self, images: Tensor, mask: Tensor, input_ids: Tensor, query: Tensor | None, fused: bool
+    ) -> tuple[dict[str, Any], Tensor | None]:
+        """(arguments of the language model, weights (B, n) or None)."""
+        self.parts.check(fused)
+        tokens, weights = self.fuse(images, mask, query) if fused else (self._encode(images, mask), None)
+        connected, token = self.parts.connect(tokens), self.model.config.image_token_id  # (B or N, k, width)
+        found = (input_ids == token).sum(dim=1)
+        needed = connected.shape[1] * (mask.any(dim=1).long() if fused else mask.sum(dim=1))
+        if not torch.equal(found, needed):
+            remedy = f"needs {needed.tolist()} image tokens (id {token})"
+            raise InputError("input_ids", f"{found.tolist()} image tokens", remedy)
+        height, width = images.shape[-2:]
+        return self.parts.arguments(connected, input_ids, (height, width)), weights
 
     # ---------------------------------------------------------------------------------------------------------- files
 
@@ -216,7 +241,7 @@ class VisionLanguageModel(nn.Module):
         self.fusion.load_state_dict(load_file(folder / WEIGHTS, device=str(self.model.device)))
 
 
-def _architecture(model_type: str) -> Any:
+def _architecture(model_type: str) -> type[Architecture]:
     if model_type not in ARCHITECTURES:
         raise InputError("model", model_type, f"is none of the architectures {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[model_type]

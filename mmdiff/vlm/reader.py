@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mmdiff.errors import InputError
+from mmdiff.vlm.architecture import Photos
 from mmdiff.vlm.model import IGNORED, VisionLanguageModel
 
 
@@ -31,13 +32,17 @@ class Reader:
     Args:
         model: that answers.
         processor: of transformers; default: that of the model's folder or hub name.
+        size: side in pixels of a square to which photos are resized first; default: the processor alone decides. The
+            photos of a batch need the same number of tokens, which Qwen derives from their shape.
+
+    Raises:
+        InputError: if the model has no processor, and for a processor without a token that ends or pads a text.
     """
 
-    def __init__(self, model: VisionLanguageModel, processor: Any = None) -> None:
+    def __init__(self, model: VisionLanguageModel, processor: Any = None, size: int | None = None) -> None:
         if processor is None:
-            from transformers import AutoProcessor
-
-            processor = AutoProcessor.from_pretrained(model.model.config.name_or_path, trust_remote_code=False)
+            processor = _processor(str(model.model.config.name_or_path))
+        self.size = size
         self.processor, self.tokenizer, self.parts = processor, processor.tokenizer, model.parts
         end = self.parts.language.generation_config.eos_token_id
         if end is None or self.tokenizer.pad_token_id is None:
@@ -46,26 +51,32 @@ class Reader:
         self.end: int = end[0] if isinstance(end, list) else end
 
     def __call__(
-        self, sets: Sequence[Sequence[PILImage.Image]], prompts: Sequence[str], answers: Sequence[str] | None = None
+        self,
+        sets: Sequence[Photos],
+        prompts: Sequence[str],
+        answers: Sequence[str] | None = None,
+        fused: bool = True,
     ) -> Inputs:
         """Inputs of one prompt per set, and of one answer per set for training.
 
+        Args:
+            sets: photos.
+            prompts, answers: texts. A prompt may hold image tokens of the processor; else they are put before it.
+            fused: False for image tokens of every photo, and not of one in place of all.
+
         Raises:
-            InputError: for an empty set, and for another number of prompts or answers than of sets.
+            InputError: for an empty set, for another number of prompts or answers than of sets, for another number of
+                image tokens in a prompt than of images, and for photos with different numbers of tokens.
         """
+        self.parts.check(fused)
         for key, texts in (("prompts", prompts), ("answers", answers)):
             if texts is not None and len(texts) != len(sets):
                 raise InputError(key, len(texts), f"needs one for each of {len(sets)} sets")
+        sets = [[self._prepared(photo) for photo in members] for members in sets]
         images, mask = self._images(sets)
-        texts = [self.parts.prompt(prompt, str(self.processor.image_token)) for prompt in prompts]
-        # the prompts of single images; padded on the left, so that the answer follows the prompt
-        encoded = self.processor(
-            images=[members[0].convert("RGB") for members in sets],
-            text=texts,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        )
+        shown = [members[:1] for members in sets] if fused else sets
+        texts = [self._prompt(prompt, len(members)) for prompt, members in zip(prompts, shown)]
+        encoded = self.parts.tokens(self.processor, texts, shown)
         ids, attention = encoded["input_ids"], encoded["attention_mask"]
         if answers is None:
             return Inputs(images, mask, ids, attention)
@@ -85,12 +96,22 @@ class Reader:
         """Generated tokens (B, new) as texts."""
         return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
-    def _images(self, sets: Sequence[Sequence[PILImage.Image]]) -> tuple[Tensor, Tensor]:
+    def _prepared(self, photo: PILImage.Image) -> PILImage.Image:
+        photo = photo.convert("RGB")
+        return photo.resize((self.size, self.size), PILImage.Resampling.BICUBIC) if self.size else photo
+
+    def _prompt(self, text: str, images: int) -> str:
+        made, token = self.parts.prompt(text, self.processor, images), str(self.processor.image_token)
+        if self.parts.several and made.count(token) != images:
+            raise InputError("prompts", text, f"needs {images} × {token}, or none")
+        return made
+
+    def _images(self, sets: Sequence[Photos]) -> tuple[Tensor, Tensor]:
         counts = torch.tensor([len(members) for members in sets])
         if not len(sets) or not counts.all():
             raise InputError("sets", counts.tolist(), "every set needs an image at least")
-        flat = [image.convert("RGB") for members in sets for image in members]
-        pixels = self.processor.image_processor(images=flat, return_tensors="pt")["pixel_values"]  # (N, 3, H, W)
+        flat = [photo for members in sets for photo in members]
+        pixels = self.parts.pixels(self.processor, flat)  # (N, 3, H, W)
         mask = torch.arange(int(counts.max())) < counts[:, None]
         images = pixels.new_zeros(*mask.shape, *pixels.shape[1:])
         images[mask] = pixels
@@ -103,3 +124,13 @@ class Reader:
         lengths = torch.tensor([len(ids) for ids in tokens])
         padded = pad_sequence(tokens, batch_first=True, padding_value=self.tokenizer.pad_token_id)
         return padded, torch.arange(padded.shape[1]) < lengths[:, None]
+
+
+def _processor(name: str) -> Any:
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise InputError("model", name, f"has no processor that can be loaded ({reason})") from error
