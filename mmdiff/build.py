@@ -140,6 +140,7 @@ def model_settings(config: Config) -> dict[str, Any]:
         "modality_config": {n: {"kind": m.kind, **m.settings()} for n, m in config.modalities.items()},
         "backbone_config": {"kind": config.backbone.kind, **config.backbone.settings()},
         "anchor": config.anchor,
+        "diffused": {n: m.gain for n, m in config.modalities.items() if m.diffused} or None,
     }
 
 
@@ -186,6 +187,8 @@ def build_objective(config: Config, model: MTDiffusionModel, scheduler: MTSchedu
         distribution=config.states.distribution,
         terminal_weight=config.loss.terminal,
         anchor_hidden=config.states.anchor_hidden,
+        equal_time=config.states.equal_time,
+        own_time=config.states.own_time,
         min_snr_gamma=config.loss.min_snr_gamma,
         uncertainty=config.loss.uncertainty,
         learn_scale=tuple(name for name in learned if config.modalities[name].weight.learn_scale),

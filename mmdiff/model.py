@@ -20,9 +20,10 @@ from mmdiff.errors import InputError, at
 from mmdiff.lora import LoraModel
 from mmdiff.modalities import Anchor, Condition, FillsAnchor, Modality, Shape, find_modality
 from mmdiff.modalities.grids import scaled
-from mmdiff.modalities.query import asked, built, query_slots
+from mmdiff.modalities.query import built, query_slots
+from mmdiff.observation import Noisy, gains_of, observation_of, slots_of, width_of
 from mmdiff.schedulers.arguments import check_value
-from mmdiff.slots import Axes, Slot, of, slots
+from mmdiff.slots import Axes, Slot, of
 from mmdiff.trust import check_links, damage, refuse_custom, refuse_huge
 from mmdiff.values import check_names, dtypes, in_dtype
 
@@ -48,6 +49,7 @@ class MTDiffusionModel(LoraModel, ModelMixin, ConfigMixin):
         backbone_config: {"kind": one of BACKBONES, …constructor arguments}.
         anchor: the modality x_0 that is diffused; its encoder fixes the diffusion space.
         observable: the modalities that training may observe, which sampling can then concatenate; None: all.
+        diffused: {auxiliary modality with a process of its own: gain of its signal}, Eq. (25); None: none.
     """
 
     @register_to_config
@@ -57,6 +59,7 @@ class MTDiffusionModel(LoraModel, ModelMixin, ConfigMixin):
         backbone_config: dict[str, Any],
         anchor: str = "image",
         observable: list[str] | None = None,
+        diffused: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
         _check_arguments(modality_config, backbone_config, anchor, observable)
@@ -80,8 +83,9 @@ class MTDiffusionModel(LoraModel, ModelMixin, ConfigMixin):
         for name in self.filling:
             with at(f"modalities.{name}"):
                 self.modalities[name].check_anchor(self.modalities[anchor])
+        self.gains = gains_of(diffused, self.modalities, self.auxiliary)
         observed = sum(modality.observation_channels for modality in self.modalities.values())
-        widths = tuple(2 + modality.context_width for modality in self.modalities.values())
+        widths = tuple(width_of(modality, name in self.gains) for name, modality in self.modalities.items())
         self.backbone = backbone(space, observed, widths, **backbone_settings)
         self.space, self.pooled_width = space, shape.pooled
 
@@ -188,7 +192,7 @@ class MTDiffusionModel(LoraModel, ModelMixin, ConfigMixin):
                 raise InputError(f"modalities.{name}", type(modality).__name__, _WRONG_SLOTS)
             axes_of |= {f"modalities.{name}.{tensor}": axes for tensor, axes in parts.state.items()}
             channels += of(owner, parts.channels)
-            flags += of(owner, [*slots(("aggregated", "observed")), *parts.context])
+            flags += of(owner, slots_of(parts, name in self.gains))
         axes_of |= query_slots(self.modalities, by_name)
         axes_of |= {f"backbone.{tensor}": axes for tensor, axes in self.backbone.slots(channels, flags).items()}
         state = self.state_dict()
@@ -213,6 +217,7 @@ class MTDiffusionModel(LoraModel, ModelMixin, ConfigMixin):
         aggregated: Mapping[str, Tensor],
         observed: Mapping[str, Tensor],
         like: Tensor,
+        noisy: Mapping[str, Noisy] | None = None,
     ) -> Observation:
         """The backbone's second input, from the states of all modalities.
 
@@ -220,22 +225,17 @@ class MTDiffusionModel(LoraModel, ModelMixin, ConfigMixin):
             values: values of at least the observed modalities.
             aggregated, observed: {name: (B,) bool}; a missing name means False.
             like: a tensor (B, C, H, W) of the device, dtype and size.
+            noisy: {diffused modality: its noisy signal and time}; others of them are observed or absent.
         """
-        nowhere = torch.zeros(len(like), dtype=torch.bool, device=like.device)
-        pairs = [flags.get(name, nowhere) for name in self.names for flags in (aggregated, observed)]
-        flags = torch.stack(pairs, dim=1).to(like.dtype)  # (B, 2 N)
-        channels, context = [], []
-        for name, own in zip(self.names, flags.split(2, dim=1), strict=True):
-            modality = asked(self.modalities, name, values, observed)
-            context.append(own)
-            if name in values and name in observed:
-                flag = own[:, 1]
-                channels.append(modality.observe(values[name]).to(like.dtype) * flag[:, None, None, None])
-                context.append(modality.context(values[name]).to(like.dtype) * flag[:, None])
-            else:
-                channels.append(like.new_zeros(len(like), modality.observation_channels, *like.shape[2:]))
-                context.append(like.new_zeros(len(like), modality.context_width))
-        return Observation(torch.cat(channels, dim=1), torch.cat(context, dim=1))
+        return observation_of(self.modalities, self.gains, values, aggregated, observed, noisy or {}, like)
+
+    def signal(self, name: str, value: Tensor) -> Tensor:
+        """z^i_0 = gain · S_i(x_i) of a diffused modality, Eq. (25)."""
+        return self.gains[name] * self.modalities[name].signal(value)
+
+    def expected_signal(self, name: str, params: Tensor) -> Tensor:
+        """The same under the law of the modality's head: gain · E[S_i(x_i)]."""
+        return self.gains[name] * self.modalities[name].expected_signal(params)
 
     def forward(
         self, sample: Tensor, timestep: Tensor, observation: Observation, heads: Collection[str] | None = None

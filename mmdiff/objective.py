@@ -16,6 +16,8 @@ from mmdiff import losses
 from mmdiff.alignment import Alignment
 from mmdiff.data import Batch
 from mmdiff.model import MTDiffusionModel
+from mmdiff.observation import Noisy
+from mmdiff.own_times import Flags, OwnTimes, draw_own_times, noisy_signals
 from mmdiff.randomness import normal, uniform, uniform_number, uniforms
 from mmdiff.schedulers import MTScheduler
 from mmdiff.schedulers.weights import initial_parameters
@@ -57,6 +59,7 @@ class MTObjective(nn.Module):
         loss_weights: {auxiliary modality with a head: λ_i}.
         distribution: how the states of all modalities are drawn together, one of `mmdiff.states.DISTRIBUTIONS`.
         terminal_weight: coefficient of L0.
+        equal_time, own_time: probabilities of the times of diffused modalities, see `mmdiff.states.draw_times`.
         anchor_hidden: probability that the anchor is hidden (unless it is observed): nothing is denoised, and the
             heads learn to read from what else is observed in one evaluation.
         min_snr_gamma: cap of the SNR weight of L1, or None for the plain error.
@@ -77,6 +80,8 @@ class MTObjective(nn.Module):
         distribution: str = "independent",
         terminal_weight: float = 1.0,
         anchor_hidden: float = 0.0,
+        equal_time: float = 0.3,
+        own_time: float = 0.6,
         min_snr_gamma: float | None = None,
         uncertainty: bool = False,
         learn_scale: tuple[str, ...] = (),
@@ -93,7 +98,7 @@ class MTObjective(nn.Module):
         probabilities[self.anchor_index, 0] = 0.0
         self.register_buffer("state_probabilities", probabilities, persistent=False)
         self.terminal_weight, self.min_snr_gamma, self.seed = terminal_weight, min_snr_gamma, seed
-        self.anchor_hidden = anchor_hidden
+        self.anchor_hidden, self.time_probabilities = anchor_hidden, (equal_time, own_time)
         self.log_std = nn.Linear(model.pooled_width, 1) if uncertainty else None
         if self.log_std is not None:
             nn.init.zeros_(self.log_std.weight)  # start from σ = 1
@@ -128,6 +133,11 @@ class MTObjective(nn.Module):
         batch = self.without_missing(batch, model)
         aggregated, observed, denoised = self.draw_states(batch, position)
         timesteps = self.draw_timesteps(position, denoised)  # (B,)
+        noisy: dict[str, Noisy] = {}
+        if model.gains:
+            drawn = self.draw_own_times((aggregated, observed, denoised), batch, position, timesteps)
+            aggregated, observed = drawn.aggregated, drawn.observed
+            noisy = noisy_signals(model, scheduler, batch.values, drawn, self.seed, position.step, position.positions)
 
         anchor = batch.values[model.anchor]
         stored = batch.values.get(f"{model.anchor}/latents")
@@ -140,7 +150,7 @@ class MTObjective(nn.Module):
         }
         z_t = scheduler.add_noise(z_0, noise, timesteps, encodings)
         z_t = z_t * denoised[:, None, None, None]  # elsewhere the mean of z_T, as in sampling
-        observation = model.observation(batch.values, aggregated, observed, like=z_t)
+        observation = model.observation(batch.values, aggregated, observed, like=z_t, noisy=noisy)
         if count := model.backbone.random_numbers(*z_t.shape[2:]):
             numbers = uniform(self.seed, position.step, "backbone", position.positions, (count,))
             observation = observation._replace(random=numbers)
@@ -240,6 +250,14 @@ class MTObjective(nn.Module):
         denoised = present[anchor] & ~observed[anchor] & (u[-1, :, 0] >= self.anchor_hidden)  # (B,)
         aggregated = flags.aggregated & present & denoised
         return dict(zip(names, aggregated, strict=True)), dict(zip(names, observed, strict=True)), denoised
+
+    def draw_own_times(
+        self, states: tuple[Flags, Flags, Tensor], batch: Batch, position: BatchPosition, timesteps: Tensor
+    ) -> OwnTimes:
+        """The times of diffused modalities, and the ``states`` of `draw_states` that they change."""
+        names, counter = sorted(self.model.gains), (self.seed, position.step, position.positions)
+        given = batch.present, timesteps, self.time_probabilities
+        return draw_own_times(self.scheduler, names, states, *given, *counter)
 
     def draw_timesteps(self, position: BatchPosition, denoised: Tensor) -> Tensor:
         """(B,): one uniform number, spread evenly over the global batch (Kingma et al., 2021), mapped by the scheduler.

@@ -22,8 +22,9 @@ from mmdiff.sampling.components import HUB_ARGUMENTS, check_components, check_to
 from mmdiff.sampling.conditioning import Methods, peak_weights
 from mmdiff.sampling.heads import read_anchor, read_hidden_anchor
 from mmdiff.sampling.observed import weights_of
+from mmdiff.sampling.phases import DENOISE, Order
 from mmdiff.sampling.request import Generators, Request, request_of
-from mmdiff.sampling.reverse_step import ReverseStep
+from mmdiff.sampling.run import Run, pasted
 from mmdiff.schedulers import SCHEDULERS, MTScheduler, as_ours
 from mmdiff.trust import check_links, damage
 from mmdiff.values import check_names, dtypes, in_dtype, switch
@@ -130,6 +131,9 @@ class MTDiffusionPipeline(LoraPipeline, DiffusionPipeline):
         head_guidance_scale: float | Mapping[str, float] = 1.0,
         resampling: tuple[int, int] = (2, 5),
         read_timesteps: Sequence[int] | None = None,
+        order: Order | None = None,
+        read: str | None = None,
+        read_steps: int | None = None,
         aggregate: bool | Iterable[str] | None = None,
         feedback: str | None = None,
         generator: Generators = None,
@@ -161,6 +165,12 @@ class MTDiffusionPipeline(LoraPipeline, DiffusionPipeline):
             read_timesteps: read the heads from the anchor noised to these timesteps, one evaluation each, and average
                 their distributions; by default one evaluation, the anchor in its observation channels (where training
                 never showed it there: unnoised, at timestep 0).
+            order: in which order the anchor and diffused modalities are denoised: "anchor_first" (default; the diffused
+                follow together), "together", or a list of phases, each a name or several: ["mask", ["image", "depth"]].
+            read: how unobserved modalities are read from the anchor: "mode" or "draw" of the heads in one evaluation,
+                or "denoise", by their own reverse process, where they are diffused; the default where they are.
+            read_steps: solver steps of a phase without the anchor, one evaluation each, and one more per guided
+                modality; by default num_inference_steps.
             aggregate: which modalities take part in c_t: True (default: all with weights), False, or names.
             feedback: how unknown aggregated modalities are fed back: "draw", "mean" or "mode"; by default "draw" for
                 stochastic and "mean" for deterministic solvers.
@@ -200,16 +210,11 @@ class MTDiffusionPipeline(LoraPipeline, DiffusionPipeline):
     def _sample(self, request: Request, progress: Callable[[list], Iterable]) -> MTDiffusionPipelineOutput:
         """One batch."""
         model, values = request.model, request.values
-        samples, draws = dict(values), {}
-        if model.anchor not in values:
-            if request.steps == 0:
-                samples |= read_hidden_anchor(model, self.scheduler, request)
-            else:
-                z_0, draws = self._denoise(request, progress)
-                samples[model.anchor] = model.modalities[model.anchor].unencode(z_0)
-            for name in model.filling if request.paste_back else ():
-                if name in values:
-                    samples[model.anchor] = model.modalities[name].paste(samples[model.anchor], values[name])
+        if model.anchor not in values and request.steps == 0:
+            samples, draws = values | read_hidden_anchor(model, self.scheduler, request), {}
+            samples[model.anchor] = pasted(model, request, samples[model.anchor])
+        else:
+            samples, draws = self._denoise(request, progress)
         if set(model.generated) - set(samples):
             read = request.final_read or model.anchor in values
             samples |= read_anchor(model, self.scheduler, request, samples) if read else draws
@@ -219,13 +224,17 @@ class MTDiffusionPipeline(LoraPipeline, DiffusionPipeline):
         draws = {name: self._finish(name, value, request) for name, value in draws.items()}
         return MTDiffusionPipelineOutput(samples, draws, weights_of(model, values, request.conditioning.concatenated))
 
-    def _denoise(self, request: Request, progress: Callable[[list], Iterable]) -> tuple[Tensor, dict[str, Tensor]]:
-        """(z_0, draws of the last step)."""
-        step = ReverseStep(request.model, self.scheduler, request)
-        z_t = step.start()
-        for index, back in progress(step.schedule):
-            z_t = step(z_t, index, back)
-        return z_t, step.draws
+    def _denoise(
+        self, request: Request, progress: Callable[[list], Iterable]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """({modality: value} of what is observed or denoised, draws of the anchor's last step)."""
+        run = Run(request.model, self.scheduler, request)
+        for step in progress(run.steps) if run.steps else ():
+            run(*step)
+        if request.phases.read == DENOISE:
+            return run.values, run.draws
+        kept = {*request.values, request.model.anchor}  # the rest is read from the anchor
+        return {name: value for name, value in run.values.items() if name in kept}, run.draws
 
     def _finish(self, name: str, value: Tensor, request: Request) -> Any:
         return value if request.output_type == "pt" else self.model.modalities[name].postprocess(value)

@@ -40,6 +40,7 @@ def save_grid(
     galleries = {name: model.modalities[name].gallery() for name in model.auxiliary}
     name = next((name for name, gallery in galleries.items() if gallery is not None), None)
     arguments = {"num_inference_steps": sample.steps, "feedback": sample.feedback, "generator": generator}
+    arguments |= sample.phases()
     if name is None:
         output, titles = pipeline(batch_size=columns**2, **arguments), []
     else:

@@ -60,6 +60,7 @@ def resolve(config: Config, rows: Rows | None) -> Config:
     for name, entry in config.modalities.items():
         kind, settings = settings_of[name]
         check_settings(f"modalities.{name}", kind, settings)
+        _check_diffused(f"modalities.{name}", entry, name == config.anchor)
         modalities[name] = entry.model_copy(update={**settings, "weight": _weight(name, entry, kind)})
     backbone = find_backbone(config.backbone.kind)
     check_types("backbone", backbone, config.backbone.settings())
@@ -171,13 +172,20 @@ def _resolution_shift(config: Config, anchor: ModalityConfig) -> float:
 
 
 def _weight(name: str, entry: ModalityConfig, kind: type[Condition]) -> WeightConfig:
-    """The weight schedule; "none" for a modality that is never aggregated."""
+    """The weight schedule; by default "none" for a modality that is never aggregated, or diffused."""
     if kind.aggregable:
-        return entry.weight or WeightConfig()
+        return entry.weight or (WeightConfig(schedule="none") if entry.diffused else WeightConfig())
     if entry.weight is not None and entry.weight.schedule != "none":
         remedy = f"{kind.__name__} is observed or absent, never aggregated; leave weight out"
         raise InputError(f"modalities.{name}.weight.schedule", entry.weight.schedule, remedy)
     return WeightConfig(schedule="none")
+
+
+def _check_diffused(key: str, entry: ModalityConfig, anchor: bool) -> None:
+    if entry.diffused and anchor:
+        raise InputError(f"{key}.diffused", True, "the anchor is always diffused; leave it out")
+    if entry.gain != 1 and not entry.diffused:
+        raise InputError(f"{key}.gain", entry.gain, "is of a diffused modality; leave it out, or set diffused: true")
 
 
 def _clip_sample(config: Config, modalities: dict[str, ModalityConfig]) -> bool:

@@ -1,11 +1,14 @@
 """Distributions of the state of every modality in training: absent, aggregated or observed (docs/theory.md, section 4).
 
+A diffused modality has a time besides: that of the anchor, or one of its own (section 9).
+
 A draw is a pure function of counter-based uniform numbers, so that accumulation, several processes and a resumed run
 draw the same states.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -103,3 +106,42 @@ DISTRIBUTIONS: dict[str, StateDistribution] = {
     "source": StateDistribution(lambda _: StateProbabilities(1.0, 0.0), independent),  # always aggregated
     "heads": StateDistribution(lambda _: StateProbabilities(0.0, 0.0), independent),  # always absent
 }
+
+# ---------------------------------------------------------------------------------------- times of diffused modalities
+
+TIME_NUMBERS = 16
+READ_OWN_TIME = 0.5  # share of own times where the anchor is observed, of rows that do not observe the modality
+
+
+class Times(NamedTuple):
+    """(D, B) bool each, for D diffused modalities: where one has the anchor's time, where a time of its own. Elsewhere
+    it is observed (time 0) or absent (time T)."""
+
+    equal: Tensor
+    own: Tensor
+
+
+def draw_times(
+    equal_numbers: Tensor, own_numbers: Tensor, observed: Tensor, denoised: Tensor, equal: float, own: float
+) -> Times:
+    """Times of all diffused modalities.
+
+    With probability ``equal`` a row that denoises has one time for all, whatever would be observed. Else a modality
+    that is not observed has a time of its own with probability ``own``, where nothing is denoised `READ_OWN_TIME`.
+
+    Args:
+        equal_numbers: (B,) uniform.
+        own_numbers: (D, B) uniform.
+        observed: (D, B) bool.
+        denoised: (B,) bool.
+        equal, own: probabilities.
+    """
+    together = (denoised & (equal_numbers < equal)).expand_as(observed)
+    probability = torch.where(denoised, own, READ_OWN_TIME)
+    return Times(together, ~together & ~observed & (own_numbers < probability))
+
+
+def time_numbers(share: Tensor) -> Tensor:
+    """τ/T (B,) in [0, 1] -> cos and sin of kπτ/T for k = 1 … 8, (B, 16); zeros at T, as of an absent modality."""
+    angle = share[:, None] * (math.pi * torch.arange(1, TIME_NUMBERS // 2 + 1, device=share.device))
+    return torch.cat([angle.cos(), angle.sin()], dim=1) * (share < 1)[:, None]

@@ -13,16 +13,29 @@ if TYPE_CHECKING:
     from mmdiff.config import SampleConfig
 
 
+Observe = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="a condition, modality=value: label=3, label=cat, image=photo.png, mask=ids.png, embedding=vec.npy, "
+        "masked_image=photo.png@mask.png (white is known, black is the hole) or one image that is transparent in "
+        "the hole. Repeat the option for several conditions. Images of another size are cropped and resized"
+    ),
+]
+Order = Annotated[
+    str | None,
+    typer.Option(
+        help="of diffused modalities: anchor_first, together, or phases: image,mask+depth; default: the run's"
+    ),
+]
+Read = Annotated[
+    str | None, typer.Option(help="from the image: mode, draw, or denoise where diffused; default: the run's")
+]
+ReadSteps = Annotated[int | None, typer.Option(help="steps of a denoised read; default: the run's", min=1)]
+
+
 def sample(
     run: RunPath,
-    observe: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="a condition, modality=value: label=3, label=cat, image=photo.png, mask=ids.png, embedding=vec.npy, "
-            "masked_image=photo.png@mask.png (white is known, black is the hole) or one image that is transparent in "
-            "the hole. Repeat the option for several conditions. Images of another size are cropped and resized"
-        ),
-    ] = None,
+    observe: Observe = None,
     num: Annotated[int, typer.Option(help="number of samples", min=1)] = 64,
     steps: Annotated[int | None, typer.Option(help="solver steps; default: the run's sample.steps", min=1)] = None,
     guidance: Annotated[
@@ -40,6 +53,9 @@ def sample(
     solver: Annotated[str | None, typer.Option(help="another solver: DDIMScheduler")] = None,
     lora: Annotated[Path | None, typer.Option(help="an adapter for the run's network: adapter/ of a run")] = None,
     feedback: Annotated[str | None, typer.Option(help="of unknown aggregated modalities: draw, mean or mode")] = None,
+    order: Order = None,
+    read: Read = None,
+    read_steps: ReadSteps = None,
     batch_size: Annotated[
         int | None, typer.Option(help="samples per batch; default: the run's sample.batch_size", min=1)
     ] = None,
@@ -64,6 +80,9 @@ def sample(
     settings = {
         "num_inference_steps": steps or own.steps,
         "feedback": own.feedback if feedback is None else feedback,
+        "order": own.order if order is None else _order(order),
+        "read": own.read if read is None else read,
+        "read_steps": own.read_steps if read_steps is None else read_steps,
         "max_batch_size": batch_size or own.batch_size,
         "height": height,
         "width": width,
@@ -74,6 +93,11 @@ def sample(
         settings["aggregate"] = {"all": True, "none": False}.get(aggregate, aggregate.split(","))
     scales = own.scales if guidance is None else guidance
     echo("\n".join(runs.sample(pipeline, observe or [], num, seed, out, save_each, scales, settings)))
+
+
+def _order(text: str) -> str | list[list[str]]:
+    """ "image,mask+depth" -> [[image], [mask, depth]]; one word stays."""
+    return [phase.split("+") for phase in text.split(",")] if set(text) & set(",+") else text
 
 
 def _sample_config(run: Path) -> SampleConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -19,7 +19,16 @@ class SampleConfig(Strict):
     guidance: dict[str, Scale] = {}  # {modality: scale}, over guidance_scale
     # of unknown aggregated modalities; none: as fits the solver
     feedback: Literal["draw", "mean", "mode"] | None = None
+    # of diffused modalities: after the anchor, or at its noise level; default: anchor_first
+    order: Literal["anchor_first", "together"] | None = None
+    # how modalities are read from the anchor: by their heads, or by their own process; default: denoise where diffused
+    read: Literal["mode", "draw", "denoise"] | None = None
+    read_steps: int | None = Field(None, ge=1, le=100_000)  # solver steps of such a process; default: steps
     batch_size: int = Field(256, ge=1, le=10**7)  # samples that are computed at once
+
+    def phases(self) -> dict[str, Any]:
+        """Arguments of the pipeline for diffused modalities."""
+        return {"order": self.order, "read": self.read, "read_steps": self.read_steps}
 
     def scales(self, observed: Iterable[str]) -> dict[str, float]:
         """{observed modality: guidance scale}."""

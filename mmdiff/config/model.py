@@ -28,9 +28,13 @@ class ModalityConfig(Open):
     """One data type; further keys belong to its class."""
 
     kind: str  # a built-in modality, or an import path: my_pkg.depth:Depth
-    weight: WeightConfig | None = None  # default: WeightConfig(); schedule none if the modality is never aggregated
+    weight: WeightConfig | None = None  # default: WeightConfig(); schedule none if never aggregated, or diffused
     loss_weight: float = Field(0.1, ge=0, le=1e6)  # λ_i, coefficient of the L2 term
     states: ModalityStates = ModalityStates()
+    # give the modality a noise level and a reverse process of its own, so that draws of it are whole: for mask, dense,
+    # image, embedding and vector, whose value the rest leaves open (docs/theory.md, section 9)
+    diffused: bool = False
+    gain: float = Field(1.0, gt=0, le=1e4)  # factor of a diffused modality's signal; below 1, noise hides it sooner
 
 
 class BackboneConfig(Open):

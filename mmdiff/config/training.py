@@ -20,6 +20,11 @@ class StatesConfig(Strict):
     anchor_observed: float = Field(0.15, ge=0, le=1)
     # probability that nothing is denoised and the heads read from the other conditions
     anchor_hidden: float = Field(0.0, ge=0, le=1)
+    # of rows that denoise: probability that all diffused modalities have the anchor's noise level
+    equal_time: float = Field(0.3, ge=0, le=1)
+    # probability that a diffused modality has a noise level of its own, of the other rows that do not observe it; where
+    # the anchor is observed it is 0.5
+    own_time: float = Field(0.6, ge=0, le=1)
 
 
 class RepaConfig(Strict):

@@ -19,13 +19,19 @@ from mmdiff.evaluation.report import Row
 from mmdiff.likelihoods import Gaussian
 from mmdiff.metrics.bootstrap import scored
 from mmdiff.model import MTDiffusionModel
+from mmdiff.observation import Noisy
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.schedulers import MTScheduler
+
+_OWN = ("l0", "l1", "l3")  # terms of a diffused modality
 
 
 @dataclass
 class Elbo:
     """Terms by name in nats, per sample (B,): "l0", "l1", "l2/<modality>", "l3"; ``dimensions`` of x_0.
+
+    A diffused modality has "l0/<modality>", "l1/<modality>" and "l3/<modality>" instead of its L2: at the anchor's
+    noise level it is denoised with it, and its head reads it once, at t = 1.
 
     Reading every modality at every step makes the bound loose, L2 counts T times: look at the terms apart.
     """
@@ -88,7 +94,7 @@ def elbo(
     timesteps: Tensor | None = None,
     levels: int | None = 256,
 ) -> Elbo:
-    """The bound for a batch, every auxiliary modality aggregated as in the source.
+    """The bound for a batch: every modality with weights is aggregated, as in the source, diffused ones are denoised.
 
     Args:
         model, scheduler: the network and the forward process; `scheduler.config.clip_sample` is not applied.
@@ -101,24 +107,27 @@ def elbo(
     anchor = model.modalities[model.anchor]
     z_0 = anchor.encode(values[model.anchor]).double()  # (B, C, H, W)
     weighted = [name for name in sorted(scheduler.config.weights or {}) if scheduler.cumulative_weights(name).max() > 0]
+    weighted = [name for name in weighted if name not in model.gains]
     encodings = {n: e.double() for n, e in model.encode({name: values[name] for name in weighted}).items()}
+    signals = {name: model.signal(name, values[name]).double() for name in sorted(model.gains)}
     everywhere = torch.ones(len(z_0), dtype=torch.bool, device=z_0.device)
     total = len(scheduler)
     chosen = torch.arange(total) if timesteps is None else timesteps
     scale = total / len(chosen)
-    terms = {name: torch.zeros(len(z_0), dtype=torch.float64, device=z_0.device) for name in ("l1", "l3")}
-    generated = recovered(model)
-    terms |= {f"l2/{name}": terms["l1"].clone() for name in generated}
-    terms["l0"] = losses.terminal_kl(
-        scheduler.marginal(z_0, torch.full((len(z_0),), scheduler.terminal_timestep), encodings)
-    )
+    generated = [name for name in recovered(model) if name not in signals]
+    names = ["l1", "l3", *(f"l2/{name}" for name in generated), *(f"{k}/{name}" for name in signals for k in _OWN)]
+    terms = {name: torch.zeros(len(z_0), dtype=torch.float64, device=z_0.device) for name in names}
+    last = torch.full((len(z_0),), scheduler.terminal_timestep)
+    terms["l0"] = losses.terminal_kl(scheduler.marginal(z_0, last, encodings))
+    terms |= {f"l0/{name}": losses.terminal_kl(scheduler.marginal(x, last)) for name, x in signals.items()}
     aggregated = dict.fromkeys(weighted, everywhere)
     for t in chosen.tolist():
         steps = torch.full((len(z_0),), t + scheduler.first_timestep, device=z_0.device)
         noise = torch.randn(z_0.shape, generator=generator, dtype=z_0.dtype).to(z_0.device)
         z_t = scheduler.marginal(z_0, steps, encodings).sample(noise)
         like = z_t.to(model.dtype)
-        output = model(like, steps, model.observation({}, aggregated, {}, like=like))
+        noisy = {name: _noisy(scheduler, signal, steps, generator) for name, signal in signals.items()}
+        output = model(like, steps, model.observation({}, aggregated, {}, like=like, noisy=noisy))
         original = scheduler.predict_original_sample(output.prediction.double(), steps, z_t, encodings)
         if t > 0:
             posterior = scheduler.posterior(z_0, z_t, steps, encodings)
@@ -129,8 +138,26 @@ def elbo(
             slope = anchor.unencode(torch.ones_like(z_0)) - anchor.unencode(torch.zeros_like(z_0))
             predicted = Gaussian(anchor.unencode(original), variance * slope**2)
             terms["l3"] += scale * losses.anchor_nll(predicted, anchor.unencode(z_0), levels)
+        for name, signal in signals.items():
+            params, z = output.params[name].double(), noisy[name].sample
+            if t > 0:
+                posterior = scheduler.posterior(signal, z, steps)
+                predicted = scheduler.posterior(model.expected_signal(name, params), z, steps)
+                terms[f"l1/{name}"] += scale * losses.transition_kl(posterior, predicted)
+            else:
+                terms[f"l3/{name}"] += scale * _nats(model, name, params, values)
         for name in generated:
-            modality = model.modalities[name]
-            nll = modality.nll(output.params[name].double(), values[name])
-            terms[f"l2/{name}"] += scale * losses.recovery_nll(nll, modality.dimensions)
+            terms[f"l2/{name}"] += scale * _nats(model, name, output.params[name].double(), values)
     return Elbo(terms, dimensions=z_0[0].numel())
+
+
+def _nats(model: MTDiffusionModel, name: str, params: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+    """−log p_θ(x_i | z_t), (B,)."""
+    modality = model.modalities[name]
+    return losses.recovery_nll(modality.nll(params, values[name]), modality.dimensions)
+
+
+def _noisy(scheduler: MTScheduler, signal: Tensor, steps: Tensor, generator: torch.Generator | None) -> Noisy:
+    """z^i at the anchor's time."""
+    noise = torch.randn(signal.shape, generator=generator, dtype=signal.dtype).to(signal.device)
+    return Noisy(scheduler.marginal(signal, steps).sample(noise), scheduler.share(steps))

@@ -99,12 +99,16 @@ class Evaluator:
     # ---------------------------------------------------------------------------------------------- anchor → the rest
 
     def reads(self) -> Iterator[Row]:
-        """anchor → each modality on the held-out rows, in one network evaluation; and the CLIP baseline of labels."""
+        """anchor → each modality on the held-out rows, in one network evaluation; diffused ones also by their own
+        process; and the CLIP baseline of labels."""
+        given = {"num_inference_steps": self.config.sample.steps}
         for name in self.read_out:
             modality = self.model.modalities[name]
             images, truth = complete(self.held_out, self.anchor, name)
-            read = self._draw(len(images), 0, observed={self.anchor: images})[name]
-            yield Row(f"{self.anchor} → {name}", name, {}, {"n": len(images)} | scorer(modality)(modality, read, truth))
+            for setting in ({"read": "mode"}, {"read": "denoise"}) if name in self.model.gains else ({},):
+                read = self._draw(len(images), 0, observed={self.anchor: images}, **given, **setting)[name]
+                scores = scorer(modality)(modality, read, truth)
+                yield Row(f"{self.anchor} → {name}", name, dict(setting), {"n": len(images)} | scores)
             chosen = pictured(len(images))
             columns = [modality.postprocess(values[chosen]) for values in (truth, read)]
             if isinstance(columns[0][0], PILImage.Image) or is_map(columns[0][0]):
@@ -249,7 +253,8 @@ class Evaluator:
         denoised = self.anchor not in conditions and arguments.get("num_inference_steps") != 0
         guidable = denoised and "concatenation" in arguments.get("conditioning", ("concatenation",))
         scales = sample.scales(conditions & set(self.model.observable)) if guidable else {}
-        return draw(self.pipeline, count, sample.batch_size, seed, guidance_scale=scales, **arguments)
+        arguments = sample.phases() | {"guidance_scale": scales} | arguments
+        return draw(self.pipeline, count, sample.batch_size, seed, **arguments)
 
 
 def _asked(setting: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from mmdiff.errors import InputError
 from mmdiff.modalities.anchor import Anchor, FillsAnchor, KnownPart
 from mmdiff.modalities.base import Condition, Modality, Shape, Value
 from mmdiff.modalities.dense import Dense
+from mmdiff.modalities.diffusible import Diffusible
 from mmdiff.modalities.embedding import Embedding
 from mmdiff.modalities.image import Image
 from mmdiff.modalities.image_set import ImageSet
@@ -34,6 +35,7 @@ __all__ = [
     "Anchor",
     "Condition",
     "Dense",
+    "Diffusible",
     "Embedding",
     "FillsAnchor",
     "Image",

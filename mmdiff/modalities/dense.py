@@ -15,7 +15,8 @@ from torch.nn.functional import adaptive_avg_pool1d
 
 from mmdiff.augmentation import NEAREST, Change, moved
 from mmdiff.errors import InputError
-from mmdiff.modalities.base import Modality, Shape
+from mmdiff.modalities.base import Shape
+from mmdiff.modalities.diffusible import Diffusible
 from mmdiff.modalities.files import as_array, check_numbers, of_file, open_array, open_image
 from mmdiff.modalities.grids import Size, cells, check_size, grid_channels, grown, height_width, to_grid, to_space
 from mmdiff.modalities.heads import GaussianHead, gaussian_nll, gaussian_sample
@@ -24,7 +25,7 @@ from mmdiff.modalities.pictures import SIXTEEN_BITS, one_size, resized
 _ROWS = 2000  # that statistics are read from
 
 
-class Dense(Modality):
+class Dense(Diffusible):
     """A map of real numbers; its value is (channels, height, width) float32 in the data's own units, or in those that
     a subclass's `transform` brings them to; what a person sees is brought back by `inverse`.
 
@@ -38,6 +39,7 @@ class Dense(Modality):
     """
 
     reads_images: ClassVar[bool] = True
+    pixelwise: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -175,6 +177,9 @@ class Dense(Modality):
 
     def expected_encoding(self, params: Tensor) -> Tensor:
         return self._to_space(params[:, :-1])
+
+    def expected_signal(self, params: Tensor) -> Tensor:
+        return to_grid(params[:, :-1], self.shape.space)
 
 
 def _finite(array: Any) -> Any:

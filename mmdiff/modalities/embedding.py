@@ -14,7 +14,8 @@ from torch.nn.functional import normalize, softplus
 
 from mmdiff.errors import InputError
 from mmdiff.likelihoods import Gaussian, vmf_log_prob, vmf_mean_length, vmf_sample
-from mmdiff.modalities.base import Modality, Shape
+from mmdiff.modalities.base import Shape
+from mmdiff.modalities.diffusible import Diffusible
 from mmdiff.modalities.files import as_vector, check_numbers, open_numbers
 from mmdiff.modalities.grids import repeatable, repeated
 from mmdiff.modalities.heads import widened
@@ -22,7 +23,7 @@ from mmdiff.modalities.heads import widened
 _ROWS = 10_000  # that the norm's statistics are read from
 
 
-class Embedding(Modality):
+class Embedding(Diffusible):
     """A vector whose direction matters; its value is (dim,) float32, not normalised.
 
     The encoder maps the direction x / ‖x‖ linearly into the diffusion space. The likelihood is von Mises–Fisher of the
@@ -190,6 +191,16 @@ class Embedding(Modality):
         square = mapped.square().sum(dim=1, keepdim=True)
         total = along * square + across * (weights.square().sum() - square)  # E‖W x‖²
         return self._spread(mean * mapped / (total / mapped.shape[1]).sqrt())
+
+    def check_diffused(self) -> None:
+        if self.concentration is not None:  # the head's mean vector would have a length that nobody learned
+            raise InputError("concentration", self.concentration, "must be predicted where diffused; leave it out")
+
+    def expected_signal(self, params: Tensor) -> Tensor:
+        """√D A_D(κ) μ, and the mean of the standardised log norm."""
+        direction, concentration, norm = self._distributions(params)
+        length = math.sqrt(self.dim) * vmf_mean_length(self.dim, concentration)[:, None]
+        return torch.cat([length * direction, norm.mean * (not self.constant_norm)], dim=1)
 
 
 def _vector(raw: Any) -> np.ndarray:

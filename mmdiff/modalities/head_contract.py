@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from mmdiff.modalities.base import Modality, Shape
+from mmdiff.modalities.diffusible import Diffusible
 from mmdiff.modalities.expectations import ROWS, equal, examples_of, expect, expect_shape, noise_of, params_of
 
 Build = Callable[[Shape], Modality]
@@ -60,6 +61,24 @@ def expected_encoding(build: Build, shape: Shape, draws: int = 2000) -> None:
             expect(gap < allowed, f"expected_encoding is {gap:.3g} (RMS) from the mean over {draws} draws")
 
 
+def expected_signal(build: Build, shape: Shape, draws: int = 2000) -> None:
+    """Where it can be diffused: one signal, whose `expected_signal` is the mean over draws."""
+    modality = build(shape)
+    if not isinstance(modality, Diffusible):
+        return
+    both = modality.observation_channels and modality.context_width
+    expect(not both, "it has channels and a context; a signal is one of them")
+    with torch.no_grad():
+        params = params_of(modality, shape, 1)
+        expected = modality.expected_signal(params)
+        expect_shape("expected_signal(params)", expected, (1, *modality.signal_shape))
+        drawn = modality.signal(modality.sample(params.expand(draws, *params.shape[1:]), noise_of(modality, draws)))
+        expect_shape("signal(value)", drawn, (draws, *modality.signal_shape))
+        gap = float((drawn.mean(0) - expected[0]).square().mean().sqrt())
+        allowed = 0.02 + 3 * float(drawn.std(0).square().mean().sqrt()) / math.sqrt(draws)
+        expect(gap < allowed, f"expected_signal is {gap:.3g} (RMS) from the mean over {draws} draws")
+
+
 def average(build: Build, shape: Shape) -> None:
     """The average of one distribution with itself is that distribution."""
     modality = build(shape)
@@ -75,5 +94,6 @@ HEAD_LAWS: dict[str, Callable[[Build, Shape], None]] = {
     "sampling": sampling,
     "mode": mode,
     "expected encoding": expected_encoding,
+    "expected signal": expected_signal,
     "average": average,
 }

@@ -15,6 +15,7 @@ from mmdiff.errors import InputError
 from mmdiff.modalities import autoencoder as latents
 from mmdiff.modalities.anchor import Anchor
 from mmdiff.modalities.base import Shape
+from mmdiff.modalities.diffusible import Diffusible
 from mmdiff.modalities.files import check_range, open_image
 from mmdiff.modalities.grids import Size, cells, check_size, grown, height_width, to_space
 from mmdiff.modalities.heads import GaussianHead, gaussian_nll, gaussian_sample
@@ -25,7 +26,7 @@ LATENT = ("latent_channels", "latent_factor", "latent_scale", "latents_mean", "l
 Background = int | tuple[int, int, int] | list[int]
 
 
-class Image(Anchor):
+class Image(Anchor, Diffusible):
     """An image; its value is (channels, height, width) float32 in [−1, 1].
 
     A raw value is whatever Pillow opens, of any mode: it is turned upright by its EXIF data and converted; 16 bits are
@@ -50,6 +51,7 @@ class Image(Anchor):
     """
 
     reads_images: ClassVar[bool] = True
+    pixelwise: ClassVar[bool] = True
     are_images: ClassVar[bool] = True
     free_settings: ClassVar[frozenset[str]] = frozenset({"scale", "space", "autoencoder", *LATENT})
 
@@ -285,6 +287,9 @@ class Image(Anchor):
 
     def mode(self, params: Tensor) -> Tensor:
         return params[:, :-1]
+
+    def expected_signal(self, params: Tensor) -> Tensor:
+        return self.observe(params[:, :-1])
 
 
 def _rgb(background: Background) -> tuple[int, int, int]:

@@ -14,7 +14,8 @@ from torch import Generator, Tensor, nn
 from mmdiff.augmentation import NEAREST, Change, moved
 from mmdiff.errors import InputError
 from mmdiff.likelihoods import categorical_log_prob, categorical_sample, mean_logits
-from mmdiff.modalities.base import ONLY_ALL_ROWS, Modality, Shape
+from mmdiff.modalities.base import ONLY_ALL_ROWS, Shape
+from mmdiff.modalities.diffusible import Diffusible
 from mmdiff.modalities.files import open_image
 from mmdiff.modalities.grids import Size, cells, check_size, grid_channels, grown, height_width, to_grid, to_space
 from mmdiff.modalities.heads import SpatialHead, widened
@@ -39,7 +40,7 @@ from mmdiff.modalities.raw_masks import (
 from mmdiff.slots import Axis, ModalitySlots, parts, slots
 
 
-class Mask(Modality):
+class Mask(Diffusible):
     """A map of classes; its value is (height, width) int64, 0 … K − 1 or the attribute `ignore`.
 
     Ignored pixels are zero in the encoding, count nothing in the likelihood and are never predicted. A raw value is an
@@ -61,6 +62,7 @@ class Mask(Modality):
     """
 
     reads_images: ClassVar[bool] = True
+    pixelwise: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -269,6 +271,9 @@ class Mask(Modality):
 
     def expected_encoding(self, params: Tensor) -> Tensor:
         return self._encode_shares(params.softmax(dim=1))
+
+    def expected_signal(self, params: Tensor) -> Tensor:
+        return to_grid(params.softmax(dim=1), self.shape.space)
 
 
 def _hues(num_classes: int) -> list[list[int]]:

@@ -13,7 +13,8 @@ from torch import Generator, Tensor, nn
 
 from mmdiff.errors import InputError
 from mmdiff.likelihoods import Gaussian
-from mmdiff.modalities.base import ONLY_ALL_ROWS, Modality, Shape
+from mmdiff.modalities.base import ONLY_ALL_ROWS, Shape
+from mmdiff.modalities.diffusible import Diffusible
 from mmdiff.modalities.files import as_vector, check_numbers, open_numbers
 from mmdiff.modalities.grids import repeatable, repeated
 from mmdiff.modalities.heads import widened
@@ -24,7 +25,7 @@ _EDGE = 1e-3  # ranks stay away from 0 and 1, where a Gaussian has no finite val
 _LARGEST_WHOLE = 2**24  # float32 has every whole number up to it
 
 
-class Vector(Modality):
+class Vector(Diffusible):
     """Numbers; its value is (dim,) float32 in the data's own units. A column of single numbers has dim 1.
 
     The model works on standardised numbers: (x − mean)/std, or with `transform: ranks` the standard normal quantile of
@@ -198,6 +199,9 @@ class Vector(Modality):
 
     def expected_encoding(self, params: Tensor) -> Tensor:
         return self._encode(self._distribution(params).mean)
+
+    def expected_signal(self, params: Tensor) -> Tensor:
+        return self._distribution(params).mean
 
 
 def _interpolated(before: Tensor, after: Tensor, value: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -194,18 +194,23 @@ def peak_weights(scheduler: MTScheduler) -> dict[str, float]:
     return {name: float(scheduler.cumulative_weights(name).detach().max()) for name in scheduler.config.weights or {}}
 
 
-def aggregated_names(aggregate: bool | Iterable[str] | None, weighted: Mapping[str, float]) -> set[str]:
+def aggregated_names(
+    aggregate: bool | Iterable[str] | None, weighted: Mapping[str, float], unknown: Collection[str] = ()
+) -> set[str]:
     """The modalities in c_t: all with weights, none, or the named ones.
 
     Args:
         aggregate: True or None, False, or names.
         weighted: {modality: max_t W_t}.
+        unknown: diffused modalities that are not observed: their values, of which c_t would be made, are drawn last.
     """
-    positive = {name for name, peak in weighted.items() if peak > 0}
+    positive = {name for name, peak in weighted.items() if peak > 0 and name not in unknown}
     aggregate = True if aggregate is None else plain("aggregate", aggregate)
     if isinstance(aggregate, bool):
         return positive if aggregate else set()
     chosen = set(names("aggregate", aggregate))
+    for name in sorted(chosen & set(unknown)):
+        raise InputError("aggregate", name, "is diffused, so it can be aggregated only where it is observed")
     for name in sorted(chosen - positive):
         raise InputError("aggregate", name, f"has no weight; weighted: {', '.join(sorted(positive)) or 'none'}")
     return chosen

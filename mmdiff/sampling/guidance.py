@@ -15,6 +15,7 @@ from torch import Tensor
 from mmdiff.backbones import Observation
 from mmdiff.modalities import Modality
 from mmdiff.model import MTDiffusionModel
+from mmdiff.observation import Noisy
 from mmdiff.sampling.conditioning import Conditioning
 from mmdiff.schedulers import MTScheduler
 
@@ -32,12 +33,14 @@ class Branches(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """``prediction`` (B, C, H, W) and ``params`` by modality, of the branch with all conditions; ``unseen`` {condition
-    with a head: its params in the branch without it}."""
+    """``prediction`` (B, C, H, W), guided; ``params`` by modality, of the branch with all conditions; ``unseen``
+    {condition with a head: its params in the branch without it}; ``signals`` {diffused modality that is denoised: its
+    expected signal, guided}."""
 
     prediction: Tensor
     params: dict[str, Tensor]
     unseen: dict[str, Tensor]
+    signals: dict[str, Tensor]
 
 
 def branches_of(
@@ -47,8 +50,9 @@ def branches_of(
     concatenated: Iterable[str],
     left_out: tuple[str, ...],
     like: Tensor,
+    noisy: Mapping[str, Noisy] | None = None,
 ) -> Branches:
-    """The branches, which are the same for every step of a run.
+    """The branches; without ``noisy`` they are the same for every step of a run.
 
     Args:
         model: the networks.
@@ -56,11 +60,12 @@ def branches_of(
         aggregated, concatenated: names of the modalities in c_t and in the observation channels.
         left_out: conditions that one further branch each leaves out.
         like: z_t (B, C, H, W).
+        noisy: signals of diffused modalities that are denoised; all branches see them.
     """
     everywhere = torch.ones(len(like), dtype=torch.bool, device=like.device)
     in_mean = dict.fromkeys(aggregated, everywhere)
     parts = [
-        model.observation(values, in_mean, dict.fromkeys(set(concatenated) - {name}, everywhere), like=like)
+        model.observation(values, in_mean, dict.fromkeys(set(concatenated) - {name}, everywhere), like, noisy)
         for name in (None, *left_out)
     ]
     channels, flags = torch.cat([part.channels for part in parts]), torch.cat([part.flags for part in parts])
@@ -74,24 +79,31 @@ def guided(
     branches: Branches,
     scales: Mapping[str, float],
     heads: Collection[str] | None = None,
+    denoised: Collection[str] = (),
 ) -> Evaluation:
     """Classifier-free guidance with all branches in one batch: full + Σ_i (s_i − 1) (full − full without i).
 
     With one condition this is the usual absent + s (observed − absent). The heads, by default all, are those of the
-    full branch.
+    full branch. ``denoised`` are diffused modalities whose expected signals are guided alike.
     """
     count = 1 + len(branches.left_out)
     if count == 1:
         output = model(sample, timesteps, branches.observation, heads)
-        return Evaluation(output.prediction, output.params, {})
+        signals = {name: model.expected_signal(name, output.params[name]) for name in denoised}
+        return Evaluation(output.prediction, output.params, {}, signals)
     output = model(sample.repeat(count, 1, 1, 1), timesteps.repeat(count), branches.observation, heads)
-    full, *without = output.prediction.chunk(count)
-    pairs = [(scales[name], part) for name, part in zip(branches.left_out, without, strict=True) if name in scales]
+
+    def mixed(all_branches: Tensor) -> Tensor:
+        full, *without = all_branches.chunk(count)
+        pairs = [(scales[name], part) for name, part in zip(branches.left_out, without, strict=True) if name in scales]
+        return full + sum((scale - 1.0) * (full - part) for scale, part in pairs)
+
     read = {name: params.chunk(count) for name, params in output.params.items()}
     return Evaluation(
-        prediction=full + sum((scale - 1.0) * (full - part) for scale, part in pairs),
+        prediction=mixed(output.prediction),
         params={name: parts[0] for name, parts in read.items()},
         unseen={name: read[name][k] for k, name in enumerate(branches.left_out, start=1) if name in read},
+        signals={name: mixed(model.expected_signal(name, output.params[name])) for name in denoised},
     )
 
 
@@ -116,36 +128,57 @@ class Denoiser:
         count: int,
     ) -> None:
         self.model, self.scheduler, self.values, self.conditioning = model, scheduler, values, conditioning
-        like = torch.zeros(count, *model.space, device=model.device, dtype=model.value_dtype)
-        self.branches = branches_of(
-            model, values, conditioning.in_mean, conditioning.concatenated, conditioning.left_out, like=like
-        )
+        self.like = torch.zeros(count, *model.space, device=model.device, dtype=model.value_dtype)
+        self.branches = self._branches()
         # encodings of conditions with head guidance that are aggregated but not concatenated
         only_mean = set(conditioning.head_guidance) & set(aggregated) - conditioning.concatenated
         self.only_mean = {name: aggregated[name] for name in sorted(only_mean)}
 
-    def __call__(self, sample: Tensor, timesteps: Tensor, now: int, heads: Collection[str] = ()) -> Evaluation:
+    def _branches(self, noisy: Mapping[str, Noisy] | None = None) -> Branches:
+        chosen = self.conditioning
+        in_mean, shown = chosen.in_mean, chosen.concatenated
+        return branches_of(self.model, self.values, in_mean, shown, chosen.left_out, self.like, noisy)
+
+    def __call__(
+        self,
+        sample: Tensor,
+        timesteps: Tensor,
+        now: int,
+        heads: Collection[str] = (),
+        noisy: Mapping[str, Noisy] | None = None,
+    ) -> Evaluation:
         """An evaluation at z_t (B, C, H, W), ``timesteps`` (B,).
 
         Args:
             sample, timesteps: z_t, and its timestep for every sample.
             now: the timestep as a Python number.
             heads: that the caller reads.
+            noisy: signals of diffused modalities that are denoised, at the same noise level.
         """
+        noisy = noisy or {}
         scales, guiding = self.conditioning.guidance, self.conditioning.head_guidance
         signal, noise = self.scheduler.signal_and_noise(now) if guiding else (0.0, 1.0)
         if signal < MIN_SIGNAL:
-            return guided(self.model, sample, timesteps, self.branches, scales, heads)
+            branches = self._branches(noisy) if noisy else self.branches
+            return guided(self.model, sample, timesteps, branches, scales, {*heads, *noisy}, noisy)
+        read = {*heads, *guiding, *self.only_mean, *noisy}
         with torch.enable_grad():
             z_t = sample.detach().requires_grad_()
-            evaluation = guided(self.model, z_t, timesteps, self.branches, scales, {*heads, *guiding, *self.only_mean})
-            (score,) = torch.autograd.grad(self._log_likelihood(evaluation), z_t)
+            noisy = {name: Noisy(part.sample.detach().requires_grad_(), part.share) for name, part in noisy.items()}
+            branches = self._branches(noisy) if noisy else self.branches
+            evaluation = guided(self.model, z_t, timesteps, branches, scales, read, noisy)
+            inputs = [z_t, *(part.sample for part in noisy.values())]
+            score, *scores = torch.autograd.grad(self._log_likelihood(evaluation), inputs)
+        signals = {
+            name: evaluation.signals[name].detach() + (noise**2 / signal) * own
+            for name, own in zip(noisy, scores, strict=True)
+        }
         prediction = evaluation.prediction.detach()
         params = {name: head.detach() for name, head in evaluation.params.items()}
         shift = (noise**2 / signal) * score
         if self.only_mean:
             shift = shift + self._recentred(prediction, params, sample, now)
-        return Evaluation(self.scheduler.shifted_prediction(prediction, now, shift), params, {})
+        return Evaluation(self.scheduler.shifted_prediction(prediction, now, shift), params, {}, signals)
 
     def _log_likelihood(self, evaluation: Evaluation) -> Tensor:
         """Σ_i s_i Σ over the batch of log p_θ(x_i | z_t), in nats: a sample's gradient is its own."""

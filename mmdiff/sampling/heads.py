@@ -10,6 +10,7 @@ from torch import Tensor
 from mmdiff.errors import InputError
 from mmdiff.model import MTDiffusionModel
 from mmdiff.sampling.guidance import branches_of
+from mmdiff.sampling.phases import DRAW
 from mmdiff.sampling.request import Request
 from mmdiff.schedulers import MTScheduler
 
@@ -56,21 +57,25 @@ def _params(
 def read_anchor(
     model: MTDiffusionModel, scheduler: MTScheduler, request: Request, values: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """{unobserved auxiliary: its mode (B, …)}, given the anchor and the concatenated conditions.
+    """{unobserved auxiliary: its mode or a draw (B, …)}, given the anchor and the concatenated conditions.
+
+    A diffused modality that is read is absent, drawn or not: else its head would copy what it is shown.
 
     Args:
         model, scheduler: of the pipeline.
         request: of the call.
         values: of the observed modalities and of the anchor, observed or drawn.
     """
-    concatenated = request.conditioning.concatenated
+    concatenated, noise = request.conditioning.concatenated, request.noise(model)
     if request.levels is None:
         params = heads(model, scheduler, values, concatenated | {model.anchor})
     else:
-        noise = request.noise(model)
         noises = (noise(model.space) for _ in request.levels)
         params = heads_of_noised_anchor(model, scheduler, values, concatenated, request.levels, noises)
-    return _modes(model, params, values)
+    if request.phases.read != DRAW:
+        return _modes(model, params, values)
+    wanted = {name: model.modalities[name] for name in sorted(set(params) - set(values))}
+    return {name: modality.sample(params[name], noise(modality.noise_shape)) for name, modality in wanted.items()}
 
 
 def read_hidden_anchor(model: MTDiffusionModel, scheduler: MTScheduler, request: Request) -> dict[str, Tensor]:

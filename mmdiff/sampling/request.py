@@ -15,6 +15,7 @@ from mmdiff.model import MTDiffusionModel
 from mmdiff.sampling.arguments import generators, scales
 from mmdiff.sampling.conditioning import Conditioning, aggregated_names, conditioning_of, feedback_for, peak_weights
 from mmdiff.sampling.observed import observed_values
+from mmdiff.sampling.phases import Phases, phases_of
 from mmdiff.schedulers import MTScheduler
 from mmdiff.values import plain, switch, whole
 
@@ -32,6 +33,7 @@ class Request:
         values: {observed modality: (B, …)}.
         steps: of the solver; 0: only the heads are read.
         conditioning: how the observed values steer.
+        phases: what is denoised together, and how the rest is read.
         feedback: how unobserved aggregated modalities re-enter c_t.
         levels: timesteps at which the heads read the finished anchor; None: they read its observation channels.
         generator: one, or a list of one per sample.
@@ -44,6 +46,7 @@ class Request:
     values: dict[str, Tensor]
     steps: int
     conditioning: Conditioning
+    phases: Phases
     feedback: str
     levels: tuple[int, ...] | None
     generator: Generators
@@ -93,18 +96,22 @@ def request_of(model: MTDiffusionModel, scheduler: MTScheduler, arguments: Mappi
     values = observed_values(model, {} if arguments["observed"] is None else arguments["observed"], batch_size)
     count = len(next(iter(values.values()))) if values else batch_size or 1
     generator = generators(arguments["generator"], count)
-    aggregated = aggregated_names(arguments["aggregate"], peak_weights(scheduler))
+    unknown = set(model.gains) - set(values)
+    aggregated = aggregated_names(arguments["aggregate"], peak_weights(scheduler), unknown)
     conditioning = conditioning_of(
         model, values, arguments["conditioning"], aggregated, classifier_free, by_heads, resampling, steps != 0
     )
+    levels = read_levels(read_timesteps, model, len(scheduler))
+    how = arguments["order"], arguments["read"], arguments["read_steps"]
     return Request(
         model=model,
         count=count,
         values=values,
         steps=steps,
         conditioning=conditioning,
+        phases=phases_of(model, values, steps, len(scheduler), *how, by_levels=read_timesteps is not None),
         feedback=feedback_for(arguments["feedback"], scheduler.is_stochastic),
-        levels=read_levels(read_timesteps, model, len(scheduler)),
+        levels=levels,
         generator=generator,
         max_batch_size=largest or count,
         output_type=arguments["output_type"],

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 from torch import Tensor
 
 from mmdiff.model import MTDiffusionModel
 from mmdiff.sampling.guidance import Denoiser, feedback_encoding
+from mmdiff.sampling.own_process import OwnProcesses
 from mmdiff.sampling.replacement import renoised, replaced, visits
 from mmdiff.sampling.request import Request
 from mmdiff.schedulers import MTScheduler
@@ -17,13 +21,16 @@ class ReverseStep:
     Args:
         model, scheduler: of the pipeline; the scheduler's timesteps are set here.
         request: of one batch of B samples.
+        names: diffused modalities that are denoised beside the anchor, at its noise level.
 
     Attributes:
         schedule: [(index of a step, number of steps to go back after it)], in the order of the calls.
-        draws: {unobserved modality: (B, …)}, drawn from the heads in the last step.
+        draws: {unobserved modality: (B, …)}, drawn from the heads in the last step; of ``names`` their values.
     """
 
-    def __init__(self, model: MTDiffusionModel, scheduler: MTScheduler, request: Request) -> None:
+    def __init__(
+        self, model: MTDiffusionModel, scheduler: MTScheduler, request: Request, names: Iterable[str] = ()
+    ) -> None:
         conditioning, values = request.conditioning, request.values
         self.model, self.scheduler, self.request = model, scheduler, request
         self.fed_back = sorted(conditioning.fed_back)
@@ -36,14 +43,17 @@ class ReverseStep:
         self.times = scheduler.steps
         self.timesteps = [t.expand(request.count) for t in scheduler.timesteps]
         self.schedule = visits(request.steps, *(conditioning.resampling if self.known else (1, 1)))
+        self.own = OwnProcesses(model, scheduler, request, names, request.steps)
         self.noise = request.noise(model)
         self.draws: dict[str, Tensor] = {}
         self.encodings = model.encode({name: values[name] for name in sorted(conditioning.aggregated)})
         self.denoiser = Denoiser(model, scheduler, values, conditioning, dict(self.encodings), request.count)
 
-    def start(self) -> Tensor:
-        """z_T (B, C, H, W)."""
-        return self._with_known(self.noise(self.model.space), self.times[0])
+    def start(self, noise: Tensor | None = None) -> Tensor:
+        """z_T (B, C, H, W), of this noise or new one."""
+        sample = self._with_known(self.noise(self.model.space) if noise is None else noise, self.times[0])
+        self.own.start()
+        return sample
 
     def __call__(self, sample: Tensor, index: int, back: int = 0) -> Tensor:
         """One step.
@@ -59,12 +69,13 @@ class ReverseStep:
         now, then = self.times[index], self.times[index + 1]
         last = index == self.request.steps - 1
         heads = {*self.fed_back, *self.unobserved} if last else self.fed_back
-        evaluation = self.denoiser(sample, self.timesteps[index], now, heads)
+        evaluation = self.denoiser(sample, self.timesteps[index], now, heads, self.own.noisy(index))
         self._feed_back(evaluation.params, last)
         sample = self.scheduler.step(
             evaluation.prediction, now, sample, self.encodings, generator=self.request.generator, return_dict=False
         )[0]
         sample = self._with_known(sample, then)
+        self.own.step(index, evaluation.signals, back)
         if back:
             noise = self.noise(self.model.space)
             sample = renoised(self.scheduler, sample, then, self.times[index + 1 - back], self.encodings, noise)
@@ -77,7 +88,8 @@ class ReverseStep:
         self.draws = {
             name: modalities[name].sample(params[name], self.noise(modalities[name].noise_shape))
             for name in (self.unobserved if last else self.fed_back if feedback == "draw" else ())
-        }
+            if name not in self.own.names
+        } | (self.own.settled(params) if last else {})
         for name in self.fed_back:
             modality, drawn = modalities[name], self.draws.get(name)
             self.encodings[name] = feedback_encoding(modality, self.encoders[name], params[name], feedback, drawn)
@@ -86,3 +98,49 @@ class ReverseStep:
         if not self.known:
             return sample
         return replaced(self.scheduler, sample, now, self.known, self.encodings, self.noise(self.model.space))
+
+
+class OwnStep:
+    """One step of diffused modalities while the anchor stands still: it is known, or has not begun.
+
+    Args:
+        model, scheduler: of the pipeline.
+        request: of one batch; where its values hold the anchor, it is shown as the heads are used to it.
+        names: of the modalities that are denoised.
+
+    Attributes:
+        draws: {modality of ``names``: its values (B, …)} after the last step.
+    """
+
+    def __init__(self, model: MTDiffusionModel, scheduler: MTScheduler, request: Request, names: Iterable[str]) -> None:
+        self.model, self.scheduler, self.request = model, scheduler, request
+        self.noise, self.known = request.noise(model), model.anchor in request.values
+        self.now = scheduler.terminal_timestep
+        self.own = OwnProcesses(model, scheduler, request, names, request.phases.read_steps)
+        self.denoiser = Denoiser(model, scheduler, request.values, request.conditioning, {}, request.count)
+        self.draws: dict[str, Tensor] = {}
+
+    def start(self, noise: Tensor | None = None) -> Tensor:
+        """What stands in place of z_t: zeros where the network observes the anchor, the anchor where it cannot, z_T
+        where it has not begun."""
+        if not self.known:
+            sample = self.noise(self.model.space) if noise is None else noise
+        elif self.request.levels is None:
+            sample = torch.zeros_like(self.denoiser.like)
+        else:
+            z_0 = self.model.modalities[self.model.anchor].encode(self.request.values[self.model.anchor])
+            self.now = self.request.levels[0]
+            sample = self.scheduler.add_noise(z_0, self.noise(self.model.space), self._timesteps())
+        self.own.start()
+        return sample
+
+    def _timesteps(self) -> Tensor:
+        return torch.full((self.request.count,), self.now, device=self.model.device)
+
+    def __call__(self, sample: Tensor, index: int, back: int = 0) -> Tensor:
+        """Arguments as of `ReverseStep`; the sample stays."""
+        evaluation = self.denoiser(sample, self._timesteps(), self.now, (), self.own.noisy(index))
+        if index == self.request.phases.read_steps - 1:
+            self.draws = self.own.settled(evaluation.params)
+        self.own.step(index, evaluation.signals)
+        return sample

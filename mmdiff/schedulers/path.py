@@ -77,6 +77,10 @@ class GaussianPath:
         """The timestep of t = T."""
         return self.first_timestep + len(self) - 1
 
+    def share(self, timesteps: Tensor) -> Tensor:
+        """t/T at ``timesteps`` (B,): float32 in (0, 1]."""
+        return ((timesteps + (1 - self.first_timestep)) / len(self)).float()
+
     def cumulative_weights(self, name: str) -> Tensor:
         """W_t of a modality, (T,) float64, Eq. (3)."""
         if name not in self._cumulative:

@@ -26,7 +26,7 @@ ROWS = 8  # real rows that are encoded
 LARGEST, SMALLEST = 10.0, 0.01  # root mean square of an anchor's encodings; the noise has 1
 _KEYS = {  # {argument of the pipeline or the solver: key of the config}
     "num_inference_steps": "sample.steps",
-    "feedback": "sample.feedback",
+    **{name: f"sample.{name}" for name in ("feedback", "order", "read", "read_steps")},
     "guidance_scale": "sample.guidance",
     "solver_config.steps_offset": "scheduler.solver_config.steps_offset",
 }
@@ -137,9 +137,13 @@ def check_sampling(config: Config, pipeline: MTDiffusionPipeline) -> None:
         if name not in pipeline.model.observable or name == pipeline.model.anchor:
             able = ", ".join(sorted(set(pipeline.model.observable) - {pipeline.model.anchor})) or "none"
             raise InputError(f"sample.guidance.{name}", config.sample.guidance[name], f"can be guided: {able}")
+    if (config.sample.read_steps or 1) > len(pipeline.scheduler):
+        remedy = f"is above scheduler.num_train_timesteps = {len(pipeline.scheduler)}"
+        raise InputError("sample.read_steps", config.sample.read_steps, remedy)
     with at(keys=_KEYS):
         _walk(pipeline, config.sample.steps)
-        few = config.sample.model_copy(update={"steps": min(2, config.sample.steps)})
+        few = {"steps": min(2, config.sample.steps), "read_steps": config.sample.read_steps and 1}
+        few = config.sample.model_copy(update=few)
         with tempfile.TemporaryDirectory(prefix="mmdiff-") as folder:
             plots.save_grid(pipeline, Path(folder) / "grid.png", few, columns=1)
 

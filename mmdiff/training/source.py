@@ -88,7 +88,7 @@ def _weight_files(home: Path) -> list[Path]:
 
 def _model(file: Path, config: Mapping[str, Any], own: Mapping[str, Any], trust: bool) -> MTDiffusionModel:
     """The model of a config; its classes say what the entries of the weights belong to."""
-    arguments = {name: config.get(name) for name in ("modality_config", "backbone_config", "anchor")}
+    arguments = {name: config.get(name) for name in ("modality_config", "backbone_config", "anchor", "diffused")}
     known = {kind for _, kind in custom_kinds(own, "")}
     try:
         for place, kind in custom_kinds(arguments["modality_config"], "modalities"):

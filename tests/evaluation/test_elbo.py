@@ -83,7 +83,7 @@ def law(process: MTDiffusionScheduler, t: int, z: np.ndarray) -> Law:
 class ExactNetwork:
     """What `elbo` uses of a model, with the exact posterior in the network's place; float64."""
 
-    anchor, generated, filling, dtype = "image", ("label",), (), torch.float64
+    anchor, generated, filling, gains, dtype = "image", ("label",), (), {}, torch.float64
 
     def __init__(self, process: MTDiffusionScheduler) -> None:
         label = Label(SHAPE, num_classes=2)
@@ -94,7 +94,7 @@ class ExactNetwork:
     def encode(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: self.modalities[name].encode(value) for name, value in values.items()}
 
-    def observation(self, *states: Mapping[str, Tensor], like: Tensor) -> Observation:
+    def observation(self, *states: Mapping[str, Tensor], like: Tensor, noisy: Mapping[str, Any]) -> Observation:
         return Observation(like, like)  # of no use to it: whether the label is aggregated is known from the weights
 
     def __call__(self, sample: Tensor, timestep: Tensor, observation: Observation) -> MTDiffusionModelOutput:

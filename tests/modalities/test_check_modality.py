@@ -100,6 +100,11 @@ class EncodingOfTheMode(Label):
         return self.encode(self.mode(params))
 
 
+class SignalInOtherUnits(Depth):
+    def expected_signal(self, params: Tensor) -> Tensor:
+        return self.mean + self.std * super().expected_signal(params)
+
+
 class Idle(Depth):
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape)
@@ -193,6 +198,7 @@ BROKEN = {
     MixedDraws: ("sampling", "sample depends on the other rows of the batch"),
     WrongMode: ("mode", "a draw is likelier than the mode, by "),
     EncodingOfTheMode: ("expected encoding", "expected_encoding is "),
+    SignalInOtherUnits: ("expected signal", "expected_signal is "),
     Summing: ("average", "average([params, params]) has another nll than params"),
     Idle: ("gradients", "no finite gradient reaches the parameter spare"),
     Coarse: ("round trip", "preprocess(postprocess(value)) differs from the value by up to 0."),
