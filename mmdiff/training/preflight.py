@@ -142,7 +142,7 @@ def check_sampling(config: Config, pipeline: MTDiffusionPipeline) -> None:
         raise InputError("sample.read_steps", config.sample.read_steps, remedy)
     with at(keys=_KEYS):
         _walk(pipeline, config.sample.steps)
-        few = {"steps": min(2, config.sample.steps), "read_steps": config.sample.read_steps and 1}
+        few = {"steps": min(2, config.sample.steps)} | ({"read_steps": 1} if pipeline.model.gains else {})
         few = config.sample.model_copy(update=few)
         with tempfile.TemporaryDirectory(prefix="mmdiff-") as folder:
             plots.save_grid(pipeline, Path(folder) / "grid.png", few, columns=1)
