@@ -7,5 +7,7 @@ from mmdiff.data.table import Batch, Holes, Rows, StandIn, Table
 
 #: {embedded source: {column: images -> values}}: what can be read exactly from a generated image.
 RULES = {"shapes": shapes_rules.RULES}
+#: {embedded source: {column: values -> bool}}: whether a value is whole, judged by itself.
+WHOLE = {"shapes": {"mask": shapes_rules.whole_masks}}
 
-__all__ = ["Batch", "Holes", "Order", "RULES", "Rows", "StandIn", "Table", "open_splits"]
+__all__ = ["WHOLE", "Batch", "Holes", "Order", "RULES", "Rows", "StandIn", "Table", "open_splits"]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmdiff.build import state_probabilities
 from mmdiff.config import Config
-from mmdiff.data import Table
+from mmdiff.data import WHOLE, Table
 from mmdiff.errors import InputError
 from mmdiff.evaluation.draws import draw, on_grey, pictured
 from mmdiff.evaluation.holes import UNDRAWN, HoleScores
@@ -21,12 +21,13 @@ from mmdiff.evaluation.judges import complete, find_judge
 from mmdiff.evaluation.report import Row
 from mmdiff.evaluation.scorers import scorer
 from mmdiff.grids import is_map
+from mmdiff.metrics.bootstrap import scored
 from mmdiff.metrics.classification import class_shares, classification
 from mmdiff.metrics.clip_zero_shot import ZeroShot
 from mmdiff.metrics.features import distances, extractor
 from mmdiff.metrics.image import spread
 from mmdiff.metrics.neighbours import MEMORISED_EXPECTED, MemorisationTest
-from mmdiff.modalities import Label
+from mmdiff.modalities import Label, Mask
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.sampling.conditioning import methods_of_text, usable_methods
 
@@ -107,7 +108,7 @@ class Evaluator:
             images, truth = complete(self.held_out, self.anchor, name)
             for setting in ({"read": "mode"}, {"read": "denoise"}) if name in self.model.gains else ({},):
                 read = self._draw(len(images), 0, observed={self.anchor: images}, **given, **setting)[name]
-                scores = scorer(modality)(modality, read, truth)
+                scores = scorer(modality)(modality, read, truth) | self._whole(name, read)
                 yield Row(f"{self.anchor} → {name}", name, dict(setting), {"n": len(images)} | scores)
             chosen = pictured(len(images))
             columns = [modality.postprocess(values[chosen]) for values in (truth, read)]
@@ -236,9 +237,17 @@ class Evaluator:
             if f"{name}/last" in drawn and name not in conditions:
                 last = scorer(modality)(modality, judged, drawn[f"{name}/last"])
                 scores["of last draw"] = next(iter(last.values()))
+            if name not in conditions:
+                scores |= self._whole(name, drawn[name])
             if isinstance(modality, Label):
                 scores["class shares"] = class_shares(judged.numpy(), modality.num_classes)
             yield Row(direction, name, dict(setting), scores)
+
+    def _whole(self, name: str, values: Tensor) -> dict[str, Any]:
+        """The share of values that are whole, where a rule of the data set judges that."""
+        rule = WHOLE.get(str(self.config.data.source), {}).get(self.config.column(name))
+        able = rule is not None and isinstance(self.model.modalities[name], Mask)  # a column may be read otherwise
+        return scored("whole", rule(values).double()) if able else {}
 
     def _image_scores(self, images: Tensor) -> dict[str, Any]:
         return distances(self.extractor(images), self.features) | {

@@ -11,6 +11,7 @@ from PIL import Image
 
 from mmdiff.data.image_sets import checked_ranges, drawn_counts
 from mmdiff.data.shapes import render as shapes
+from mmdiff.data.shapes.occlusion import OccludedShapes, checked
 from mmdiff.data.shapes.render import COLORS, OCCLUDER, SHAPES, Shapes, Thing, draw_place, render, row_uniform
 from mmdiff.errors import InputError, at
 from mmdiff.randomness import fold
@@ -117,13 +118,21 @@ def load(
     views: int = 4,
     seed: int = 0,
     image_sets: Mapping[str, Any] | None = None,
+    occlusion: Mapping[str, Any] | None = None,
 ) -> dict[str, Shapes]:
-    """{"train", "validation"}, see `Shapes`; with the fields of `ImageSets` also the columns of `ShapeSets`.
+    """{"train", "validation"}, see `Shapes`; with the fields of `ImageSets` also the columns of `ShapeSets`, with those
+    of `Occlusion` the images of `OccludedShapes`.
 
     Raises:
-        InputError: as of `shapes.load`, and for image sets of no photo, of distractors only, or without a window.
+        InputError: as of `shapes.load`; for image sets of no photo, of distractors only, or without a window; for
+            numbers that are no shares, and an occlusion beside image sets.
     """
     plain = shapes.load(rows, validation_rows, size, views, seed)
+    if occlusion is not None:
+        if image_sets is not None:
+            raise InputError("occlusion", occlusion, "is of shapes without image_sets; leave one out")
+        hidden = checked(occlusion)
+        return {split: OccludedShapes(split, len(rows), size, views, seed, hidden) for split, rows in plain.items()}
     if image_sets is None:
         return plain
     settings = ImageSets(**image_sets)

@@ -38,12 +38,34 @@ def read_embedding(images: Tensor) -> Tensor:
     return torch.from_numpy(mean_direction(read_object(images)).astype(np.float32)).to(images.device)
 
 
+LEAST_IOU = 0.85
 RULES: dict[str, Callable[[Tensor], Tensor]] = {
     "mask": read_mask,
     "label": read_label,
     "kind": read_kind,
     "embedding": read_embedding,
 }
+
+
+def whole_masks(masks: Tensor) -> Tensor:
+    """Masks (n, H, W) of class ids -> (n,) bool: one object of one class, in one piece, with a shape's silhouette.
+
+    The rule judges a mask by itself, without the image. A silhouette fits if the intersection over union with that of
+    the best shape at the mask's place is `LEAST_IOU` or more; of 20 000 real masks of 32 pixels the least is 0.876.
+    """
+    ids = masks.detach().cpu().numpy()
+    found = ids > 0
+    one_class = np.array([len(np.unique(one[there])) == 1 for one, there in zip(ids, found)], dtype=bool)
+    one_piece = np.array([ndimage.label(there, np.ones((3, 3)))[1] == 1 for there in found], dtype=bool)
+    alpha = found.astype(np.float64)
+    fits = [_overlap(found, label, *place) for label, place in enumerate(_places(alpha))]
+    return torch.from_numpy(one_class & one_piece & (np.max(fits, axis=0) >= LEAST_IOU)).to(masks.device)
+
+
+def _overlap(found: np.ndarray, label: int, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
+    """Intersection over union of masks (n, size, size) and a shape's silhouettes: (n,)."""
+    silhouette = coverage(label, x, y, np.maximum(radius, 1e-6), found.shape[-1]) > 0.5
+    return (found & silhouette).sum(axis=(1, 2)) / np.maximum((found | silhouette).sum(axis=(1, 2)), 1)
 
 
 def read_object(images: Tensor) -> Thing:
