@@ -52,15 +52,15 @@ def load(
         InputError: when files are missing or damaged, no listing can be read, or no product is left.
     """
     root = Path(folder).expanduser()
-    listings, table = sorted(root.rglob("listings_*.json.gz")), next(iter(sorted(root.rglob("images.csv.gz"))), None)
-    if not listings or table is None:
+    listings, table = _found(root, "listings", "listings_*.json.gz"), _found(root, "images", "images.csv.gz")
+    if not listings or not table:
         raise InputError("folder", folder, "holds no listings_*.json.gz or no images.csv.gz; unpack the archives there")
     if not (root / "images" / images).is_dir():
         raise InputError("images", images, f"no such folder: {root / 'images' / images}")
     for key, value, least in (("max_images", max_images, 1), ("every", every, 2), ("min_images", min_images, 0)):
         if value < least:
             raise InputError(key, value, f"needs at least {least}")
-    products = _products(listings, language, _paths(table, root / "images" / images))
+    products = _products(listings, language, _paths(table[0], root / "images" / images))
     _check(products, folder, language, images)
     said = None if captions is None else _captions(Path(captions).expanduser())
     types = sorted({row["product_type"] for row in products.values()} - {None})
@@ -120,6 +120,11 @@ def _dataset(rows: list[dict[str, Any]], types: list[str]) -> datasets.Dataset:
 
 
 # --------------------------------------------------------------------------------------------------------------- files
+
+
+def _found(root: Path, archive: str, pattern: str) -> list[Path]:
+    """Files where the archive unpacks them; else anywhere, which looks through all photos."""
+    return sorted((root / archive / "metadata").glob(pattern)) or sorted(root.rglob(pattern))
 
 
 def _entries(listings: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -13,6 +13,7 @@ from mmdiff.benchmarks.fusion.distractors import with_distractors
 from mmdiff.benchmarks.fusion.photos import NOTHING, ImageSets, own_photos, square
 from mmdiff.benchmarks.fusion.settings import SetData, Settings, Task
 from mmdiff.data import Rows
+from mmdiff.data.files import undecoded
 from mmdiff.data.sources import open_splits
 from mmdiff.errors import InputError
 from mmdiff.randomness import fold
@@ -48,9 +49,9 @@ def front_views(settings: Settings) -> dict[str, PILImage.Image]:
     """{answer: the front view of a held-out object}, of every one among the first held-out rows."""
     data = settings.data
     ((_, task),) = settings.tasks.items()
-    rows = _rows(data, data.options, held_out=True)
+    rows = open_rows(data)[1]
     _check_columns(rows, (data.front, *task.columns))
-    chosen, views = rows.select_columns(sorted({data.front, *task.columns})), {}
+    chosen, views = undecoded(rows.select_columns(sorted({data.front, *task.columns}))), {}
     for index in range(min(settings.test.rows, len(chosen))):
         row = chosen[index]
         if None not in row.values():
@@ -95,19 +96,24 @@ def _few(sets: ImageSets, count: int) -> ImageSets:
     return ImageSets(some(sets.photos), some(sets.distractors), sets.answers, shown)
 
 
-def _rows(data: SetData, options: dict[str, Any], held_out: bool) -> Rows:
-    return open_splits(data.source, data.split, data.validation_split, options=options)[int(held_out)]
+def open_rows(data: SetData, options: dict[str, Any] | None = None) -> tuple[Rows, Rows]:
+    """The training rows and the held-out ones; with the experiment's own options, or with others."""
+    chosen = data.options if options is None else options
+    return open_splits(data.source, data.split, data.validation_split, options=chosen)
 
 
 def _read(settings: Settings, options: dict[str, Any], held_out: bool, limit: int | None = None) -> ImageSets:
-    data, rows = settings.data, _rows(settings.data, options, held_out)
+    data, rows = settings.data, open_rows(settings.data, options)[int(held_out)]
     columns = {name for task in settings.tasks.values() for name in task.columns}
     _check_columns(rows, (data.photos, *sorted(columns)))
     marks = [name for name in (data.distractors, data.objects) if name in rows.column_names]
-    chosen = rows.select_columns(sorted({data.photos, *columns, *marks}))
+    chosen = undecoded(rows.select_columns(sorted({data.photos, *columns, *marks})))
     picked = [chosen[index] for index in range(len(chosen) if limit is None else min(limit, len(chosen)))]
     picked = [row for row in picked if row[data.photos] and None not in (row[name] for name in columns)]
     picked = [row for row in picked if not all(row.get(data.distractors) or [False])]
+    if not picked:
+        which = "held-out" if held_out else "training"
+        raise InputError("fusion.tasks", sorted(columns), f"no {which} row has photos and an answer")
     photos = [[square(photo, data.size) for photo in row[data.photos]] for row in picked]
     distractors = [row.get(data.distractors) or [False] * len(row[data.photos]) for row in picked]
     answers = {name: [_answer(row, task, rows.features) for row in picked] for name, task in settings.tasks.items()}

@@ -17,6 +17,7 @@ from mmdiff.benchmarks.cache import key_of, stored_json, write_results
 from mmdiff.benchmarks.fusion.classifier import Classifiers, Retrieval
 from mmdiff.benchmarks.fusion.entries import BASES, DROPPED, NOTES
 from mmdiff.benchmarks.fusion.learning import Answers, Learner
+from mmdiff.benchmarks.fusion.plan import plan
 from mmdiff.benchmarks.fusion.report import ALL, text
 from mmdiff.benchmarks.fusion.scores import best, between_seeds, mass
 from mmdiff.benchmarks.fusion.scores import scores as score
@@ -45,6 +46,7 @@ class Request:
         out: folder of parts and results.
         threads: CPU threads; None: torch's own number.
         trust: whether experiments may name code and contact the hub.
+        dry_run: whether to say what would be compared, and compute nothing.
     """
 
     experiments: tuple[str, ...]
@@ -52,10 +54,11 @@ class Request:
     out: Path = Path("runs/fusion")
     threads: int | None = None
     trust: bool = False
+    dry_run: bool = False
 
 
 def run(request: Request) -> Iterator[str]:
-    """The table of each experiment, and the files that were written.
+    """The table of each experiment, and the files that were written; or the plan of each.
 
     Raises:
         InputError: an experiment does not fit; before the first one starts.
@@ -70,6 +73,9 @@ def run(request: Request) -> Iterator[str]:
             refuse_hub("fusion.data", settings.data.source, settings.data.options)
     if request.threads is not None:
         torch.set_num_threads(request.threads)
+    if request.dry_run:
+        yield from (plan(settings, list(_parts(settings, request.out).values())) for settings in experiments)
+        return
     for settings in experiments:
         scores = tree(settings, results(settings, request.out))
         draw = partial(accuracy_by_photos, scores["rows"])
@@ -85,14 +91,11 @@ def results(settings: Settings, folder: Path, progress: bool = True) -> list[Par
         folder: of the parts, and of what was pretrained.
         progress: whether to show progress bars.
     """
-    room = folder / f"{settings.name}-{key_of(_facts(settings))[:12]}"
-    learner = LEARNERS[settings.learner](settings, room)
+    learner = LEARNERS[settings.learner](settings, _room(settings, folder))
     parts = []
-    wanted = [(entry, seed) for seed in range(settings.seeds) for entry in settings.entries]
-    with tqdm(wanted, disable=not progress, unit="part") as bar:
-        for entry, seed in bar:
+    with tqdm(_parts(settings, folder).items(), disable=not progress, unit="part") as bar:
+        for (entry, seed), path in bar:
             bar.set_postfix_str(f"{entry}, seed {seed}")
-            path = room / "parts" / f"{entry.replace(', ', '-').replace(' ', '-')}-{seed}.json"
             parts.append(stored_json(path, partial(_computed, learner, entry, seed)))
     return parts
 
@@ -137,6 +140,20 @@ def tree(settings: Settings, parts: list[Part]) -> dict[str, Any]:
 def _facts(settings: Settings) -> dict[str, Any]:
     """All that a part is a function of, but for entry and seed."""
     return {"protocol": PROTOCOL} | settings.model_dump(mode="json", exclude={"name", "seeds", "entries"})
+
+
+def _room(settings: Settings, folder: Path) -> Path:
+    return folder / f"{settings.name}-{key_of(_facts(settings))[:12]}"
+
+
+def _parts(settings: Settings, folder: Path) -> dict[tuple[str, int], Path]:
+    """{(entry, seed): its file}, in the order of computation."""
+    parts = _room(settings, folder) / "parts"
+    return {
+        (entry, seed): parts / f"{entry.replace(', ', '-').replace(' ', '-')}-{seed}.json"
+        for seed in range(settings.seeds)
+        for entry in settings.entries
+    }
 
 
 def _computed(learner: Learner, entry: str, seed: int) -> Part:
