@@ -21,7 +21,8 @@ Draw = Callable[[np.random.Generator, ImageSets, Sequence[Group]], Iterator[Dist
 def with_distractors(sets: ImageSets, kind: str, shares: Sequence[float], stream: str) -> ImageSets:
     """Photos of every set give way to distractors; one photo of its own is always left.
 
-    Objects are told apart by their answers to all tasks. Where there is only one object, nothing changes.
+    Objects are told apart by what is asked about them, or where all are asked the same by their answers to all tasks.
+    Where there is only one object, nothing changes.
 
     Args:
         sets: without distractors.
@@ -29,11 +30,13 @@ def with_distractors(sets: ImageSets, kind: str, shares: Sequence[float], stream
         shares: least and largest share of distractors, drawn uniformly and rounded at random.
         stream: name of the random numbers; they depend on this name and the number of the set alone.
     """
-    key, objects = fold(0, 0, f"fusion/distractors/{stream}"), list(zip(*sets.answers.values(), strict=True))
+    asked = [texts for texts in sets.questions.values() if len(set(texts)) > 1]
+    objects = list(zip(*(asked or sets.answers.values()), strict=True))
+    key = fold(0, 0, f"fusion/distractors/{stream}")
     groups: dict[tuple[str, ...], Group] = {}
     for index, thing in enumerate(objects):
         groups.setdefault(thing, []).append(index)
-    mixed = ImageSets([], [], sets.answers, {task: [] for task in sets.answers})
+    mixed = sets._replace(photos=[], distractors=[], shown={task: [] for task in sets.answers})
     for index, photos in enumerate(sets.photos):
         rng = np.random.Generator(np.random.Philox(key=[key, index]))
         others = [group for thing, group in groups.items() if thing != objects[index]]

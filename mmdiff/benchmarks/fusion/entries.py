@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from mmdiff.modalities.fusion import FUSIONS
+from mmdiff.modalities.fusion import FUSIONS, QUERY_FUSIONS
 
 ZERO_SHOT, FINE_TUNED = "concatenated, zero-shot", "concatenated, fine-tuned"
 SINGLE, BEST = "single image", "best single image"
 PLURALITY = "plurality of single images"
 ORACLE_VOTE, DROPPED = "oracle vote", "distractors dropped"
 ENTRIES = (*FUSIONS, ZERO_SHOT, FINE_TUNED, SINGLE, BEST, PLURALITY, ORACLE_VOTE, DROPPED)
+#: Where sets are asked different questions; not compared by default.
+ASKED = tuple(QUERY_FUSIONS)
 #: {entry: (the fusion, whether somebody took the distractors out)}
-FUSED: dict[str, tuple[str, bool]] = {**{kind: (kind, False) for kind in FUSIONS}, DROPPED: ("mean", True)}
+FUSED: dict[str, tuple[str, bool]] = {kind: (kind, False) for kind in (*FUSIONS, *ASKED)} | {DROPPED: ("mean", True)}
 #: Gains are over these.
 BASES = ("mean", "attention", ZERO_SHOT, FINE_TUNED)
 

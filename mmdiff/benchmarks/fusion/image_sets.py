@@ -11,7 +11,7 @@ from PIL import Image as PILImage
 
 from mmdiff.benchmarks.fusion.distractors import with_distractors
 from mmdiff.benchmarks.fusion.photos import NOTHING, ImageSets, own_photos, square
-from mmdiff.benchmarks.fusion.settings import SetData, Settings, Task
+from mmdiff.benchmarks.fusion.settings import COLUMN, SetData, Settings, Task
 from mmdiff.data import Rows
 from mmdiff.data.files import undecoded
 from mmdiff.data.sources import open_splits
@@ -93,7 +93,7 @@ def _few(sets: ImageSets, count: int) -> ImageSets:
         for index, photos in enumerate(sets.photos)
     ]
     shown = {task: some(column) for task, column in sets.shown.items()}
-    return ImageSets(some(sets.photos), some(sets.distractors), sets.answers, shown)
+    return sets._replace(photos=some(sets.photos), distractors=some(sets.distractors), shown=shown)
 
 
 def open_rows(data: SetData, options: dict[str, Any] | None = None) -> tuple[Rows, Rows]:
@@ -104,7 +104,7 @@ def open_rows(data: SetData, options: dict[str, Any] | None = None) -> tuple[Row
 
 def _read(settings: Settings, options: dict[str, Any], held_out: bool, limit: int | None = None) -> ImageSets:
     data, rows = settings.data, open_rows(settings.data, options)[int(held_out)]
-    columns = {name for task in settings.tasks.values() for name in task.columns}
+    columns = {name for task in settings.tasks.values() for name in (*task.columns, *task.asks)}
     _check_columns(rows, (data.photos, *sorted(columns)))
     marks = [name for name in (data.distractors, data.objects) if name in rows.column_names]
     chosen = undecoded(rows.select_columns(sorted({data.photos, *columns, *marks})))
@@ -117,9 +117,10 @@ def _read(settings: Settings, options: dict[str, Any], held_out: bool, limit: in
     photos = [[square(photo, data.size) for photo in row[data.photos]] for row in picked]
     distractors = [row.get(data.distractors) or [False] * len(row[data.photos]) for row in picked]
     answers = {name: [_answer(row, task, rows.features) for row in picked] for name, task in settings.tasks.items()}
+    questions = {name: [_question(row, task, rows.features) for row in picked] for name, task in settings.tasks.items()}
     objects = [row.get(data.objects) or [None] * len(flags) for row, flags in zip(picked, distractors)]
     shown = {name: _shown(texts, objects, distractors) for name, texts in answers.items()}
-    return ImageSets(photos, distractors, answers, shown)
+    return ImageSets(photos, distractors, answers, shown, questions)
 
 
 def _shown(answers: list[str], objects: list[list[Any]], distractors: list[list[bool]]) -> list[list[str]]:
@@ -146,6 +147,11 @@ def _answer(row: dict[str, Any], task: Task, features: Any) -> str:
     """The texts of the task's columns, with commas between several of them."""
     parts = [text for name in task.columns for text in _texts(row[name], features[name])]
     return " , ".join(parts).lower()
+
+
+def _question(row: dict[str, Any], task: Task, features: Any) -> str:
+    """The task's question, with the texts of the row's columns."""
+    return COLUMN.sub(lambda found: " , ".join(_texts(row[found[1]], features[found[1]])), task.question).lower()
 
 
 def _texts(value: Any, feature: Any) -> list[str]:

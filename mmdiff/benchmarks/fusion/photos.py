@@ -16,13 +16,15 @@ NOTHING = ""  # the answer for a photo that shows no known object
 class ImageSets(NamedTuple):
     """B sets: ``photos``, which of them are ``distractors``, and {task: the B right ``answers``}.
 
-    ``shown`` is {task: the right answer for each photo by itself}, `NOTHING` where that is not known.
+    ``shown`` is {task: the right answer for each photo by itself}, `NOTHING` where that is not known; ``questions`` is
+    {task: what the B sets are asked}.
     """
 
     photos: list[Photos]
     distractors: list[list[bool]]
     answers: dict[str, list[str]]
     shown: dict[str, list[list[str]]]
+    questions: dict[str, list[str]]
 
 
 def own_photos(sets: ImageSets) -> ImageSets:
@@ -33,7 +35,7 @@ def own_photos(sets: ImageSets) -> ImageSets:
         return [[members[index] for index in chosen] for members, chosen in zip(column, keep, strict=True)]
 
     shown = {task: kept(column) for task, column in sets.shown.items()}
-    return ImageSets(kept(sets.photos), kept(sets.distractors), sets.answers, shown)
+    return sets._replace(photos=kept(sets.photos), distractors=kept(sets.distractors), shown=shown)
 
 
 def one_large(photos: Photos) -> PILImage.Image:

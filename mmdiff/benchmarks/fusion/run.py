@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from mmdiff.benchmarks.cache import key_of, stored_json, write_results
 from mmdiff.benchmarks.fusion.classifier import Classifiers, Retrieval
-from mmdiff.benchmarks.fusion.entries import BASES, DROPPED, NOTES
+from mmdiff.benchmarks.fusion.entries import ASKED, BASES, DROPPED, NOTES
 from mmdiff.benchmarks.fusion.learning import Answers, Learner
 from mmdiff.benchmarks.fusion.plan import plan
 from mmdiff.benchmarks.fusion.report import ALL, text
@@ -122,7 +122,7 @@ def tree(settings: Settings, parts: list[Part]) -> dict[str, Any]:
         {"task": task, "entry": entry, "distractors": share} | _gains(rows, task, entry, share)
         for task in settings.tasks
         for entry in settings.entries
-        if entry in FUSIONS
+        if entry in (*FUSIONS, *ASKED)
         for share in shares
     ]
     headroom = [

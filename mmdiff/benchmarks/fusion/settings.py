@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from mmdiff.benchmarks.fusion.entries import ENTRIES
+from mmdiff.benchmarks.fusion.entries import ASKED, ENTRIES
 from mmdiff.config import parse_arguments, read_plain
 from mmdiff.config.base import FolderName
 from mmdiff.errors import InputError
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+COLUMN = re.compile(r"\{([^{}]+)\}")  # in a question
 DistractorKind = Literal["source", "none", "random", "foreign", "coherent"]
 
 
 def _chosen(entries: list[str]) -> list[str]:
     """In the table's order."""
-    if unknown := [entry for entry in entries if entry not in ENTRIES]:
-        raise ValueError(f"{unknown[0]!r} is unknown; choose of {'; '.join(ENTRIES)}")
-    return [entry for entry in ENTRIES if entry in entries]
+    known = (*ASKED, *ENTRIES)
+    if unknown := [entry for entry in entries if entry not in known]:
+        raise ValueError(f"{unknown[0]!r} is unknown; choose of {'; '.join(known)}")
+    return [entry for entry in known if entry in entries]
 
 
 class _Strict(BaseModel):
@@ -47,8 +50,14 @@ class Task(_Strict):
     """What is asked about a set, and how answers are compared."""
 
     columns: Annotated[list[str], Field(min_length=1)]  # their texts are the answer
-    question: str = "what is it ?"  # to a language model
+    # to a language model, and to a fusion that takes a query; {column} stands for what the row has there
+    question: str = "what is it ?"
     kind: Literal["label", "attributes", "caption"] = "label"  # see `mmdiff.benchmarks.fusion.scores`
+
+    @property
+    def asks(self) -> tuple[str, ...]:
+        """The columns in the question."""
+        return tuple(COLUMN.findall(self.question))
 
 
 class Test(_Strict):
@@ -111,9 +120,9 @@ class Settings(_Strict):
     pretraining: Schedule  # on single photos, without distractors; 0 steps for a published model
     training: Schedule  # on image sets
     encoder: dict[str, Any] = {"kind": "convolutions"}  # of the classifier, see `mmdiff.modalities.encoders`
-    learns: Literal["fusion", "head", "all"] = (
-        "fusion"  # on image sets, of the classifier: fusion, fusion and head, all
-    )
+    # on image sets: the fusion; the classifier's head, too; or all, of a language model as well
+    learns: Literal["fusion", "head", "all"] = "fusion"
+    told: bool = False  # whether the classifier's head, then one of two layers, knows the question
     small: Small = Small()  # the vision-language model
     model: str | None = None  # another one by hub name or folder
     new_tokens: Count = 12  # of an answer
@@ -140,4 +149,13 @@ def parse_settings(tree: Any) -> Settings:
     settings = Settings(**parse_arguments("fusion", arguments, tree))
     if settings.learner != "vlm" and len(settings.tasks) > 1:
         raise InputError("fusion.tasks", list(settings.tasks), "a classifier has one task; learner: vlm has several")
+    if settings.learner == "vlm" and settings.learns == "head":
+        raise InputError("fusion.learns", "head", "is of a classifier; choose fusion or all")
+    if settings.learner != "classifier" and settings.told:
+        raise InputError("fusion.told", True, "is of a classifier; leave it out")
+    asked = len(settings.tasks) > 1 or any(task.asks for task in settings.tasks.values())
+    needing = [entry for entry in settings.entries if entry in ASKED] + ["told"] * settings.told
+    if needing and not asked:
+        remedy = "needs questions that differ: put a column in braces into a task's question"
+        raise InputError("fusion", needing[0], remedy)
     return settings

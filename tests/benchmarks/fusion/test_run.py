@@ -232,7 +232,7 @@ def test_an_object_never_seen_is_found_by_its_front_view(tmp_path: Path) -> None
     model, pixels = learner._pretrained(0), [torch.from_numpy(np.array(front)) for front in fronts.values()]
     with torch.no_grad():
         features = model.features(torch.stack(pixels).permute(0, 3, 1, 2)).flip(0)
-        assert learner._named(model, 3.0 * features) == list(fronts)[::-1]
+        assert learner._named(model, 3.0 * features, features) == list(fronts)[::-1]
 
 
 @pytest.mark.parametrize("stem", ["accuracy_shapes_llava", "accuracy_shapes_blip2"])
@@ -243,8 +243,52 @@ def test_a_language_model_learns_its_answers(tmp_path: Path, stem: str) -> None:
     learner = LanguageModels(toy(stem, *more), tmp_path)
     model, reader = learner._pretrained("attention", 0)
     for row, task in enumerate(learner.settings.tasks):
-        found = learner._asked(model, reader, "attention", task, learner.single.photos[row : row + 1])
+        found = learner._asked(
+            model, reader, "attention", [learner.single.questions[task][row]], learner.single.photos[row : row + 1]
+        )
         assert found.texts == [[learner.single.answers[task][row]]]
+
+
+@pytest.mark.parametrize(("stem", "own"), [("asked_kind", 2), ("asked_many", 1)])
+def test_a_question_tells_the_objects_of_a_set_apart(stem: str, own: int) -> None:
+    """Each set is asked about one object by its shape or colour, which no other object in it has."""
+    sets = held_out_sets(toy(stem, "test.rows=20"), 4, 1 - own / 4)
+    for question, answer, shown in zip(*(column["answer"] for column in (sets.questions, sets.answers, sets.shown))):
+        asked = question.split()[-2]  # "… is the circle ?"
+        assert [text for text in shown if asked in text.split()] == [answer] * own
+        assert own == 1 or len(set(shown)) == 2
+    assert len(set(sets.questions["answer"])) > 2
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_classifier_is_asked(tmp_path: Path, told: bool) -> None:
+    """Another question changes the fusion's weights; the head hears it where it is told."""
+    learner = Classifiers(toy("asked_kind", f"told={told}", "learns=head"), tmp_path)
+    model, cell = learner._pretrained(0), learner.cells[-1]
+    fusion = learner._fused(model, "query_attention", 0)
+    torch.nn.init.normal_(fusion.W.weight, std=5)
+    sets, rows = learner._sets((cell, False)), torch.arange(6)
+    features = model.features(sets.images)
+    other = sets.queries[:, torch.randperm(sets.queries.shape[1], generator=torch.Generator().manual_seed(1))]
+    asked = sets.fuse(fusion, features, rows)
+    answers = model.answer(asked.embedding, sets.queries), model.answer(asked.embedding, other)
+    assert torch.equal(*answers) == (not told)
+    sets.queries = other
+    assert (sets.fuse(fusion, features, rows).weights - asked.weights).abs().max() > 1e-3
+    assert learner._by_fusion(model, fusion, (cell, False), 0).texts
+
+
+@pytest.mark.parametrize("learns", ["fusion", "all"])
+def test_a_language_model_is_asked_with_its_fusion(tmp_path: Path, learns: str) -> None:
+    settings = toy("asked_llava", *SMALL, "new_tokens=2", "seeds=1", f"learns={learns}")
+    parts = fusion_accuracy.results(settings, tmp_path, progress=False)
+    found = fusion_accuracy.tree(settings, parts)
+    assert {(row["task"], row["entry"]) for row in found["gains"]} == {
+        (task, entry) for task in ("kind", "color") for entry in ("mean", "query_attention")
+    }
+    rows = [row for row in found["rows"] if (row["photos"], row["distractors"]) == (3, 0.5)]
+    weights = {row["entry"]: row["weight on distractors"]["mean"] for row in rows}
+    assert weights["mean"] != weights["query_attention"]
 
 
 # ------------------------------------------------------------------------------------------------------------ the whole
@@ -334,6 +378,11 @@ def test_means_and_gains_are_of_the_parts(tmp_path: Path) -> None:
         ("distractors=strange", "fusion.distractors"),
         ("distractors.test=strange", "fusion.distractors.test"),
         ("entries=[mean,median]", "'median' is unknown"),
+        ("entries=[query_attention]", "'query_attention': needs questions that differ"),
+        ("told=true", "'told': needs questions that differ"),
+        ("told=true learner=retrieval", "fusion.told"),
+        ("learns=head learner=vlm", "fusion.learns"),
+        ("tasks.category.question=is_it_{colour}?", "fusion.data = 'colour': the source has the columns"),
     ],
 )
 def test_bad_settings_are_one_line(change: str, message: str, tmp_path: Path) -> None:
