@@ -151,7 +151,7 @@ def _answer(row: dict[str, Any], task: Task, features: Any) -> str:
 
 def _question(row: dict[str, Any], task: Task, features: Any) -> str:
     """The task's question, with the texts of the row's columns."""
-    return COLUMN.sub(lambda found: " , ".join(_texts(row[found[1]], features[found[1]])), task.question).lower()
+    return COLUMN.sub(lambda found: " , ".join(_texts(row[found[1]], features[found[1]])), task.question)
 
 
 def _texts(value: Any, feature: Any) -> list[str]:

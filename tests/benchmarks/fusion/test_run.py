@@ -249,10 +249,13 @@ def test_a_language_model_learns_its_answers(tmp_path: Path, stem: str) -> None:
         assert found.texts == [[learner.single.answers[task][row]]]
 
 
-@pytest.mark.parametrize(("stem", "own"), [("asked_kind", 2), ("asked_many", 1)])
-def test_a_question_tells_the_objects_of_a_set_apart(stem: str, own: int) -> None:
+BY_COLOUR = "tasks.answer.question=which object is {color} ?"
+
+
+@pytest.mark.parametrize(("changes", "own"), [([], 2), ([BY_COLOUR, "distractors=foreign"], 1)])
+def test_a_question_tells_the_objects_of_a_set_apart(changes: list[str], own: int) -> None:
     """Each set is asked about one object by its shape or colour, which no other object in it has."""
-    sets = held_out_sets(toy(stem, "test.rows=20"), 4, 1 - own / 4)
+    sets = held_out_sets(toy("asked_kind", "test.rows=20", *changes), 4, 1 - own / 4)
     for question, answer, shown in zip(*(column["answer"] for column in (sets.questions, sets.answers, sets.shown))):
         asked = question.split()[-2]  # "… is the circle ?"
         assert [text for text in shown if asked in text.split()] == [answer] * own
@@ -280,11 +283,12 @@ def test_a_classifier_is_asked(tmp_path: Path, told: bool) -> None:
 
 @pytest.mark.parametrize("learns", ["fusion", "all"])
 def test_a_language_model_is_asked_with_its_fusion(tmp_path: Path, learns: str) -> None:
-    settings = toy("asked_llava", *SMALL, "new_tokens=2", "seeds=1", f"learns={learns}")
+    color = ["tasks.color.columns=[color]", "tasks.color.question=which color is the {label} ?"]
+    settings = toy("asked_kind", "learner=vlm", *color, *SMALL, "new_tokens=2", "seeds=1", f"learns={learns}")
     parts = fusion_accuracy.results(settings, tmp_path, progress=False)
     found = fusion_accuracy.tree(settings, parts)
     assert {(row["task"], row["entry"]) for row in found["gains"]} == {
-        (task, entry) for task in ("kind", "color") for entry in ("mean", "query_attention")
+        (task, entry) for task in ("answer", "color") for entry in ("mean", "query_attention")
     }
     rows = [row for row in found["rows"] if (row["photos"], row["distractors"]) == (3, 0.5)]
     weights = {row["entry"]: row["weight on distractors"]["mean"] for row in rows}
