@@ -15,6 +15,7 @@ from mmdiff.config import SampleConfig
 from mmdiff.grids import class_names, grid, sample_grid
 from mmdiff.modalities.fusion import FUSIONS
 from mmdiff.pipeline import MTDiffusionPipeline
+from mmdiff.sampling.conditioning import aggregated_names, peak_weights
 from mmdiff.schedulers import MTScheduler
 
 if TYPE_CHECKING:
@@ -34,10 +35,11 @@ FAMILIES = {  # {beginning of a name: title of the panel that all such names sha
 def save_grid(
     pipeline: MTDiffusionPipeline, path: Path, sample: SampleConfig, seed: int = 0, columns: int = COLUMNS
 ) -> Path:
-    """A grid of samples: one row per value of the first modality that has a gallery, else joint samples."""
+    """A grid of samples: a row per value of the first condition of training with a gallery, else joint samples."""
     model = pipeline.model
     generator = torch.Generator().manual_seed(seed)
-    galleries = {name: model.modalities[name].gallery() for name in model.auxiliary}
+    trained = model.observable | aggregated_names(None, peak_weights(pipeline.scheduler))
+    galleries = {name: model.modalities[name].gallery() for name in model.auxiliary if name in trained}
     name = next((name for name, gallery in galleries.items() if gallery is not None), None)
     arguments = {"num_inference_steps": sample.steps, "feedback": sample.feedback, "generator": generator}
     arguments |= sample.phases()

@@ -16,6 +16,7 @@ from PIL import Image
 from mmdiff import grids, plots
 from mmdiff.cli import show as report
 from mmdiff.config import SampleConfig, parse_config
+from mmdiff.model import MTDiffusionModel
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.schedulers import MTDiffusionScheduler
 from mmdiff.training import train
@@ -196,6 +197,20 @@ def test_a_grid_has_one_row_per_class(finished_run: Path, tmp_path: Path) -> Non
         assert grid.height == body.height and grid.crop((left, 0, *grid.size)).tobytes() == body.tobytes()
         for row in range(10):  # the class
             assert ink(grid.crop((0, 2 + 50 * row, left, 50 + 50 * row)))
+
+
+def test_a_grid_has_no_rows_of_classes_that_training_never_gave(finished_run: Path, tmp_path: Path) -> None:
+    """The label of this model was neither observed nor weighted in training."""
+    trained = MTDiffusionPipeline.from_pretrained(finished_run / "pipeline")
+    model = MTDiffusionModel.from_config({**trained.model.config, "observable": []})
+    scheduler = type(trained.scheduler).from_config({**trained.scheduler.config, "weights": {}})
+    pipeline = MTDiffusionPipeline(model, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    path = plots.save_grid(pipeline, tmp_path / "grid.png", SampleConfig(steps=2), seed=4)
+    drawn = pipeline(batch_size=plots.COLUMNS**2, num_inference_steps=2, generator=torch.Generator().manual_seed(4))
+    joint = grids.sample_grid(model, drawn.samples, plots.COLUMNS, [])
+    with Image.open(path) as grid:
+        assert grid.size == joint.size and grid.convert("RGB").tobytes() == joint.convert("RGB").tobytes()
 
 
 def test_plots_are_written(finished_run: Path, tmp_path: Path) -> None:
