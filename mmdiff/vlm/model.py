@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from mmdiff.errors import InputError
 from mmdiff.modalities.fusion import QUERY_FUSIONS, Fused, build_fusion
-from mmdiff.vlm.architecture import Architecture
-from mmdiff.vlm.architectures import ARCHITECTURES
+from mmdiff.vlm.architectures import architecture, architecture_of, unloadable
 
 WEIGHTS, SETTINGS = "fusion.safetensors", "fusion.json"
 IGNORED = -100  # a label without a loss
@@ -53,7 +52,7 @@ class VisionLanguageModel(nn.Module):
 
     def __init__(self, model: Any, fusion: str = "attention", hidden: int = 128) -> None:
         super().__init__()
-        self.parts = _architecture(model.config.model_type)(model)
+        self.parts = architecture(model.config.model_type)(model)
         self.model = model.eval()
         self._set_fusion(fusion, hidden)
         self.learn("fusion")
@@ -69,15 +68,11 @@ class VisionLanguageModel(nn.Module):
 
         # without trust_remote_code transformers asks on the terminal; without use_safetensors it reads pickles
         loading = {"trust_remote_code": False, "use_safetensors": True, **loading}
+        architecture_of(name)  # refuses before weights are loaded
         try:
-            config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-            _architecture(config.model_type)  # refuses before weights are loaded
             model = transformers.AutoModelForImageTextToText.from_pretrained(name, **loading)
         except (OSError, ValueError, RuntimeError) as error:
-            if isinstance(error, InputError):
-                raise
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-            raise InputError("model", str(name), f"cannot be loaded ({reason})") from error
+            raise unloadable(name, error) from error
         return cls(model, fusion, hidden)
 
     def _set_fusion(self, kind: str, hidden: int) -> None:
@@ -239,9 +234,3 @@ class VisionLanguageModel(nn.Module):
             raise InputError("fusion", str(folder), remedy)
         self._set_fusion(facts["fusion"], facts["hidden"])
         self.fusion.load_state_dict(load_file(folder / WEIGHTS, device=str(self.model.device)))
-
-
-def _architecture(model_type: str) -> type[Architecture]:
-    if model_type not in ARCHITECTURES:
-        raise InputError("model", model_type, f"is none of the architectures {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[model_type]

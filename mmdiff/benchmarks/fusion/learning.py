@@ -11,20 +11,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmdiff.benchmarks.fusion.entries import BEST, ORACLE_VOTE, PLURALITY
+from mmdiff.benchmarks.fusion.entries import BEST, ENTRIES, ORACLE_VOTE, PLURALITY, PROMPTED
 from mmdiff.benchmarks.fusion.image_sets import held_out_sets, single_photos, training_sets
 from mmdiff.benchmarks.fusion.photos import ImageSets, own_photos
 from mmdiff.benchmarks.fusion.scores import plurality
 from mmdiff.benchmarks.fusion.settings import Schedule, Settings
+from mmdiff.errors import InputError
 
 Cell = tuple[int, float]  # photos per set, share of distractors
 
 
 class Answers(NamedTuple):
-    """``texts`` of B sets, each a list (of one, but for `BEST`); ``weights`` (B, n) of their photos, or None."""
+    """``texts`` of B sets, each a list (of one, but for `BEST`); ``weights`` (B, n) of their photos, or None; ``cost``
+    of an answer about a set by name, where it is measured."""
 
     texts: list[list[str]]
     weights: Tensor | None = None
+    cost: dict[str, float] = {}
 
 
 CellAnswers = tuple[Cell, dict[str, Answers]]  # a cell's answers to every task
@@ -66,6 +69,26 @@ class Learner(ABC):
         sets = self.image_sets if cell is None else self.test(cell)
         return own_photos(sets) if dropped else sets
 
+    def several(self, opened: bool) -> bool:
+        """Whether it takes all photos of a set in one prompt.
+
+        Args:
+            opened: whether a published model's config may be opened to see; else it counts as one that does.
+        """
+        return False
+
+    def entries(self, opened: bool = True) -> list[str]:
+        """What is compared.
+
+        Raises:
+            InputError: the settings name an entry that this learner does not have.
+        """
+        several, wanted = self.several(opened), self.settings.entries
+        missing = [entry for entry in wanted or [] if entry in PROMPTED and not several]
+        if missing:
+            raise InputError("fusion.entries", missing[0], "needs a language model that takes several images")
+        return wanted or [entry for entry in ENTRIES if several or entry not in PROMPTED]
+
     def answers(self, entry: str, seed: int) -> Iterable[CellAnswers]:
         """Learn as the entry does, then answer all tasks in each of the cells."""
         votes = {BEST: self._each_photo, PLURALITY: self._plurality, ORACLE_VOTE: self._oracle_vote}
@@ -82,7 +105,7 @@ class Learner(ABC):
 
     def _plurality(self, seed: int) -> Iterable[CellAnswers]:
         for cell, tasks in self._each_photo(seed):
-            yield cell, {task: _voted(answers.texts, seed) for task, answers in tasks.items()}
+            yield cell, {task: _voted(a.texts, seed)._replace(cost=a.cost) for task, a in tasks.items()}
 
     def _oracle_vote(self, seed: int) -> Iterable[CellAnswers]:
         for cell in self.cells:

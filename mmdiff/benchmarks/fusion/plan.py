@@ -41,8 +41,9 @@ def plan(settings: Settings, parts: list[Path]) -> str:
             "",
             *(_answers(task, training.answers[task], held_out.answers[task]) for task in settings.tasks),
             f"photos in memory: {_size(training, *cells.values())}",
-            f"{len(settings.entries)} entries × {settings.seeds} seeds = {len(parts)} parts; {stored} stored already, "
-            f"in {parts[0].parent}",
+            f"{len(parts) // settings.seeds} entries × {settings.seeds} seeds = {len(parts)} parts; "
+            f"{stored} stored already, in {parts[0].parent}",
+            *(["fewer if the model takes one image per prompt"] if settings.model and not settings.entries else []),
             "dry run: nothing was written",
         ]
     )

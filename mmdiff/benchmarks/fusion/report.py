@@ -25,7 +25,18 @@ def text(tree: dict[str, Any]) -> str:
         lines += ["", f"{task}: means over the sets of two photos and more [95 % between seeds]", ""]
         lines += table(["", "accuracy", "precision", "recall", *heads, "weight on distractors (1/n)"], cells)
         lines += [*_headroom(tree, task), "", *_gains(tree, task)]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_costs(tree["costs"])])
+
+
+def _costs(costs: list[dict[str, Any]]) -> list[str]:
+    if not costs:
+        return []
+    counts = list(dict.fromkeys(cost["photos"] for cost in costs))
+    cells = []
+    for (entry,), own in grouped(costs, [(cost["entry"],) for cost in costs]):
+        at = {cost["photos"]: f"{cost['prompt tokens']:g}, {1e3 * cost['seconds per answer']:.2f}" for cost in own}
+        cells.append([entry, *(at[count] for count in counts)])
+    return ["", *table(["an answer: prompt tokens, ms", *(f"n = {count}" for count in counts)], cells)]
 
 
 def _headroom(tree: dict[str, Any], task: str) -> list[str]:

@@ -33,7 +33,9 @@ from mmdiff.trust import refuse_custom
 PROTOCOL = 3  # stored parts of another one are not taken
 SCORES = ("accuracy", "precision", "recall", "weight on distractors", "1/n on distractors")
 LEARNERS: dict[str, type[Learner]] = {"classifier": Classifiers, "retrieval": Retrieval, "vlm": LanguageModels}
-Part = dict[str, Any]  # {"entry", "seed", "seconds", "scores": [{"task", "views", "distractors", …}]}
+ANSWER = "tokens of its prompts without padding, seconds of generating in batches with the encoder, medians"
+COSTS = ("prompt tokens", "seconds per answer")
+Part = dict[str, Any]  # {"entry", "seed", "seconds", "scores": [{"task", "views", "distractors", …}], "costs": alike}
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,13 @@ def run(request: Request) -> Iterator[str]:
         if not request.trust:
             refuse_custom(settings.encoder, "fusion.encoder")
             refuse_hub("fusion.data", settings.data.source, settings.data.options)
+        _learner(settings, request.out).entries(opened=not request.dry_run)  # refuses
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     if request.dry_run:
-        yield from (plan(settings, list(_parts(settings, request.out).values())) for settings in experiments)
+        for settings in experiments:
+            parts = _parts(_learner(settings, request.out), opened=False)
+            yield plan(settings, list(parts.values()))
         return
     for settings in experiments:
         scores = tree(settings, results(settings, request.out))
@@ -91,9 +96,9 @@ def results(settings: Settings, folder: Path, progress: bool = True) -> list[Par
         folder: of the parts, and of what was pretrained.
         progress: whether to show progress bars.
     """
-    learner = LEARNERS[settings.learner](settings, _room(settings, folder))
+    learner = _learner(settings, folder)
     parts = []
-    with tqdm(_parts(settings, folder).items(), disable=not progress, unit="part") as bar:
+    with tqdm(_parts(learner).items(), disable=not progress, unit="part") as bar:
         for (entry, seed), path in bar:
             bar.set_postfix_str(f"{entry}, seed {seed}")
             parts.append(stored_json(path, partial(_computed, learner, entry, seed)))
@@ -101,12 +106,14 @@ def results(settings: Settings, folder: Path, progress: bool = True) -> list[Par
 
 
 def tree(settings: Settings, parts: list[Part]) -> dict[str, Any]:
-    """{"manifest", "rows", "gains", "headroom"}, plain dicts and lists.
+    """{"manifest", "rows", "gains", "headroom", "costs"}, plain dicts and lists.
 
     A row is an entry on a task at a number of photos and a share of distractors, or at all of them. A gain is the
     accuracy of a fusion minus that of each of `BASES`, by seed, at all numbers of photos. The expected headroom is the
-    gain of an oracle that takes the distractors out, over the mean: where it is 0, a tie says nothing.
+    gain of an oracle that takes the distractors out, over the mean: where it is 0, a tie says nothing. A cost is the
+    median over tasks, shares and seeds, of an entry at a number of photos.
     """
+    entries = list(dict.fromkeys(part["entry"] for part in parts))
     scores = pd.DataFrame([{"entry": p["entry"], "seed": p["seed"]} | row for p in parts for row in p["scores"]])
     groups = scores.groupby(["task", "entry"])
     shares: list[Any] = [ALL, *settings.test.distractors]
@@ -114,14 +121,14 @@ def tree(settings: Settings, parts: list[Part]) -> dict[str, Any]:
     rows = [
         {"task": task, "entry": entry, "photos": views, "distractors": share} | _row(_kept(own, views, share))
         for task in settings.tasks
-        for entry in settings.entries
+        for entry in entries
         for own in (groups.get_group((task, entry)),)
         for views, share in cells
     ]
     gains = [
         {"task": task, "entry": entry, "distractors": share} | _gains(rows, task, entry, share)
         for task in settings.tasks
-        for entry in settings.entries
+        for entry in entries
         if entry in (*FUSIONS, *ASKED)
         for share in shares
     ]
@@ -131,7 +138,8 @@ def tree(settings: Settings, parts: list[Part]) -> dict[str, Any]:
         for share in shares
         if "mean" in (gain := _gains(rows, task, DROPPED, share))
     ]
-    return {"manifest": _manifest(settings, parts), "rows": rows, "gains": gains, "headroom": headroom}
+    found = {"rows": rows, "gains": gains, "headroom": headroom, "costs": list(_costs(parts))}
+    return {"manifest": _manifest(settings, parts, entries)} | found
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
@@ -142,32 +150,33 @@ def _facts(settings: Settings) -> dict[str, Any]:
     return {"protocol": PROTOCOL} | settings.model_dump(mode="json", exclude={"name", "seeds", "entries"})
 
 
-def _room(settings: Settings, folder: Path) -> Path:
-    return folder / f"{settings.name}-{key_of(_facts(settings))[:12]}"
+def _learner(settings: Settings, folder: Path) -> Learner:
+    room = folder / f"{settings.name}-{key_of(_facts(settings))[:12]}"
+    return LEARNERS[settings.learner](settings, room)
 
 
-def _parts(settings: Settings, folder: Path) -> dict[tuple[str, int], Path]:
-    """{(entry, seed): its file}, in the order of computation."""
-    parts = _room(settings, folder) / "parts"
+def _parts(learner: Learner, opened: bool = True) -> dict[tuple[str, int], Path]:
+    """{(entry, seed): its file}, in the order of computation; ``opened``: as of `Learner.several`."""
+    parts = learner.folder / "parts"
     return {
         (entry, seed): parts / f"{entry.replace(', ', '-').replace(' ', '-')}-{seed}.json"
-        for seed in range(settings.seeds)
-        for entry in settings.entries
+        for seed in range(learner.settings.seeds)
+        for entry in learner.entries(opened)
     }
 
 
 def _computed(learner: Learner, entry: str, seed: int) -> Part:
     started = time.perf_counter()
-    rows = []
+    rows, costs = [], []
     for (views, share), answers in learner.answers(entry, seed):
         image_sets = learner.test((views, share))
         for task, answer in answers.items():
-            kind = learner.settings.tasks[task].kind
-            row = {"task": task, "views": views, "distractors": share, "sets": len(image_sets.photos)}
-            row["answers"] = len(set(image_sets.answers[task]))
+            kind, cell = learner.settings.tasks[task].kind, {"task": task, "views": views, "distractors": share}
+            row = cell | {"sets": len(image_sets.photos), "answers": len(set(image_sets.answers[task]))}
             row |= score(kind, best(kind, answer.texts, image_sets.answers[task]), image_sets.answers[task])
             rows.append(row | _mass(answer, image_sets.distractors))
-    return {"entry": entry, "seed": seed, "seconds": time.perf_counter() - started, "scores": rows}
+            costs += [cell | answer.cost] if answer.cost else []
+    return {"entry": entry, "seed": seed, "seconds": time.perf_counter() - started, "scores": rows, "costs": costs}
 
 
 def _mass(answers: Answers, distractors: list[list[bool]]) -> dict[str, float]:
@@ -203,7 +212,15 @@ def _gains(rows: list[dict[str, Any]], task: str, entry: str, share: Any) -> dic
     }
 
 
-def _manifest(settings: Settings, parts: list[Part]) -> dict[str, Any]:
+def _costs(parts: list[Part]) -> Iterator[dict[str, Any]]:
+    """Parts of earlier versions have none."""
+    costs = [{"entry": part["entry"]} | cost for part in parts for cost in part.get("costs", [])]
+    if costs:
+        for (entry, views), own in pd.DataFrame(costs).groupby(["entry", "views"], sort=False):
+            yield {"entry": entry, "photos": int(views)} | {name: float(own[name].median()) for name in COSTS}
+
+
+def _manifest(settings: Settings, parts: list[Part], entries: list[str]) -> dict[str, Any]:
     """What a reader needs to believe a number, and to make it again."""
     return circumstances(torch.device("cpu")) | {
         "experiment": settings.name,
@@ -211,8 +228,9 @@ def _manifest(settings: Settings, parts: list[Part]) -> dict[str, Any]:
         "held-out sets per number of photos and share of distractors": parts[0]["scores"][0]["sets"],
         "different answers among them": parts[0]["scores"][0]["answers"],
         "intervals": "95 % (Student) of the mean over seeds; a seed decides pretrained weights, fusion and batches",
-        **{entry: note for entry, note in NOTES.items() if entry in settings.entries},
+        **{entry: note for entry, note in NOTES.items() if entry in entries},
         "distractors": "every set has a right photo at least, so that there is none in a set of one",
+        **({"an answer": ANSWER} if any(part.get("costs") for part in parts) else {}),
         "hours": round(sum(part["seconds"] for part in parts) / 3600, 4),
         "settings": settings.model_dump(mode="json"),
     }

@@ -113,7 +113,8 @@ class Settings(_Strict):
     seeds: Count = 5
     data: SetData
     distractors: Distractors = Distractors()
-    entries: Annotated[list[str], Field(min_length=1), AfterValidator(_chosen)] = list(ENTRIES)  # what is compared
+    # what is compared; null: all that the learner has
+    entries: Annotated[list[str], Field(min_length=1), AfterValidator(_chosen)] | None = None
     tasks: Annotated[dict[str, Task], Field(min_length=1)]
     test: Test = Test()
     hidden: Count = 64  # width of the attentions' layer
@@ -154,7 +155,7 @@ def parse_settings(tree: Any) -> Settings:
     if settings.learner != "classifier" and settings.told:
         raise InputError("fusion.told", True, "is of a classifier; leave it out")
     asked = len(settings.tasks) > 1 or any(task.asks for task in settings.tasks.values())
-    needing = [entry for entry in settings.entries if entry in ASKED] + ["told"] * settings.told
+    needing = [entry for entry in settings.entries or [] if entry in ASKED] + ["told"] * settings.told
     if needing and not asked:
         remedy = "needs questions that differ: put a column in braces into a task's question"
         raise InputError("fusion", needing[0], remedy)

@@ -3,31 +3,50 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
+from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmdiff.benchmarks.cache import stored
-from mmdiff.benchmarks.fusion.entries import FINE_TUNED, FUSED, SINGLE, ZERO_SHOT
+from mmdiff.benchmarks.fusion.entries import BEST, FINE_TUNED, FUSED, PROMPT_FINE_TUNED, PROMPTED, SINGLE, ZERO_SHOT
 from mmdiff.benchmarks.fusion.learning import Answers, CellAnswers, Learner, fit
 from mmdiff.benchmarks.fusion.photos import ImageSets, Photos, one_large
 from mmdiff.benchmarks.fusion.settings import Schedule
-from mmdiff.vlm import Inputs, Reader, VisionLanguageModel
-from mmdiff.vlm.small import Sizes, make_small
+from mmdiff.errors import at
+from mmdiff.vlm import Inputs, Reader, VisionLanguageModel, architecture_of
+from mmdiff.vlm.small import Sizes, make_small, small_architecture
 
-_CHUNK = 100  # sets that are answered at once
+_CHUNK = 100  # prompts that are answered at once
+
+
+class Given(NamedTuple):
+    """The answer to a prompt, the tokens of the prompt, and the seconds of generating (those of a batch, shared)."""
+
+    text: str
+    tokens: int
+    seconds: float
 
 
 class LanguageModels(Learner):
     """A small model is pretrained on single photos and all tasks, once per seed; or a published one is taken as it is.
 
     A fusion learns alone, with all else frozen, unless the experiment says `learns: all`. Mean and max have nothing to
-    learn. The concatenated photos are fine-tuned by all that stands between encoder and language model, which is more
-    than a fusion's weights.
+    learn. For concatenated photos, and all photos in the prompt, all learns that stands between encoder and language
+    model, which is more than a fusion's weights.
     """
+
+    def several(self, opened: bool) -> bool:
+        if self.settings.model:
+            with at("fusion"):
+                return not opened or architecture_of(self.settings.model).several
+        with at("fusion.small"):
+            return small_architecture(self.settings.small.kind).several
 
     def learned(self, entry: str, seed: int) -> Iterable[CellAnswers]:
         kind, dropped = FUSED.get(entry, ("mean", False))
@@ -36,6 +55,8 @@ class LanguageModels(Learner):
             self._learn(model, reader, self.settings.learns, self.sets(None, dropped), self.settings.training, seed)
         elif entry == FINE_TUNED:
             self._learn(model, reader, "connector", self._large, self.settings.training, seed)
+        elif entry == PROMPT_FINE_TUNED:
+            self._learn(model, reader, "connector", self.image_sets, self.settings.training, seed, fused=False)
         model.eval()
         for cell in self.cells:
             sets = self.sets(cell, dropped)
@@ -54,7 +75,10 @@ class LanguageModels(Learner):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = VisionLanguageModel.from_pretrained(folder, fusion, self.settings.hidden)
-        return model, Reader(model)
+        return model, self._reader(model)
+
+    def _reader(self, model: VisionLanguageModel) -> Reader:
+        return Reader(model, size=None if model.parts.fixed else self.settings.data.size)
 
     def _small(self, seed: int) -> Path:
         return stored(self.folder / f"model-{seed}", lambda partial: self._make_small(partial, seed))
@@ -67,7 +91,7 @@ class LanguageModels(Learner):
         sizes = Sizes(settings.data.size, small.patch, small.width, small.layers, small.heads, small.queries)
         make_small(partial, small.kind, [*texts, *questions], sizes, seed)
         model = VisionLanguageModel.from_pretrained(partial, "mean")
-        self._learn(model, Reader(model), "all", self.single, settings.pretraining, seed)
+        self._learn(model, self._reader(model), "all", self.single, settings.pretraining, seed)
         model.model.save_pretrained(partial)
 
     def _learn(
@@ -78,6 +102,7 @@ class LanguageModels(Learner):
         image_sets: ImageSets,
         schedule: Schedule,
         seed: int,
+        fused: bool = True,
     ) -> None:
         """Row k is asked the k-th of all tasks, in turn."""
         learned, rows = model.learn(part), range(len(image_sets.photos))
@@ -87,10 +112,10 @@ class LanguageModels(Learner):
         tasks = [names[row % len(names)] for row in rows]
         answers = [image_sets.answers[task][row] for row, task in enumerate(tasks)]
         questions = [image_sets.questions[task][row] for row, task in enumerate(tasks)]
-        inputs = reader(image_sets.photos, questions, answers)
+        inputs = reader(image_sets.photos, questions, answers, fused)
 
         def loss(picks: Tensor) -> Tensor:
-            error = model(*(tensor[picks] for tensor in inputs)).loss
+            error = model(*(tensor[picks] for tensor in inputs), fused=fused).loss
             assert error is not None  # answers were given
             return error
 
@@ -101,29 +126,42 @@ class LanguageModels(Learner):
     def _asked(
         self, model: VisionLanguageModel, reader: Reader, entry: str, questions: list[str], photos: list[Photos]
     ) -> Answers:
-        if entry in FUSED:
-            texts, weights = self._generated(model, reader, photos, questions)
-            return Answers([[text] for text in texts], None if FUSED[entry][1] else weights)
-        if entry in (ZERO_SHOT, FINE_TUNED):
-            photos = [[one_large(members)] for members in photos]
-        elif entry == SINGLE:
-            photos = [members[:1] for members in photos]
-        flat = [[photo] for members in photos for photo in members]
-        each = [question for question, members in zip(questions, photos, strict=True) for _ in members]
-        texts, _ = self._generated(model, reader, flat, each)
-        rest = iter(texts)
-        return Answers([[next(rest) for _ in members] for members in photos])
+        prompts = [_prompts(entry, members) for members in photos]
+        flat = [shown for each in prompts for shown in each]
+        asked = [question for question, each in zip(questions, prompts, strict=True) for _ in each]
+        given, weights = self._generated(model, reader, flat, asked, fused=entry not in PROMPTED)
+        rest = iter(given)
+        sets = [[next(rest) for _ in each] for each in prompts]
+        cost = {
+            "prompt tokens": median(sum(one.tokens for one in each) for each in sets),
+            "seconds per answer": median(sum(one.seconds for one in each) for each in sets),
+        }
+        with_distractors = entry in FUSED and not FUSED[entry][1]
+        return Answers([[one.text for one in each] for each in sets], weights if with_distractors else None, cost)
 
     def _generated(
-        self, model: VisionLanguageModel, reader: Reader, photos: list[Photos], questions: list[str]
-    ) -> tuple[list[str], Tensor]:
-        """(texts of B sets, weights (B, n))."""
-        texts, weights = [], []
+        self, model: VisionLanguageModel, reader: Reader, photos: list[Photos], questions: list[str], fused: bool
+    ) -> tuple[list[Given], Tensor | None]:
+        """(answers to B prompts, weights (B, n) or None)."""
+        given, weights = [], []
         most = max(map(len, photos))
         for start in range(0, len(photos), _CHUNK):
             part = photos[start : start + _CHUNK]
-            inputs: Inputs = reader(part, questions[start : start + _CHUNK])
-            generated = model.generate(*inputs[:4], max_new_tokens=self.settings.new_tokens, do_sample=False)
-            texts += [" ".join(text.split()) for text in reader.texts(generated.tokens)]
-            weights.append(torch.nn.functional.pad(generated.weights, (0, most - generated.weights.shape[1])))
-        return texts, torch.cat(weights)
+            inputs: Inputs = reader(part, questions[start : start + _CHUNK], fused=fused)
+            started = time.perf_counter()
+            found = model.generate(*inputs[:4], fused=fused, max_new_tokens=self.settings.new_tokens, do_sample=False)
+            seconds = (time.perf_counter() - started) / len(part)
+            texts, tokens = reader.texts(found.tokens), inputs.attention_mask.sum(dim=1).tolist()
+            given += [Given(" ".join(text.split()), count, seconds) for text, count in zip(texts, tokens)]
+            if found.weights is not None:
+                weights.append(torch.nn.functional.pad(found.weights, (0, most - found.weights.shape[1])))
+        return given, torch.cat(weights) if weights else None
+
+
+def _prompts(entry: str, photos: Photos) -> list[Photos]:
+    """The photos of each prompt that an answer about a set needs."""
+    if entry in (ZERO_SHOT, FINE_TUNED):
+        return [[one_large(photos)]]
+    if entry == SINGLE:
+        return [photos[:1]]
+    return [[photo] for photo in photos] if entry == BEST else [photos]

@@ -11,13 +11,15 @@ import torch
 from torch import nn
 
 from mmdiff.errors import InputError
+from mmdiff.vlm.architecture import Architecture
+from mmdiff.vlm.architectures import architecture
 from mmdiff.vlm.small.blip import blip2, opt, t5
 from mmdiff.vlm.small.idefics import idefics3, smolvlm
 from mmdiff.vlm.small.llava import llava, llava_onevision
 from mmdiff.vlm.small.parts import Sizes, word_tokenizer
 from mmdiff.vlm.small.qwen import qwen3_5, qwen3_vl, qwen4_exp
 
-__all__ = ["SMALL", "Sizes", "make_small"]
+__all__ = ["SMALL", "Sizes", "make_small", "small_architecture"]
 
 SMALL: dict[str, Callable[[Any, Sizes, dict[str, Any]], Any]] = {
     "blip-2": partial(blip2, opt),
@@ -50,10 +52,7 @@ def make_small(
     """
     import transformers
 
-    if kind not in SMALL:
-        raise InputError("kind", kind, f"choose one of {', '.join(SMALL)}")
-    sizes = sizes or Sizes()
-    config, processor = SMALL[kind](word_tokenizer(texts), sizes, more)
+    config, processor = _made(kind, texts, sizes or Sizes(), more)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers.AutoModelForImageTextToText.from_config(config)
@@ -62,3 +61,20 @@ def make_small(
                 nn.init.normal_(parameter, std=0.02)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+
+
+def small_architecture(kind: str) -> type[Architecture]:
+    """Of the model that `make_small` makes.
+
+    Raises:
+        InputError: for another kind.
+    """
+    config, _ = _made(kind, [], Sizes(), {})
+    return architecture(config.model_type)
+
+
+def _made(kind: str, texts: Iterable[str], sizes: Sizes, more: dict[str, Any]) -> Any:
+    """(config, processor)"""
+    if kind not in SMALL:
+        raise InputError("kind", kind, f"choose one of {', '.join(SMALL)}")
+    return SMALL[kind](word_tokenizer(texts), sizes, more)

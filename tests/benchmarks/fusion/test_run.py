@@ -18,7 +18,16 @@ from torch.nn.functional import cross_entropy
 
 from mmdiff.benchmarks.fusion import run as fusion_accuracy
 from mmdiff.benchmarks.fusion.classifier import Classifiers, Retrieval
-from mmdiff.benchmarks.fusion.entries import BASES, DROPPED, ENTRIES, FINE_TUNED, ORACLE_VOTE, ZERO_SHOT
+from mmdiff.benchmarks.fusion.entries import (
+    BASES,
+    BEST,
+    DROPPED,
+    ENTRIES,
+    FINE_TUNED,
+    ORACLE_VOTE,
+    PROMPTED,
+    ZERO_SHOT,
+)
 from mmdiff.benchmarks.fusion.image_sets import front_views, held_out_sets, single_photos, training_sets
 from mmdiff.benchmarks.fusion.learning import fit
 from mmdiff.benchmarks.fusion.photos import one_large
@@ -319,11 +328,12 @@ def test_the_command_leaves_a_table_and_goes_on(stem: str, cli: Cli, tmp_path: P
     call = ("benchmark", "fusion", ROOT / "experiments" / "fusion" / f"{stem}.yaml", *more, "--out", tmp_path)
     answer = cli(*call)
     assert answer.code == 0, answer.err
-    for name in (*ENTRIES, "weight on distractors (1/n)", "accuracy minus that of"):
+    entries = [entry for entry in ENTRIES if "llava" in stem or entry not in PROMPTED]
+    for name in (*entries, "weight on distractors (1/n)", "accuracy minus that of"):
         assert name in answer.out
     found = json.loads((tmp_path / f"{stem}.json").read_text())
     tasks = found["manifest"]["settings"]["tasks"]
-    assert len(found["rows"]) == len(tasks) * len(ENTRIES) * (1 + 2 + 1 + 2)
+    assert len(found["rows"]) == len(tasks) * len(entries) * (1 + 2 + 1 + 2)
     assert {(row["task"], row["entry"], row["distractors"]) for row in found["gains"]} == {
         (task, kind, share) for task in tasks for kind in FUSIONS for share in ("all", 0.5)
     }
@@ -331,13 +341,52 @@ def test_the_command_leaves_a_table_and_goes_on(stem: str, cli: Cli, tmp_path: P
     assert found["manifest"]["seeds"] == [0] and "mmdiff benchmark fusion" in found["manifest"]["command"]
     assert (tmp_path / f"{stem}.png").stat().st_size > 1000
     parts = sorted(tmp_path.glob(f"{stem}-*/parts/*.json"))
-    assert len(parts) == len(ENTRIES)
+    assert len(parts) == len(entries)
     lost, kept = parts[0], {path: path.stat().st_mtime_ns for path in parts[1:]}
     scores_before = json.loads(lost.read_text())["scores"]
     lost.unlink()
     assert cli(*call).code == 0
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert json.loads(lost.read_text())["scores"] == scores_before
+
+
+@pytest.mark.parametrize(
+    ("kind", "image"),
+    [
+        ("llava", 4),
+        ("qwen3-vl", 1 + 2),  # with the marks around it
+        pytest.param("llava-onevision", 4 + 1, marks=pytest.mark.slow),
+        pytest.param("idefics3", 1 + 3, marks=pytest.mark.slow),
+    ],
+)
+def test_an_answer_costs_the_tokens_of_its_photos(kind: str, image: int, cli: Cli, tmp_path: Path) -> None:
+    chosen = [f"small.kind={kind}", f"entries={json.dumps(['mean', *PROMPTED, BEST])}", "seeds=1", "new_tokens=2"]
+    call = (FUSION / "accuracy_shapes_llava.yaml", *TOY, *SMALL, *chosen, "--out", tmp_path)
+    answer = cli("benchmark", "fusion", *call)
+    assert answer.code == 0 and "an answer: prompt tokens" in answer.out, answer.err
+    found = json.loads((tmp_path / "accuracy_shapes_llava.json").read_text())["costs"]
+    tokens = {(cost["entry"], cost["photos"]): cost["prompt tokens"] for cost in found}
+    one = tokens["mean", 1]
+    assert one > image and tokens["mean", 3] == one  # a set looks like one image
+    assert [tokens[entry, 3] for entry in (*PROMPTED, BEST)] == [one + 2 * image] * 2 + [3 * one]
+    assert all(cost["seconds per answer"] > 0 for cost in found)
+
+
+@pytest.mark.parametrize(
+    ("stem", "change", "key"),
+    [
+        ("accuracy_shapes", "seeds=1", "fusion.entries"),
+        ("accuracy_shapes_blip2", "seeds=1", "fusion.entries"),
+        ("accuracy_shapes_llava", "small.kind=llama", "fusion.small.kind"),
+        ("accuracy_shapes_llava", "model=nowhere", "fusion.model"),
+    ],
+)
+def test_who_cannot_take_several_images_is_refused_before_the_start(
+    stem: str, change: str, key: str, cli: Cli, tmp_path: Path
+) -> None:
+    entries = f"entries={json.dumps(['mean', *PROMPTED])}"
+    answer = cli("benchmark", "fusion", FUSION / f"{stem}.yaml", *TOY, change, entries, "--out", tmp_path)
+    assert answer.code == 2 and f"{key} = " in answer.err and not list(tmp_path.iterdir())
 
 
 def test_means_and_gains_are_of_the_parts(tmp_path: Path) -> None:
@@ -354,6 +403,7 @@ def test_means_and_gains_are_of_the_parts(tmp_path: Path) -> None:
     parts = [
         {"entry": entry, "seed": seed, "seconds": 1.0, "scores": [cell(entry, seed, *c) for c in cells]}
         for entry in ENTRIES
+        if entry not in PROMPTED
         for seed in range(2)
         for cells in [[(views, share) for share in (0.0, 0.5) for views in (1, 3)]]
     ]
