@@ -5,6 +5,8 @@ Rows with index % 6 == 5 are the validation split (1 498 training rows, 299 vali
 
 from __future__ import annotations
 
+import functools
+
 import datasets
 import numpy as np
 from PIL import Image
@@ -13,8 +15,9 @@ SIZE = 16
 HOLDOUT = 6
 
 
+@functools.cache
 def load() -> datasets.DatasetDict:
-    """{"train", "validation"} with columns image (grey, 16×16) and label (0–9)."""
+    """{"train", "validation"} with columns image (grey, 16×16) and label (0–9); made once per process."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
