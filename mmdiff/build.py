@@ -279,6 +279,7 @@ def build_table(
             name: Holes(model.anchor, mask.pattern, mask.ratio, config.train.seed) for name, mask in masking.items()
         },
         missing=missing,
+        one_of=config.data.one_of,
         seed=config.train.seed,
         cache_mib=0.0 if config.data.streaming else config.data.cache_mib,
         source=config.data.source,

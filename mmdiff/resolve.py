@@ -14,6 +14,7 @@ from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserErro
 from mmdiff.backbones import Backbone, find_backbone
 from mmdiff.config import Config, DataConfig, MaskingConfig, ModalityConfig, WeightConfig, parse_arguments
 from mmdiff.data import Rows
+from mmdiff.data.choice import items_of
 from mmdiff.data.encoded import check_decided, read_manifest
 from mmdiff.data.masking import known_masks
 from mmdiff.data.streamed import FIRST, StreamedRows
@@ -50,7 +51,8 @@ def resolve(config: Config, rows: Rows | None) -> Config:
     """
     check_modalities(config)
     config = with_source(config)
-    for name in {*config.data.masking, *config.data.embeddings, *config.data.missing} - set(config.modalities):
+    named = {*config.data.masking, *config.data.embeddings, *config.data.missing, *config.data.one_of}
+    for name in named - set(config.modalities):
         raise InputError("data", name, f"names no modality; choose from {', '.join(sorted(config.modalities))}")
     for name, masking in config.data.masking.items():
         _check_holes(f"data.masking.{name}", masking)
@@ -133,17 +135,20 @@ def _resolved_settings(
     if streamed := isinstance(rows, StreamedRows):
         with at(f"modalities.{name}"):
             settings = {**kind.settings_from_stream(rows.features[column], **settings), **settings}
-    values = _Readable(rows, column, kind, config.data, FIRST if streamed else None)
+    values = _Readable(rows, column, kind, config.data, FIRST if streamed else None, name in config.data.one_of)
     with at(f"data.columns.{name}={column}", ": "):
         return {**kind.settings_from_data(rows.features[column], values, **settings), **settings}
 
 
 class _Readable:
     """The readable values of the first ``limit`` rows, however often they are asked for; others are refused or skipped,
-    by `data.on_error`."""
+    by `data.on_error`. Where the column holds lists, ``several``, each item is a value."""
 
-    def __init__(self, rows: Rows, column: str, kind: type[Condition], data: DataConfig, limit: int | None) -> None:
+    def __init__(
+        self, rows: Rows, column: str, kind: type[Condition], data: DataConfig, limit: int | None, several: bool
+    ) -> None:
         self.rows, self.column, self.kind, self.data, self.limit = rows, column, kind, data, limit
+        self.several = several
 
     def __iter__(self) -> Iterator[Any]:
         chosen = self.rows.select_columns(sorted({self.column, ROW} & set(self.rows.column_names)))
@@ -151,13 +156,15 @@ class _Readable:
             try:
                 row = chosen[index]
                 with at(f"row {row.get(ROW, index)} of {origin(self.data.source, self.rows)}", ": "):
-                    if row[self.column] is not None:
-                        self.kind.check_readable(row[self.column])
+                    values = items_of(row[self.column]) if self.several else [row[self.column]]
+                    for value in values:
+                        if value is not None:
+                            self.kind.check_readable(value)
             except InputError:
                 if self.data.on_error == "raise":
                     raise
                 continue
-            yield row[self.column]
+            yield from values
 
 
 def _check_holes(key: str, masking: MaskingConfig) -> None:

@@ -179,7 +179,8 @@ def _as_text(values: list[Any]) -> str:
     if isinstance(values[0], np.ndarray) and values[0].size > _FEW:
         low, high = min(map(np.min, values)), max(map(np.max, values))
         return f"{len(values)} arrays of shape {values[0].shape}, {low:.4g} … {high:.4g} (see --save-each)"
-    text = " ".join(str(value) for value in values)
+    texts = [str(value) for value in values]
+    text = "\n  ".join(["", *texts]) if any(" " in one for one in texts) else " ".join(texts)
     return text if len(text) <= _LONGEST else text[:_LONGEST] + " … (see --save-each)"
 
 

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 Observe = Annotated[
     list[str] | None,
     typer.Option(
-        help="a condition, modality=value: label=3, label=cat, image=photo.png, mask=ids.png, embedding=vec.npy, "
+        help="a condition, modality=value: label=3, label=cat, caption='a red ring', image=photo.png, mask=ids.png, "
+        "embedding=vec.npy, "
         "masked_image=photo.png@mask.png (white is known, black is the hole) or one image that is transparent in "
         "the hole. Repeat the option for several conditions. Images of another size are cropped and resized"
     ),

@@ -107,6 +107,7 @@ class DataConfig(Strict):
     columns: dict[str, str] = {}  # {modality: column}; default: the column of the modality's name
     masking: dict[str, MaskingConfig] = {}  # {modality: holes}: made from the anchor, not read from a column
     embeddings: dict[str, EmbeddingConfig] = {}  # {modality: encoder}: computed if the source lacks the column
+    one_of: list[str] = []  # modalities whose column holds lists: training draws one item at every visit of a row
     augment: AugmentConfig = AugmentConfig()
     buckets: BucketsConfig | None = None
     missing: dict[str, Share] = {}  # {modality: share of training rows whose value is hidden}

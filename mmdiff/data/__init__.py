@@ -9,5 +9,7 @@ from mmdiff.data.table import Batch, Holes, Rows, StandIn, Table
 RULES = {"shapes": shapes_rules.RULES}
 #: {embedded source: {column: values -> bool}}: whether a value is whole, judged by itself.
 WHOLE = {"shapes": {"mask": shapes_rules.whole_masks}}
+#: {embedded source: {column: images -> raw values}}: the same of values that a modality must read first.
+RAW_RULES = {"shapes": shapes_rules.RAW_RULES}
 
-__all__ = ["WHOLE", "Batch", "Holes", "Order", "RULES", "Rows", "StandIn", "Table", "open_splits"]
+__all__ = ["RAW_RULES", "RULES", "WHOLE", "Batch", "Holes", "Order", "Rows", "StandIn", "Table", "open_splits"]

@@ -26,7 +26,7 @@ FILE, FORMAT = "manifest.json", 1
 SPLITS = ("train", "validation")
 _LARGEST = 2**27  # bytes of a manifest
 #: keys of `data` that decided what was written
-_DECIDED = ("options", "columns", "split", "validation_split", "holdout", "embeddings")
+_DECIDED = ("options", "columns", "split", "validation_split", "holdout", "embeddings", "one_of")
 
 
 class Shard(Strict):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmdiff.data.augment import Augment
 from mmdiff.data.buckets import BucketOrder, Buckets, Reader
+from mmdiff.data.choice import OneOf
 from mmdiff.data.files import ROW
 from mmdiff.data.masking import known_masks
 from mmdiff.data.order import Order, Visit
@@ -113,6 +114,7 @@ class Table(torch.utils.data.Dataset):
         placeholders: {modality: the tensor in place of a missing value}.
         holes: {masked image: how it is made}; its value is the image with holes and the mask of known pixels.
         missing: {modality: share of rows whose value is hidden}, always the same rows.
+        one_of: modalities whose column holds lists; training draws an item at every visit, elsewhere the first counts.
         seed: of the hidden values.
         cache_mib: keep all values in memory if they fit into this many MiB, so that nothing is decoded twice.
         source: of the rows, for errors.
@@ -131,6 +133,7 @@ class Table(torch.utils.data.Dataset):
         placeholders: Mapping[str, Tensor],
         holes: Mapping[str, Holes] | None = None,
         missing: Mapping[str, float] | None = None,
+        one_of: Collection[str] = (),
         seed: int = 0,
         cache_mib: float = 512.0,
         source: str | Sequence[str] = "",
@@ -148,11 +151,11 @@ class Table(torch.utils.data.Dataset):
         self.columns, self.reader = dict(columns), Reader(dict(preprocess), dict(placeholders))
         self.is_missing, self.augment, self.buckets = dict(is_missing or {}), augment, buckets
         self.holes, self.missing, self.seed = dict(holes or {}), dict(missing or {}), seed
-        self.source = origin(source, rows)
+        self.one_of, self.source = OneOf(one_of, self.is_missing, seed), origin(source, rows)
         self.skip, self.unusable = on_error == "skip", Unusable(len(rows), max_errors)
         row_bytes = sum(math.prod(placeholders[n].shape) * placeholders[n].element_size() for n in columns)
         self._cache: Batch | None = None
-        if len(rows) * row_bytes <= cache_mib * 2**20 and buckets is None:
+        if len(rows) * row_bytes <= cache_mib * 2**20 and buckets is None and not self.one_of:
             self._cache = self._read(range(len(rows)), self.reader)
             self.unusable.add(self._cache.unusable)
 
@@ -188,7 +191,7 @@ class Table(torch.utils.data.Dataset):
         chosen = torch.as_tensor(indices, dtype=torch.int64)
         if self._cache is None:
             bucketed = self.buckets is not None and samples is not None
-            read = self._read(indices, self.buckets.reader(indices) if bucketed else self.reader)
+            read = self._read(indices, self.buckets.reader(indices) if bucketed else self.reader, samples)
         else:
             read = Batch(*({name: tensor[chosen] for name, tensor in part.items()} for part in self._cache[:2]))
         numbers = chosen if samples is None else torch.as_tensor(samples, dtype=torch.int64)
@@ -217,14 +220,16 @@ class Table(torch.utils.data.Dataset):
             present[name] = present[holes.source]
         return Batch(values, present, batch.unusable)
 
-    def _read(self, indices: Sequence[int], reader: Reader) -> Batch:
+    def _read(self, indices: Sequence[int], reader: Reader, samples: Sequence[int] | None = None) -> Batch:
         values: dict[str, list[Tensor]] = {name: [] for name in self.columns}
         present: dict[str, list[bool]] = {name: [] for name in self.columns}
         unusable: list[str] = []
-        for index in indices:
+        choose = self.one_of.of(samples)
+        for place, index in enumerate(indices):
             row = self._row(int(index), unusable)
             for name, column in self.columns.items():
-                value = self._value(name, row.get(column), row.get(ROW, index), unusable, reader)
+                raw = choose(name, place, row.get(column))
+                value = self._value(name, raw, row.get(ROW, index), unusable, reader)
                 present[name].append(value is not None)
                 values[name].append(reader.placeholders[name] if value is None else value)
         return Batch(

@@ -54,6 +54,8 @@ class Encoder:
     """
 
     def __init__(self, config: Config, request: Request) -> None:
+        if config.data.one_of:
+            raise InputError("data.one_of", config.data.one_of, "draws at every visit, and a row is encoded once")
         self.config, self.request = config, request
         self.modalities = _modalities(config)
         self.anchor: Condition = self.modalities[config.anchor]

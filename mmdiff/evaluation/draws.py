@@ -9,6 +9,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from mmdiff.pipeline import MTDiffusionPipeline
+from mmdiff.sampling.heads import heads
 
 PICTURED = 8  # rows of a picture
 
@@ -31,6 +32,15 @@ def draw(pipeline: MTDiffusionPipeline, count: int, batch_size: int, seed: int, 
         last = {f"{name}/last": value for name, value in output.last_draws.items()}
         parts.append({name: value.cpu() for name, value in (output.samples | last).items()})
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+@torch.no_grad()
+def read_params(pipeline: MTDiffusionPipeline, name: str, anchors: Tensor, batch_size: int) -> Tensor:
+    """Params of a modality's head given clean anchors, in one evaluation, on the model's device."""
+    model = pipeline.model
+    parts = anchors.to(model.device).split(batch_size)
+    read = (heads(model, pipeline.scheduler, {model.anchor: part}, {model.anchor}) for part in parts)
+    return torch.cat([params[name] for params in read])
 
 
 def pictured(count: int) -> Tensor:

@@ -15,11 +15,11 @@ from mmdiff.build import state_probabilities
 from mmdiff.config import Config
 from mmdiff.data import WHOLE, Table
 from mmdiff.errors import InputError
-from mmdiff.evaluation.draws import draw, on_grey, pictured
+from mmdiff.evaluation.draws import draw, on_grey, pictured, read_params
 from mmdiff.evaluation.holes import UNDRAWN, HoleScores
 from mmdiff.evaluation.judges import complete, find_judge
 from mmdiff.evaluation.report import Row
-from mmdiff.evaluation.scorers import scorer
+from mmdiff.evaluation.scorers import likelihood, scorer
 from mmdiff.grids import is_map
 from mmdiff.metrics.bootstrap import scored
 from mmdiff.metrics.classification import class_shares, classification
@@ -109,7 +109,8 @@ class Evaluator:
             for setting in ({"read": "mode"}, {"read": "denoise"}) if name in self.model.gains else ({},):
                 read = self._draw(len(images), 0, observed={self.anchor: images}, **given, **setting)[name]
                 scores = scorer(modality)(modality, read, truth) | self._whole(name, read)
-                yield Row(f"{self.anchor} → {name}", name, dict(setting), {"n": len(images)} | scores)
+                scores = {"n": len(images)} | scores | self._likelihood(name, images, truth)
+                yield Row(f"{self.anchor} → {name}", name, dict(setting), scores)
             chosen = pictured(len(images))
             columns = [modality.postprocess(values[chosen]) for values in (truth, read)]
             if isinstance(columns[0][0], PILImage.Image) or is_map(columns[0][0]):
@@ -117,6 +118,14 @@ class Evaluator:
                 self.pictures[name] = {self.anchor: pictures, "truth": columns[0], "read": columns[1]}
             if isinstance(modality, Label) and self.config.evaluate.zero_shot is not None:
                 yield self._zero_shot(name, images, truth)
+
+    def _likelihood(self, name: str, images: Tensor, truth: Tensor) -> dict[str, Any]:
+        """How likely the true values are, for the kinds that report it."""
+        scores = likelihood(self.model.modalities[name])
+        if scores is None:
+            return {}
+        params = read_params(self.pipeline, name, images, self.config.sample.batch_size)
+        return scores(self.model.modalities[name], params, truth)
 
     def _zero_shot(self, name: str, images: Tensor, truth: Tensor) -> Row:
         settings = self.config.evaluate.zero_shot

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmdiff.config import Config
-from mmdiff.data import RULES, Batch
+from mmdiff.data import RAW_RULES, RULES, Batch
 from mmdiff.errors import InputError, at
 from mmdiff.metrics.neighbours import Judge as NearestNeighbours
-from mmdiff.modalities import Label
+from mmdiff.modalities import Condition, Label, Text
 from mmdiff.model import MTDiffusionModel
 from mmdiff.pipeline import MTDiffusionPipeline
 from mmdiff.trust import check_links
@@ -42,10 +42,11 @@ def find_judge(config: Config, model: MTDiffusionModel, name: str, train: Batch,
     """
     if name in config.evaluate.judges:
         return _run(name, Path(config.evaluate.judges[name]), trust)
-    rule = RULES.get(str(config.data.source), {}).get(config.column(name))
-    # a column may be read as another kind of value, or at another size, than the rule gives
-    if rule is not None and rule(train.values[model.anchor][:1]).shape[1:] == model.modalities[name].value_shape:
-        return Judge(f"the rule of {config.data.source}", rule)
+    source, column, modality = str(config.data.source), config.column(name), model.modalities[name]
+    for rule in (RULES.get(source, {}).get(column), _of_raw(RAW_RULES.get(source, {}).get(column), modality)):
+        # a column may be read as another kind of value, or at another size, than the rule gives
+        if rule is not None and rule(train.values[model.anchor][:1]).shape[1:] == modality.value_shape:
+            return Judge(f"the rule of {source}", rule)
     if isinstance(model.modalities[name], Label):
         images, labels = complete(train, model.anchor, name)
         if len(images) < NEIGHBOURS:
@@ -54,6 +55,13 @@ def find_judge(config: Config, model: MTDiffusionModel, name: str, train: Batch,
         neighbours = NearestNeighbours(images.numpy(), labels.numpy(), NEIGHBOURS)
         return Judge("3-NN on training pixels", lambda images: torch.from_numpy(neighbours(images.float().numpy())))
     return None
+
+
+def _of_raw(rule: Callable[[Tensor], list[Any]] | None, modality: Condition) -> Callable[[Tensor], Tensor] | None:
+    """A rule of texts, which the modality reads."""
+    if rule is None or not isinstance(modality, Text):
+        return None
+    return lambda images: torch.stack([modality.preprocess(raw) for raw in rule(images)])
 
 
 def _run(name: str, folder: Path, trust: bool) -> Judge:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mmdiff.metrics.bootstrap import scored
 from mmdiff.metrics.classification import classification, retrieval
 from mmdiff.metrics.image import psnr, ssim
 from mmdiff.metrics.segmentation import segmentation
-from mmdiff.modalities import Condition, Dense, Embedding, Image, Label, Mask
+from mmdiff.metrics.text import captions, perplexity
+from mmdiff.modalities import Condition, Dense, Embedding, Image, Label, Mask, Text
 
 Scorer = Callable[[Condition, Tensor, Tensor], dict[str, Any]]
 
@@ -43,9 +45,40 @@ def image(modality: Image, predicted: Tensor, truth: Tensor) -> dict[str, Any]:
     return scored("PSNR", psnr(predicted, truth)) | scored("SSIM", ssim(predicted, truth))
 
 
-SCORERS: dict[type[Condition], Scorer] = {Label: label, Mask: mask, Embedding: embedding, Dense: dense, Image: image}
+def text(modality: Text, predicted: Tensor, truth: Tensor) -> dict[str, Any]:
+    """Exact match, each of `attributes`, BLEU and the character error rate."""
+    return captions(modality.postprocess(predicted), modality.postprocess(truth), modality.attributes)
+
+
+def text_likelihood(modality: Text, params: Tensor, truth: Tensor) -> dict[str, Any]:
+    """Perplexity per token, and nats per text."""
+    with torch.no_grad():
+        nats = modality.token_nll(params, truth.to(params.device)).sum(dim=1).cpu()
+    tokens = ((truth != modality.end).sum(dim=1) + 1).clamp(max=modality.max_tokens)
+    return perplexity(nats.double().numpy(), tokens.double().numpy())
+
+
+SCORERS: dict[type[Condition], Scorer] = {
+    Label: label,
+    Mask: mask,
+    Embedding: embedding,
+    Dense: dense,
+    Image: image,
+    Text: text,
+}
+#: How likely the truth is: (modality, params of its head, truth) -> scores, of the classes for which it is reported.
+LIKELIHOODS: dict[type[Condition], Scorer] = {Text: text_likelihood}
 
 
 def scorer(modality: Condition) -> Scorer | None:
     """That of the modality's class or of the nearest class above it; None where values of it are not compared."""
-    return next((SCORERS[cls] for cls in type(modality).__mro__ if cls in SCORERS), None)
+    return _of(SCORERS, modality)
+
+
+def likelihood(modality: Condition) -> Scorer | None:
+    """The same of `LIKELIHOODS`."""
+    return _of(LIKELIHOODS, modality)
+
+
+def _of(scorers: dict[type[Condition], Scorer], modality: Condition) -> Scorer | None:
+    return next((scorers[cls] for cls in type(modality).__mro__ if cls in scorers), None)

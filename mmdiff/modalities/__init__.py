@@ -16,6 +16,7 @@ from mmdiff.modalities.import_path import imported
 from mmdiff.modalities.label import Label
 from mmdiff.modalities.mask import Mask
 from mmdiff.modalities.masked_image import MaskedImage
+from mmdiff.modalities.text import Text
 from mmdiff.modalities.vector import Vector
 from mmdiff.trust import is_custom
 
@@ -27,6 +28,7 @@ MODALITIES: dict[str, type[Condition]] = {
     "label": Label,
     "mask": Mask,
     "masked_image": MaskedImage,
+    "text": Text,
     "vector": Vector,
 }
 
@@ -46,6 +48,7 @@ __all__ = [
     "MaskedImage",
     "Modality",
     "Shape",
+    "Text",
     "Value",
     "Vector",
     "find_modality",

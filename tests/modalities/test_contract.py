@@ -31,6 +31,7 @@ from mmdiff.modalities import (
     MaskedImage,
     Modality,
     Shape,
+    Text,
     Vector,
 )
 from mmdiff.modalities.contract import LAWS, check_modality
@@ -310,6 +311,56 @@ def _dense(channels: int, size: int) -> Callable[[Shape], Modality]:
     return lambda shape: Dense(shape, channels=channels, size=size, mean=DEPTH, std=DEPTH_STD)
 
 
+# --------------------------------------------------------------------------------------------------------- texts
+
+TOKENS = 2  # of a text, so that all 1 + 256 + 256² texts can be counted
+
+
+def texts(count: int, generator: Generator) -> Tensor:
+    """Of no byte, one or two, a byte of each row its own."""
+    value = torch.arange(2 * count).reshape(count, TOKENS) % 256
+    length = torch.arange(count)[:, None] % 3
+    return value.where(torch.arange(TOKENS) < length, 256)
+
+
+@dataclass(frozen=True)
+class TextLaw:
+    """One token after the other, each by a categorical of torch."""
+
+    params: Tensor
+
+    def following(self, params: Tensor, begun: Tensor) -> Categorical:
+        """Of the token after those that a text begins with, (B, n)."""
+        modality = built_text().to(params.dtype)
+        started = torch.cat([torch.full((len(begun), 1), 256), begun], dim=1)
+        return Categorical(logits=modality.decoder(modality.table[started], params)[0][:, -1])
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        first = self.following(self.params, value[:, :0]).log_prob(value[:, 0])
+        second = self.following(self.params, value[:, :1]).log_prob(value[:, 1])
+        return first + second * (value[:, 0] != 256)
+
+    def entropy(self) -> Tensor:
+        (params,) = self.params.split(1)
+        first, begun = self.following(params, torch.empty(1, 0, dtype=torch.int64)), torch.arange(256)[:, None]
+        second = self.following(params.expand(256, *params.shape[1:]), begun)
+        return first.entropy() + (first.probs[0, :256] * second.entropy()).sum()
+
+
+def built_text() -> Modality:
+    torch.manual_seed(0)
+    return _text_modality(Shape((2, 8, 8), FEATURES, POOLED))
+
+
+def _text_modality(shape: Shape) -> Modality:
+    return Text(shape, max_tokens=TOKENS, dim=16, depth=2, heads=2)
+
+
+def text_file(raw: str, folder: Path) -> str:
+    (folder / "raw.txt").write_text(raw, encoding="utf-8")
+    return str(folder / "raw.txt")
+
+
 # --------------------------------------------------------------------------------------------- sets of images
 
 
@@ -400,6 +451,8 @@ CASES = [
     Case("normals", (1, 8, 8), _dense(3, 8), maps(3, 8), arrays(3, 8, 8), FLAT, dense_law, array_file, same_numbers),
     Case("latent-normals", (4, 8, 8), _dense(3, 8), maps(3, 8), arrays(3, 8, 8), FLAT, dense_law, array_file,
          same_numbers),
+    Case("text", (2, 8, 8), _text_modality, texts, ["", "é", "ab"], datasets.Value("string"), TextLaw, text_file,
+         redundant=193),
     Case("image-set", (3, 8, 8), _image_set(), image_sets, sets_of_pictures(), datasets.List(PNG), no_law, saved_set,
          same_sets),
     Case("image-set-map", (2, 8, 8), _image_set(observe_as="channels", map_size=4, fusion="max"), image_sets,
@@ -546,7 +599,7 @@ def test_nothing_is_likelier_than_the_mode(case: Case) -> None:
         assert (modality.nll(rows, drawn) >= modality.nll(params, case.asked(mode)) - 1e-6).all()
 
 
-@every_head
+@pytest.mark.parametrize("case", [c for c in CASES if build(c).aggregable], ids=lambda case: case.name)
 def test_expected_encoding_is_the_mean_over_draws(case: Case) -> None:
     modality, count = build(case), 4000
     with torch.no_grad():
@@ -587,7 +640,7 @@ def test_parse_reads_what_a_person_types(case: Case, tmp_path: Path) -> None:
         parsed = modality.parse(case.text(raw, tmp_path))
         assert torch.equal(modality.preprocess(parsed), modality.preprocess(raw))
     with pytest.raises(InputError, match="no such thing"):
-        modality.parse("no such thing")
+        modality.parse("no such thing.txt" if isinstance(modality, Text) else "no such thing")  # any text is a text
 
 
 @every_case

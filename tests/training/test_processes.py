@@ -39,7 +39,7 @@ ALL_MODALITIES = {
         "source": "shapes",
         "options": {"rows": 60, "validation_rows": 4, "size": 16},
         "masking": {"masked": {"pattern": "squares", "ratio": [0.2, 0.6]}},
-        "missing": {"image": 0.2, "mask": 0.3, "masked": 0.3, "label": 0.3, "embedding": 0.3},
+        "missing": {"image": 0.2, "mask": 0.3, "masked": 0.3, "label": 0.3, "embedding": 0.3, "caption": 0.3},
     },
     "modalities": {
         "image": {"kind": "image"},
@@ -47,6 +47,7 @@ ALL_MODALITIES = {
         "masked": {"kind": "masked_image"},
         "label": {"kind": "label", "weight": {"schedule": "learned"}},
         "embedding": {"kind": "embedding"},
+        "caption": {"kind": "text", "dim": 16},
     },
     "states": {"anchor_hidden": 0.1},
     "loss": {"uncertainty": True},
@@ -64,5 +65,5 @@ def test_two_processes_compute_what_one_computes_whatever_is_missing_in_all_moda
     assert answer.code == 0, answer.err
     state = json.loads((tmp_path / "two" / "checkpoints" / "step-6" / "state.json").read_text())
     assert state["processes"] == 2
-    assert {"l2/mask", "l2/masked", "l2/label", "l2/embedding"} < set(lines(one, 1)[0])
+    assert {"l2/mask", "l2/masked", "l2/label", "l2/embedding", "l2/caption"} < set(lines(one, 1)[0])
     assert_close(tmp_path / "two", one)

@@ -9,7 +9,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from mmdiff.data.shapes.render import COLORS, RGB, SHAPES, Thing, coverage, mean_direction
+from mmdiff.data.shapes.render import COLORS, RADIUS, RGB, SHAPES, Thing, caption, coverage, mean_direction
 
 _CHROMA = ((RGB - RGB.mean(axis=1, keepdims=True)) / 127.5).astype(np.float32)  # (6, 3); greys have none
 # area of every shape and how far its centre of mass lies below its middle, in units of its radius
@@ -38,7 +38,22 @@ def read_embedding(images: Tensor) -> Tensor:
     return torch.from_numpy(mean_direction(read_object(images)).astype(np.float32)).to(images.device)
 
 
+def read_caption(images: Tensor) -> list[str]:
+    """Images (n, 3, H, W) in [−1, 1] -> what is in each, as the column ``caption`` says it."""
+    thing = read_object(images)
+    thing = thing._replace(radius=thing.radius.clip(*RADIUS))  # what else has no word
+    return [caption(Thing(*attributes)) for attributes in zip(*(column.tolist() for column in thing))]
+
+
+def read_description(images: Tensor) -> list[str]:
+    """The same as the column ``description`` says it."""
+    thing = read_object(images)
+    return [f"a {COLORS[color]} {SHAPES[label]}" for label, color in zip(thing.label, thing.color)]
+
+
 LEAST_IOU = 0.85
+#: Rules that give raw values.
+RAW_RULES: dict[str, Callable[[Tensor], list[str]]] = {"caption": read_caption, "description": read_description}
 RULES: dict[str, Callable[[Tensor], Tensor]] = {
     "mask": read_mask,
     "label": read_label,
