@@ -36,12 +36,15 @@ class Reader:
             photos of a batch need the same number of tokens, which Qwen derives from their shape.
 
     Raises:
-        InputError: if the model has no processor, and for a processor without a token that ends or pads a text.
+        InputError: if the model has no processor, for a processor without a token that ends or pads a text, and for a
+            size below 1.
     """
 
     def __init__(self, model: VisionLanguageModel, processor: Any = None, size: int | None = None) -> None:
         if processor is None:
             processor = _processor(str(model.model.config.name_or_path))
+        if size is not None and size < 1:
+            raise InputError("size", size, "must be at least 1 pixel")
         self.size = size
         self.processor, self.tokenizer, self.parts = processor, processor.tokenizer, model.parts
         end = self.parts.language.generation_config.eos_token_id
@@ -111,11 +114,22 @@ class Reader:
         if not len(sets) or not counts.all():
             raise InputError("sets", counts.tolist(), "every set needs an image at least")
         flat = [photo for members in sets for photo in members]
-        pixels = self.parts.pixels(self.processor, flat)  # (N, 3, H, W)
+        pixels = self._pixels(flat)
         mask = torch.arange(int(counts.max())) < counts[:, None]
         images = pixels.new_zeros(*mask.shape, *pixels.shape[1:])
         images[mask] = pixels
         return images, mask
+
+    def _pixels(self, photos: Photos) -> Tensor:
+        """N photos -> (N, 3, H, W)."""
+        try:
+            return self.parts.pixels(self.processor, photos)
+        except InputError:
+            raise
+        except ValueError as error:  # of the processor: an odd shape, or several that do not fit together
+            shapes = sorted({photo.size for photo in photos})
+            remedy = f"photos of these widths and heights cannot be read ({error}); Reader(model, size=…) makes squares"
+            raise InputError("sets", shapes, remedy) from error
 
     def _answers(self, answers: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(tokens with an end token (B, length), True for tokens and False for padding)."""

@@ -155,6 +155,10 @@ def test_photos_of_other_shapes_become_squares_or_are_refused(folders: dict[str,
     with refused("sets", "2 × 8 and 8 × 2 patches", "size"):
         Reader(ours)([[wide, high]], [PROMPT])
     assert Reader(ours)([[wide, wide]], [PROMPT]).images.shape[-2:] == (8, 32)
+    with refused("sets", [(16, 16), (601, 2)]):
+        Reader(ours)([[*photos(1), wide.resize((601, 2))]], [PROMPT])
+    with refused("size", 0):
+        Reader(ours, size=0)
     inputs = Reader(ours, size=16)([[wide, high]], [PROMPT])
     assert inputs.images.shape[-2:] == (16, 16) and ours(*inputs).logits.isfinite().all()
 
