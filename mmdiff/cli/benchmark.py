@@ -145,6 +145,7 @@ def fusion(
     experiments: Annotated[list[str], typer.Argument(help="YAML files of experiments/fusion; settings as key=value")],
     out: Annotated[Path, typer.Option(help="results; the same command continues there")] = Path("runs/fusion"),
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's", min=1)] = None,
+    device: Annotated[str, typer.Option(help="cpu; cuda for learner: vlm")] = "cpu",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="read settings and photos, say what would be compared, write nothing")
     ] = False,
@@ -160,7 +161,7 @@ def fusion(
     read_only(trust)
     from mmdiff.benchmarks.fusion.run import Request, run
 
-    for text in run(Request(files, overrides, out, threads, trust, dry_run)):
+    for text in run(Request(files, overrides, out, threads, trust, dry_run, device)):
         echo(text)
 
 

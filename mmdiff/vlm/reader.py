@@ -95,6 +95,10 @@ class Reader:
             torch.cat([torch.full_like(ids, IGNORED), labels], dim=1),
         )
 
+    def pixels(self, photos: Photos) -> Tensor:
+        """N photos as the model sees them (N, 3, H, W)."""
+        return self.parts.pixels(self.processor, [self._prepared(photo) for photo in photos])
+
     def texts(self, tokens: Tensor) -> list[str]:
         """Generated tokens (B, new) as texts."""
         return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]

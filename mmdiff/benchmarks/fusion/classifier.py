@@ -89,8 +89,8 @@ class Classifiers(Learner):
     linear layer are fine-tuned on it, whatever the fusions may learn.
     """
 
-    def __init__(self, settings: Settings, folder: Path) -> None:
-        super().__init__(settings, folder)
+    def __init__(self, settings: Settings, folder: Path, device: str = "cpu") -> None:
+        super().__init__(settings, folder, device)
         self._seen: tuple[int, dict[Which, Tensor]] = (-1, {})  # of one seed
         self._packed: dict[Which, Sets] = {}
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +39,19 @@ class Learner(ABC):
     Args:
         settings: of the experiment.
         folder: what was pretrained is kept there.
+        device: of `devices`; parts of several devices differ by rounding, and are stored as the same.
+
+    Raises:
+        InputError: for another device, or one that is not here.
     """
 
-    def __init__(self, settings: Settings, folder: Path) -> None:
-        self.settings, self.folder = settings, folder
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
+
+    def __init__(self, settings: Settings, folder: Path, device: str = "cpu") -> None:
+        if device not in self.devices or (device == "cuda" and not torch.cuda.is_available()):
+            remedy = f"is not for learner: {settings.learner}, or not here; it takes {', '.join(self.devices)}"
+            raise InputError("--device", device, remedy)
+        self.settings, self.folder, self.device = settings, folder, torch.device(device)
         test = settings.test
         self.cells: list[Cell] = [(views, share) for share in test.distractors for views in test.views]
         self._tests: dict[Cell, ImageSets] = {}

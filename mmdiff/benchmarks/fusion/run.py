@@ -49,6 +49,7 @@ class Request:
         threads: CPU threads; None: torch's own number.
         trust: whether experiments may name code and contact the hub.
         dry_run: whether to say what would be compared, and compute nothing.
+        device: cpu, or cuda for a vision-language model.
     """
 
     experiments: tuple[str, ...]
@@ -57,6 +58,7 @@ class Request:
     threads: int | None = None
     trust: bool = False
     dry_run: bool = False
+    device: str = "cpu"
 
 
 def run(request: Request) -> Iterator[str]:
@@ -73,7 +75,7 @@ def run(request: Request) -> Iterator[str]:
         if not request.trust:
             refuse_custom(settings.encoder, "fusion.encoder")
             refuse_hub("fusion.data", settings.data.source, settings.data.options)
-        _learner(settings, request.out).entries(opened=not request.dry_run)  # refuses
+        _learner(settings, request.out, request.device).entries(opened=not request.dry_run)  # refuses
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     if request.dry_run:
@@ -82,21 +84,22 @@ def run(request: Request) -> Iterator[str]:
             yield plan(settings, list(parts.values()))
         return
     for settings in experiments:
-        scores = tree(settings, results(settings, request.out))
+        scores = tree(settings, results(settings, request.out, device=request.device), request.device)
         draw = partial(accuracy_by_photos, scores["rows"])
         files = write_results(request.out, settings.name, scores, text(scores), draw)
         yield "\n".join([text(scores), *(f"wrote {path}" for path in files.values())])
 
 
-def results(settings: Settings, folder: Path, progress: bool = True) -> list[Part]:
+def results(settings: Settings, folder: Path, progress: bool = True, device: str = "cpu") -> list[Part]:
     """Every entry with every seed; what is stored is read, the rest is computed and stored.
 
     Args:
         settings: of the experiment.
         folder: of the parts, and of what was pretrained.
         progress: whether to show progress bars.
+        device: see `Request`.
     """
-    learner = _learner(settings, folder)
+    learner = _learner(settings, folder, device)
     parts = []
     with tqdm(_parts(learner).items(), disable=not progress, unit="part") as bar:
         for (entry, seed), path in bar:
@@ -105,7 +108,7 @@ def results(settings: Settings, folder: Path, progress: bool = True) -> list[Par
     return parts
 
 
-def tree(settings: Settings, parts: list[Part]) -> dict[str, Any]:
+def tree(settings: Settings, parts: list[Part], device: str = "cpu") -> dict[str, Any]:
     """{"manifest", "rows", "gains", "headroom", "costs"}, plain dicts and lists.
 
     A row is an entry on a task at a number of photos and a share of distractors, or at all of them. A gain is the
@@ -139,7 +142,7 @@ def tree(settings: Settings, parts: list[Part]) -> dict[str, Any]:
         if "mean" in (gain := _gains(rows, task, DROPPED, share))
     ]
     found = {"rows": rows, "gains": gains, "headroom": headroom, "costs": list(_costs(parts))}
-    return {"manifest": _manifest(settings, parts, entries)} | found
+    return {"manifest": _manifest(settings, parts, entries, device)} | found
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
@@ -150,9 +153,9 @@ def _facts(settings: Settings) -> dict[str, Any]:
     return {"protocol": PROTOCOL} | settings.model_dump(mode="json", exclude={"name", "seeds", "entries"})
 
 
-def _learner(settings: Settings, folder: Path) -> Learner:
+def _learner(settings: Settings, folder: Path, device: str = "cpu") -> Learner:
     room = folder / f"{settings.name}-{key_of(_facts(settings))[:12]}"
-    return LEARNERS[settings.learner](settings, room)
+    return LEARNERS[settings.learner](settings, room, device)
 
 
 def _parts(learner: Learner, opened: bool = True) -> dict[tuple[str, int], Path]:
@@ -220,9 +223,9 @@ def _costs(parts: list[Part]) -> Iterator[dict[str, Any]]:
             yield {"entry": entry, "photos": int(views)} | {name: float(own[name].median()) for name in COSTS}
 
 
-def _manifest(settings: Settings, parts: list[Part], entries: list[str]) -> dict[str, Any]:
+def _manifest(settings: Settings, parts: list[Part], entries: list[str], device: str) -> dict[str, Any]:
     """What a reader needs to believe a number, and to make it again."""
-    return circumstances(torch.device("cpu")) | {
+    return circumstances(torch.device(device)) | {
         "experiment": settings.name,
         "seeds": list(range(settings.seeds)),
         "held-out sets per number of photos and share of distractors": parts[0]["scores"][0]["sets"],

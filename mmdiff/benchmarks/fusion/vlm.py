@@ -33,6 +33,29 @@ class Given(NamedTuple):
     seconds: float
 
 
+class Pixels:
+    """The photos of B sets, preprocessed once; no memory goes into padding.
+
+    Args:
+        reader: of the model.
+        photos: of the sets.
+    """
+
+    def __init__(self, reader: Reader, photos: list[Photos]) -> None:
+        flat = [photo for members in photos for photo in members]
+        self.flat = torch.cat([reader.pixels(flat[k : k + _CHUNK]) for k in range(0, len(flat), _CHUNK)])
+        self.counts = torch.tensor([len(members) for members in photos])
+        self.starts = self.counts.cumsum(dim=0) - self.counts
+
+    def of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (b, n, 3, H, W) and mask (b, n) of some sets."""
+        places = torch.arange(int(self.counts[rows].max()))
+        mask = places < self.counts[rows, None]
+        images = self.flat.new_zeros(*mask.shape, *self.flat.shape[1:])
+        images[mask] = self.flat[(self.starts[rows, None] + places)[mask]]
+        return images, mask
+
+
 class LanguageModels(Learner):
     """A small model is pretrained on single photos and all tasks, once per seed; or a published one is taken as it is.
 
@@ -40,6 +63,8 @@ class LanguageModels(Learner):
     learn. For concatenated photos, and all photos in the prompt, all learns that stands between encoder and language
     model, which is more than a fusion's weights.
     """
+
+    devices = ("cpu", "cuda")
 
     def several(self, opened: bool) -> bool:
         if self.settings.model:
@@ -75,7 +100,7 @@ class LanguageModels(Learner):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = VisionLanguageModel.from_pretrained(folder, fusion, self.settings.hidden)
-        return model, self._reader(model)
+        return model.to(self.device), self._reader(model)
 
     def _reader(self, model: VisionLanguageModel) -> Reader:
         return Reader(model, size=None if model.parts.fixed else self.settings.data.size)
@@ -112,10 +137,13 @@ class LanguageModels(Learner):
         tasks = [names[row % len(names)] for row in rows]
         answers = [image_sets.answers[task][row] for row, task in enumerate(tasks)]
         questions = [image_sets.questions[task][row] for row, task in enumerate(tasks)]
-        inputs = reader(image_sets.photos, questions, answers, fused)
+        pixels = Pixels(reader, image_sets.photos)
+        shown = [members[:1] for members in image_sets.photos] if fused else image_sets.photos
+        texts = reader(shown, questions, answers, fused)[2:]
 
         def loss(picks: Tensor) -> Tensor:
-            error = model(*(tensor[picks] for tensor in inputs), fused=fused).loss
+            inputs = (*pixels.of(picks), *(tensor[picks] for tensor in texts))
+            error = model(*(tensor.to(model.model.device) for tensor in inputs), fused=fused).loss
             assert error is not None  # answers were given
             return error
 
@@ -149,12 +177,13 @@ class LanguageModels(Learner):
             part = photos[start : start + _CHUNK]
             inputs: Inputs = reader(part, questions[start : start + _CHUNK], fused=fused)
             started = time.perf_counter()
-            found = model.generate(*inputs[:4], fused=fused, max_new_tokens=self.settings.new_tokens, do_sample=False)
+            given_to = [tensor.to(self.device) for tensor in inputs[:4]]
+            found = model.generate(*given_to, fused=fused, max_new_tokens=self.settings.new_tokens, do_sample=False)
             seconds = (time.perf_counter() - started) / len(part)
             texts, tokens = reader.texts(found.tokens), inputs.attention_mask.sum(dim=1).tolist()
             given += [Given(" ".join(text.split()), count, seconds) for text, count in zip(texts, tokens)]
             if found.weights is not None:
-                weights.append(torch.nn.functional.pad(found.weights, (0, most - found.weights.shape[1])))
+                weights.append(torch.nn.functional.pad(found.weights.cpu(), (0, most - found.weights.shape[1])))
         return given, torch.cat(weights) if weights else None
 
 

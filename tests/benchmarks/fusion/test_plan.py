@@ -81,6 +81,8 @@ def test_what_would_stop_a_run_stops_a_dry_run(cli: Cli, tmp_path: Path) -> None
         ("fusion.tasks", "['caption']", ["tasks.category.columns=[caption]"]),
         ("folder", "'path/to/abo'", ["data.options.folder=path/to/abo"]),
         ("fusion.data.source", "'someone/something'", ["data.source=someone/something"]),
+        ("--device", "'abacus'", ["--device", "abacus"]),
+        ("--device", "'cuda'", ["--device", "cuda", "learner=classifier"]),
     ):
         answer = cli(*call(path, root, *more, "--dry-run", "--out", tmp_path / "out"))
         assert answer.code == 2 and answer.complaint.startswith(f"{key} = {value}"), answer.err
