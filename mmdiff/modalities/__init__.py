@@ -16,6 +16,7 @@ from mmdiff.modalities.import_path import imported
 from mmdiff.modalities.label import Label
 from mmdiff.modalities.mask import Mask
 from mmdiff.modalities.masked_image import MaskedImage
+from mmdiff.modalities.query import Asked
 from mmdiff.modalities.text import Text
 from mmdiff.modalities.vector import Vector
 from mmdiff.trust import is_custom
@@ -35,6 +36,7 @@ MODALITIES: dict[str, type[Condition]] = {
 __all__ = [
     "MODALITIES",
     "Anchor",
+    "Asked",
     "Condition",
     "Dense",
     "Diffusible",
