@@ -54,6 +54,7 @@ def without_data(config: Config) -> Config:
         "label": {"num_classes": 10},
         "embedding": {"dim": 32},
         "image_set": {"channels": 3, "size": 32, "max_images": 3},
+        "text": {"max_tokens": 9},
     }
     for entry in tree["modalities"].values():
         entry.update({**stated[entry["kind"]], **entry})
