@@ -195,6 +195,22 @@ def accuracy_by_photos(rows: list[dict[str, Any]], path: Path) -> Path:
     return path
 
 
+def scores_by_size(
+    panels: dict[str, dict[str, dict[int, dict[str, Any]]]], xlabel: str, ylabel: str, path: Path
+) -> Path:
+    """{panel: {line: {x: {"mean", "95 %"}}}} as lines, bars being 95 % intervals between seeds."""
+    figure = _figure(3.2 * len(panels) + 1.6, 3.4)
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axis, (title, lines) in zip(axes, panels.items()):
+        for name, points in lines.items():
+            halves = [0.0 if one["95 %"] is None else one["95 %"][1] - one["mean"] for one in points.values()]
+            axis.errorbar(list(points), [one["mean"] for one in points.values()], yerr=halves, label=name, marker=".")
+        axis.set(title=title, xlabel=xlabel, ylabel=ylabel, ylim=(-0.03, 1.03))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    figure.savefig(path, dpi=110)
+    return path
+
+
 def _figure(width: float, height: float) -> Figure:
     """A figure without pyplot, whose choice of a window system belongs to the person."""
     from matplotlib.figure import Figure

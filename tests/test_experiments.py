@@ -117,7 +117,7 @@ def test_it_trains_on_embedded_data(path: Path, tmp_path: Path) -> None:
     if config.data.source not in EMBEDDED:
         pytest.skip(f"its data are not embedded: {config.data.source}")
     tree = config.model_dump()
-    if config.data.source == "shapes":
+    if config.data.source in ("shapes", "textured_digits"):
         tree["data"]["options"] |= {"rows": 32, "validation_rows": 8}
     assert (train(parse_config(tree)) / "pipeline" / "model_index.json").is_file()
 

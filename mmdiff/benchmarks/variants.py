@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from torch import Tensor
 
 from mmdiff import losses
 from mmdiff.benchmarks.cache import key_of, stored_json
 from mmdiff.benchmarks.machine import machine
+from mmdiff.benchmarks.training import endless, steps
 from mmdiff.build import Experiment, build
 from mmdiff.config import Config, parse_config
 from mmdiff.config.load import parse_overrides, read_plain
@@ -32,7 +32,6 @@ from mmdiff.training.process import make_accelerator, set_threads
 from mmdiff.training.trainer import Trainer
 from mmdiff.trust import refuse_custom
 
-_ENDLESS = 10**9  # steps; time ends the training
 _DRAWN = 0  # seed of the held-out noise and of the samples, the same for all
 
 
@@ -111,11 +110,8 @@ def _config(request: Request, settings: Sequence[str]) -> Config:
     if any(text.startswith("backbone.kind=") for text in own):
         tree["backbone"] = OmegaConf.to_container(parse_overrides(own))["backbone"]
     config = parse_config(tree)
-    if request.seconds and not config.train.lr_scheduler_type.startswith("constant"):
-        remedy = "depends on the number of steps, which --seconds leaves open; choose constant_with_warmup"
-        raise InputError("train.lr_scheduler_type", config.train.lr_scheduler_type, remedy)
     if request.seconds:
-        config = config.model_copy(update={"train": config.train.model_copy(update={"steps": _ENDLESS})})
+        config = endless(config)
     if not request.trust:
         refuse_custom(config.model_dump()["modalities"])
     return config
@@ -135,12 +131,8 @@ def _trained(request: Request, config: Config) -> dict[str, Any]:
     set_threads(config.train.threads)
     experiment = build(config, request.trust)
     trainer = Trainer(experiment, make_accelerator(config.train))
-    denoising: list[Tensor] = []
     started = time.process_time()
-    for step, micro_batches in trainer.loader(0):
-        denoising.append(trainer.step(step, micro_batches)["l1"])
-        if request.seconds and time.process_time() - started >= request.seconds:
-            break
+    denoising = [terms["l1"] for terms in steps(trainer, request.seconds)]
     seconds = time.process_time() - started
     with trainer.averaged() as pipeline:
         scores = score(pipeline, experiment, request.rows, request.bins)

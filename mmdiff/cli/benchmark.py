@@ -166,6 +166,50 @@ def fusion(
 
 
 @benchmark.command()
+def coherence(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    sides: Annotated[
+        str | None, typer.Option(help="mmdiff,MMVAE+,CMVAE,MVTCAE,MoPoE,JMVAE; default: all that are installed")
+    ] = None,
+    missing: Annotated[str, typer.Option(help="shares of training rows without an image")] = "0,0.2,0.5",
+    seconds: Annotated[float, typer.Option(help="CPU time of a training")] = 120.0,
+    seeds: Annotated[int, typer.Option(help="training seeds", min=1)] = 3,
+    learning_rates: Annotated[
+        str, typer.Option(help="factors of each side's learning rate; of several, short runs choose: 0.5,1,2")
+    ] = "1",
+    rows: Annotated[int, typer.Option(help="held-out rows, and joint samples", min=4)] = 256,
+    label: Annotated[str, typer.Option(help="column of the classes that the judges read")] = "label",
+    out: Annotated[Path, typer.Option(help="results; the same command continues there")] = Path("runs/coherence"),
+    trust: Trust = False,
+) -> None:
+    """Do images that are generated together show the same thing?
+
+    Several images of one class per row; each given subset predicts the others, and a classifier per modality judges.
+    Beside mmdiff stand multimodal VAEs (`pip install 'mmdiff[peers]'`), trained on the same rows for the same CPU
+    time. The table has joint and conditional coherence, label accuracy and Fréchet distances by missing rate.
+    """
+    read_only(trust)
+    from mmdiff.benchmarks.coherence.run import Request, run
+
+    request = Request(
+        config,
+        tuple(overrides or ()),
+        tuple(sides.split(",")) if sides else None,
+        numbers("--missing", missing),
+        seconds,
+        seeds,
+        numbers("--learning-rates", learning_rates),
+        rows,
+        label,
+        out,
+        trust,
+    )
+    for line in run(request):
+        echo(line)
+
+
+@benchmark.command()
 def backbones(
     rounds: Annotated[int, typer.Option(help="rounds; the table has medians", min=1)] = 9,
     batch: Annotated[int, typer.Option(help="images", min=1)] = 4,

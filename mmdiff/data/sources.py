@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 from pandas.errors import EmptyDataError
 
-from mmdiff.data import abo, digits, folders, image_sets
+from mmdiff.data import abo, digits, folders, image_sets, mnist_svhn, polymnist, textured_digits
 from mmdiff.data.shapes import image_sets as shape_sets
 from mmdiff.data.source_checks import check_arguments, check_files, check_options, check_saved
 from mmdiff.data.streamed import Rest, StreamedRows, open_streamed
@@ -62,7 +62,10 @@ EMBEDDED: dict[str, Callable[..., Mapping[str, Rows]]] = {
     "image_sets": functools.partial(_image_sets, True),
     "digits": digits.load,
     "folders": folders.load,
+    "mnist_svhn": mnist_svhn.load,
+    "polymnist": polymnist.load,
     "shapes": shape_sets.load,
+    "textured_digits": textured_digits.load,
 }
 
 
