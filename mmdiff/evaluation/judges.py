@@ -79,7 +79,7 @@ def _run(name: str, folder: Path, trust: bool) -> Judge:
 
     def read(images: Tensor) -> Tensor:
         parts = [
-            pipeline(observed={model.anchor: part.clamp(-1, 1)}, output_type="pt").samples[name]
+            pipeline(observed={model.anchor: part.clamp(-1, 1)}, read="mode", output_type="pt").samples[name]
             for part in images.split(_BATCH)
         ]
         return torch.cat(parts)

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 from typing import Any
 
+import pytest
 import torch
 from networks import random_model
 from torch import Tensor
@@ -42,9 +43,10 @@ class _NoReads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_step_of_sampling_or_training_reads_nothing_from_the_device() -> None:
+@pytest.mark.parametrize("diffused", [None, {"mask": 1.0, "embedding": 1.0}])
+def test_a_step_of_sampling_or_training_reads_nothing_from_the_device(diffused: dict[str, float] | None) -> None:
     """On the meta device, which has no values to read and cannot be copied from."""
-    model = random_model(MODALITIES)
+    model = random_model(MODALITIES, diffused=diffused)
     scheduler = MTDiffusionScheduler(weights={"label": {"scale": 0.5}}, solver="DDIMScheduler")
     objective = MTObjective(model, scheduler, dict.fromkeys(model.names, StateProbabilities(0.4, 0.3)), {"label": 0.1})
     objective.to("meta")
@@ -53,7 +55,7 @@ def test_a_step_of_sampling_or_training_reads_nothing_from_the_device() -> None:
     where = BatchPosition(0, torch.arange(4, device="meta"), 4)
     parameters = {name: p.default for name, p in inspect.signature(MTDiffusionPipeline.__call__).parameters.items()}
     request = request_of(model, scheduler, parameters | {"batch_size": 4, "num_inference_steps": 3})
-    step = ReverseStep(model, scheduler, request)
+    step = ReverseStep(model, scheduler, request, diffused or ())
     z_t = step.start()
     for index in range(2):  # the first fills the caches
         with _NoReads() if index else contextlib.nullcontext():
