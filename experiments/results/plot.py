@@ -28,9 +28,19 @@ RECONSTRUCTIONS = {
     "(a) multi-task, {steps} evaluations": "(a) multi-task: concatenation+replacement (steps {steps})",
     "(e) conditional, {steps} evaluations": "(e) conditional: concatenation+replacement (steps {steps})",
 }
-FUSIONS = ("mean", "max", "attention", "gated attention", "one large image, fine-tuned", "single image")
-COLOURS = dict(zip(FUSIONS, ("tab:orange", "tab:green", "tab:blue", "tab:cyan", "tab:red", "tab:gray")))
+COLOURS = {
+    "mean": "tab:orange",
+    "max": "tab:green",
+    "attention": "tab:blue",
+    "gated attention": "tab:cyan",
+    "agreement attention": "tab:purple",
+    "geometric median": "tab:pink",
+    "one large image, fine-tuned": "tab:red",
+    "single image": "tab:gray",
+    "plurality of single images": "black",
+}
 STYLES = {"mean": {"linewidth": 3.5}, "gated attention": {"linestyle": "--"}, "single image": {"linestyle": ":"}}
+STYLES["plurality of single images"] = {"linestyle": ":"}
 
 
 def tables(family: str) -> list[dict[str, Any]]:
@@ -118,7 +128,7 @@ def reconstruction(data: str, steps: int, scale: str) -> Callable[[Figure], None
 def by_distractors(ax: Axes, table: dict[str, Any], title: str) -> None:
     """Accuracy against the share of distractors, one line a fusion."""
     first = table["columns"].index("0 %")
-    rows = {row[0]: row[first : first + 3] for row in table["rows"] if row[0] in FUSIONS}
+    rows = {row[0]: row[first : first + 3] for row in table["rows"] if row[0] in COLOURS}
     styles = {name: {"color": COLOURS[name]} | STYLES.get(name, {}) for name in rows}
     lines(ax, [0, 25, 50], rows, **styles)
     ax.set(xlabel="distractors in a set, %", ylim=(0.2, 1.03))
@@ -155,7 +165,7 @@ def image_sets(figure: Figure) -> None:
 def vlm(figure: Figure) -> None:
     axes = figure.subplots(2, 3, sharex=True, sharey=True)
     for line, table, model in zip(axes, tables("vlm"), ("LLaVA", "BLIP-2")):
-        rows = [row for row in table["rows"] if row[0] in FUSIONS][::-1]
+        rows = [row for row in table["rows"] if row[0] in COLOURS][::-1]
         for ax, column, task in zip(line, (1, 2, 3), ("category", "attributes", "caption")):
             for y, row in enumerate(rows):
                 value, low, high = parsed(row[column])
