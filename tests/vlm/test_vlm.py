@@ -185,6 +185,9 @@ def test_a_set_has_the_prompt_of_one_photo_and_generates(folder: Path) -> None:
     ours = VisionLanguageModel.from_pretrained(folder, hidden=8)
     reader = Reader(ours)
     one, many = reader([photos(1)], [PROMPT]), reader([photos(5)], [PROMPT])
+    assert reader.tokenizer.decode(one.input_ids[0], skip_special_tokens=True).split() == PROMPT.split()
+    labels = reader([photos(1)] * 2, [PROMPT] * 2, ANSWERS).labels
+    assert reader.texts(labels.where(labels >= 0, reader.tokenizer.pad_token_id)) == ANSWERS
     assert torch.equal(one.input_ids, many.input_ids)
     found = ours.generate(*many[:4], max_new_tokens=4, num_beams=2)
     assert found.weights.shape == (1, 5) and found.tokens.shape[1] <= 5

@@ -17,7 +17,7 @@ from mmdiff.vlm.small.blip import blip2, opt, t5
 from mmdiff.vlm.small.idefics import idefics3, smolvlm
 from mmdiff.vlm.small.llava import llava, llava_onevision
 from mmdiff.vlm.small.parts import Sizes, word_tokenizer
-from mmdiff.vlm.small.qwen import qwen3_5, qwen3_vl, qwen4_exp
+from mmdiff.vlm.small.qwen import byte_tokenizer, qwen3_5, qwen3_vl, qwen4_exp
 
 __all__ = ["SMALL", "Sizes", "make_small", "small_architecture"]
 
@@ -32,6 +32,7 @@ SMALL: dict[str, Callable[[Any, Sizes, dict[str, Any]], Any]] = {
     "qwen3.5": qwen3_5,
     "qwen4-exp": qwen4_exp,
 }
+TOKENIZERS: dict[str, Callable[[Iterable[str]], Any]] = {"qwen3.5": byte_tokenizer, "qwen4-exp": byte_tokenizer}
 
 
 def make_small(
@@ -77,4 +78,4 @@ def _made(kind: str, texts: Iterable[str], sizes: Sizes, more: dict[str, Any]) -
     """(config, processor)"""
     if kind not in SMALL:
         raise InputError("kind", kind, f"choose one of {', '.join(SMALL)}")
-    return SMALL[kind](word_tokenizer(texts), sizes, more)
+    return SMALL[kind](TOKENIZERS.get(kind, word_tokenizer)(texts), sizes, more)

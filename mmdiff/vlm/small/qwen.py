@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from mmdiff.vlm.small.parts import Sizes, decoder, spread, tower
 
 IMAGE, VIDEO, BEGIN, FINISH = "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"
+
+
+def byte_tokenizer(texts: Iterable[str]) -> Any:
+    """Byte pairs, merged until every word is one token: transformers loads no other tokenizer for Qwen3.5."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
+
+    empty = Qwen3_5Tokenizer(eos_token="<|im_end|>", padding_side="left")
+    words = [text.lower() for text in texts]
+    alphabet = ByteLevel.alphabet()
+    merges = sum(len(word) for word in {*" ".join(words).split()})  # more than there can be
+    return empty.train_new_from_iterator(
+        words, len(alphabet) + 2 * merges, initial_alphabet=sorted(alphabet), min_frequency=1, show_progress=False
+    )
 
 
 def qwen3_vl(tokenizer: Any, sizes: Sizes, more: dict[str, Any]) -> Any:

@@ -244,12 +244,15 @@ def test_an_object_never_seen_is_found_by_its_front_view(tmp_path: Path) -> None
         assert learner._named(model, 3.0 * features, features) == list(fronts)[::-1]
 
 
-@pytest.mark.parametrize("stem", ["accuracy_shapes_llava", "accuracy_shapes_blip2"])
-def test_a_language_model_learns_its_answers(tmp_path: Path, stem: str) -> None:
+QUICK, LATER = ("blip-2", "llava", "qwen3-vl"), ("llava-onevision", "idefics3", "smolvlm", "qwen3.5", "qwen4-exp")
+
+
+@pytest.mark.parametrize("kind", [*QUICK, *(pytest.param(kind, marks=pytest.mark.slow) for kind in LATER)])
+def test_a_language_model_learns_its_answers(tmp_path: Path, kind: str) -> None:
     """It says by heart what it has seen often: three sets, a task each."""
     more = ["data.options.rows=3", "data.options.image_sets.views=1", "data.options.image_sets.distractors=0"]
-    more += ["pretraining.steps=60", "pretraining.learning_rate=5e-3", *SMALL]
-    learner = LanguageModels(toy(stem, *more), tmp_path)
+    more += ["pretraining.steps=60", "pretraining.learning_rate=5e-3", *SMALL, f"small.kind={kind}"]
+    learner = LanguageModels(toy("accuracy_shapes_llava", *more), tmp_path)
     model, reader = learner._pretrained("attention", 0)
     for row, task in enumerate(learner.settings.tasks):
         found = learner._asked(
