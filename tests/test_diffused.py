@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import DIT, alive, random_model
+from networks import DIFFUSERS_DIT, DIFFUSERS_UNET, DIT, LAYERS, alive, random_model
 from omegaconf import OmegaConf
 from refusals import refused
 from torch import Generator, Tensor
@@ -31,6 +31,13 @@ KINDS = {
     "row": {"kind": "vector", "dim": 4},
 }
 DIFFUSED = {"mask": 1.5, "row": 1.0}
+COLOUR = {**KINDS, "image": {"kind": "image", "channels": 3, "size": 8}}
+BACKBONES = {
+    "unet": LAYERS,
+    "dit": DIT,
+    "diffusers_unet": {"network": DIFFUSERS_UNET},
+    "diffusers_dit": {"network": DIFFUSERS_DIT},
+}
 NAMES = sorted(KINDS)
 T = 20
 SCHEDULERS: list[MTScheduler] = [MTDiffusionScheduler(num_train_timesteps=T), MTFlowMatchScheduler(T)]
@@ -138,12 +145,11 @@ def test_sixteen_numbers_tell_every_time_and_none_tells_absence() -> None:
     assert float((numbers[1:-1] - numbers[:-2]).norm(dim=1).min()) > 0.01
 
 
-@pytest.mark.parametrize("kind", ["unet", "dit"])
+@pytest.mark.parametrize("kind", BACKBONES)
 def test_time_0_is_observed_and_time_T_absent_in_bits(kind: str) -> None:
     torch.manual_seed(0)
-    layers = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8}
-    network = alive(MTDiffusionModel(KINDS, {"kind": kind, **(layers if kind == "unet" else DIT)}, diffused=DIFFUSED))
-    values, like = batch(4).values, torch.randn(4, 1, 8, 8, generator=Generator().manual_seed(2))
+    network = alive(MTDiffusionModel(COLOUR, {"kind": kind, **BACKBONES[kind]}, diffused=DIFFUSED))
+    values, like = batch(4).values, torch.randn(4, 3, 8, 8, generator=Generator().manual_seed(2))
     everywhere, time = torch.ones(4, dtype=torch.bool), torch.full((4,), 3)
 
     def output(noisy: dict[str, Noisy], observed: dict[str, Tensor]) -> Tensor:
