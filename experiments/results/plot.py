@@ -136,8 +136,8 @@ def by_distractors(ax: Axes, table: dict[str, Any], title: str) -> None:
 
 
 def fusion_accuracy(figure: Figure) -> None:
-    axes = figure.subplots(1, 3, sharey=True)
-    titles = ("shapes", "shapes, linear layer learns too", "COIL-100")
+    axes = figure.subplots(1, 4, sharey=True)
+    titles = ("shapes, striped distractors", "the same, linear layer learns too", "COIL-100", "shapes, foreign photos")
     for ax, table, title in zip(axes, tables("fusion_accuracy"), titles):
         by_distractors(ax, table, title)
     axes[0].set_ylabel("accuracy, mean of seeds")
@@ -184,7 +184,7 @@ PICTURES: dict[str, tuple[Callable[[Figure], None], tuple[float, float]]] = {
     "cifar10_masked": (cifar10_masked, (6, 4)),
     "reconstruction_cifar10": (reconstruction("cifar10", 2, "linear"), (6.5, 4.5)),
     "reconstruction_shapes": (reconstruction("shapes", 20, "log"), (6.5, 4.5)),
-    "fusion_accuracy": (fusion_accuracy, (9, 3.8)),
+    "fusion_accuracy": (fusion_accuracy, (11, 3.8)),
     "retrieval": (retrieval, (6, 4)),
     "image_sets": (image_sets, (6, 4)),
     "vlm": (vlm, (8.5, 4.5)),
