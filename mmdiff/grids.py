@@ -15,6 +15,7 @@ from mmdiff.modalities.label import Label
 from mmdiff.model import MTDiffusionModel
 
 FONT_SIZE = 11
+LINES = 5  # of the text below a sample, at most
 
 
 class Legend(NamedTuple):
@@ -96,8 +97,11 @@ def grid(
     """
     flat = [image for row in rows for image in row]
     flat = flat if {image.mode for image in flat} == {"L"} else [image.convert("RGBA") for image in flat]
-    below = FONT_SIZE + 4 if captions else 0
-    body = tile(flat, len(rows[0]), zoom=max(1, side // flat[0].height), below=below)
+    zoom = max(1, side // flat[0].height)
+    space = (flat[0].width * zoom + 2) * len(rows[0]) / len(captions[0]) if captions else 0
+    lines = [[_wrapped(text, space) for text in texts] for texts in captions]
+    below = max(len(text) for texts in lines for text in texts) * (FONT_SIZE + 2) + 2 if captions else 0
+    body = tile(flat, len(rows[0]), zoom=zoom, below=below)
     if not (columns or titles or captions or legend):
         return body
     font, step, pitch = _font(), (body.width - 2) / len(rows[0]), (body.height - 2) / len(rows)
@@ -118,11 +122,11 @@ def grid(
             _write_upwards(canvas, title, (centre, top))
         else:
             draw.text((centre, top / 2), title, fill="black", font=font, anchor="mm")
-    for row, texts in enumerate(captions):
-        width = (body.width - 2) / len(captions[0])
+    for row, texts in enumerate(lines):
         for index, text in enumerate(texts):
-            place = left + (index + 0.5) * width, top + (row + 1) * pitch - below / 2
-            draw.text(place, _shortened(text, width), fill="black", font=font, anchor="mm")
+            for number, line in enumerate(text):
+                height = top + (row + 1) * pitch - below + 1 + (number + 0.5) * (FONT_SIZE + 2)
+                draw.text((left + (index + 0.5) * space, height), line, fill="black", font=font, anchor="mm")
     return canvas
 
 
@@ -135,6 +139,16 @@ def _font() -> ImageFont.FreeTypeFont:
 
 def _width(text: str) -> int:
     return math.ceil(_font().getlength(text))
+
+
+def _wrapped(text: str, width: float) -> list[str]:
+    """The lines of a text, `LINES` at most; one that is too long is shortened."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        lines = [*lines[:-1], longer] if _width(longer) <= width or not lines[-1] else [*lines, word]
+    kept = [*lines[: LINES - 1], " ".join(lines[LINES - 1 :])] if len(lines) > LINES else lines
+    return [_shortened(line, width) for line in kept]
 
 
 def _shortened(text: str, width: float) -> str:

@@ -105,12 +105,14 @@ def test_titles_and_captions_stand_outside_the_images(titles: tuple[str, ...]) -
     for k in (0, 1):
         assert ink(canvas.crop((0, top + 50 * k, left, top + 50 * k + 50)))
         assert ink(canvas.crop((left + 50 * k, 0, left + 50 * k + 50, top)))
-    below = grids.grid(rows, captions=[["one", "a caption longer than its image"], ["three", "four"]])
-    assert below.width == body.width and below.height == body.height + 2 * (grids.FONT_SIZE + 4)
-    for k in range(4):
-        column, row = 2 + 50 * (k % 2), 2 + (50 + grids.FONT_SIZE + 4) * (k // 2)
-        assert below.crop((column, row, column + 48, row + 48)).getcolors() == [(48 * 48, (0, 60 * k, 255))]
-        assert ink(below.crop((column, row + 50, column + 48, row + 50 + grids.FONT_SIZE)))
+    for words, lines in (("one", 1), ("a caption longer", 3), ("one_word_longer_than_its_image", 1), ("many " * 99, 5)):
+        below = grids.grid(rows, captions=[["one", words], ["three", "four"]])
+        height = lines * (grids.FONT_SIZE + 2) + 2
+        assert below.size == (body.width, body.height + 2 * height)
+        for k in range(4):
+            column, row = 2 + 50 * (k % 2), 2 + (50 + height) * (k // 2)
+            assert below.crop((column, row, column + 48, row + 48)).getcolors() == [(48 * 48, (0, 60 * k, 255))]
+            assert ink(below.crop((column, row + 50, column + 48, row + 50 + grids.FONT_SIZE)))
 
 
 def test_maps_share_one_range_and_a_colour_bar() -> None:
