@@ -72,7 +72,8 @@ class Text(TokenText):
         self.frozen = None if encoder is None else FrozenEncoder(encoder, encoder_config or {}, max_tokens)
         self.encoder = Encoder(max_tokens, dim, depth, heads) if self.frozen is None else None
         self.project = None if self.frozen is None else nn.Linear(self.frozen.width, dim)
-        self.table = nn.Parameter(0.02 * torch.randn(self.end + 1, dim))
+        # as large as what blocks add, so that no token is lost among the steps of the optimizer
+        self.table = nn.Parameter(torch.randn(self.end + 1, dim))
         self.decoder = Decoder(self.end + 1, max_tokens, dim, depth, heads)
         self._memory_layers(shape, grid)
         self.grid = (shape.space[0], *(math.gcd(side, 8) for side in shape.space[1:]))

@@ -81,7 +81,7 @@ class Encoder(nn.Module):
 
     def __init__(self, length: int, dim: int, depth: int, heads: int) -> None:
         super().__init__()
-        self.places = nn.Parameter(0.02 * torch.randn(length, dim))
+        self.places = nn.Parameter(0.3 * torch.randn(length, dim))
         self.blocks = nn.ModuleList(Block(dim, heads, memory=False) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
 
@@ -120,7 +120,7 @@ class Decoder(nn.Module):
 
     def __init__(self, size: int, length: int, dim: int, depth: int, heads: int) -> None:
         super().__init__()
-        self.places = nn.Parameter(0.02 * torch.randn(length, dim))
+        self.places = nn.Parameter(0.3 * torch.randn(length, dim))
         self.blocks = nn.ModuleList(Block(dim, heads, memory=True) for _ in range(depth))
         self.norm, self.out = nn.LayerNorm(dim), nn.Linear(dim, size)
         nn.init.normal_(self.out.weight, std=0.02)  # near the uniform law
