@@ -159,15 +159,13 @@ def _shapes(task: Task) -> dict[str, tuple[int, ...]]:
 
 
 def _rows(task: Task, whole: bool) -> Tensor:
-    """The rows to train on."""
-    every = torch.arange(len(task.table))
-    if not (whole and any(task.table.missing.values())):
-        return every
-    complete = []
-    for part in every.split(1024):
+    """The rows to train on: those with an image, or those with all of them."""
+    chosen = []
+    for part in torch.arange(len(task.table)).split(1024):
         present = task.table.batch(part.tolist()).present
-        complete.append(part[torch.stack([present[name] for name in task.names]).all(0)])
-    rows = torch.cat(complete)
+        there = torch.stack([present[name] for name in task.names])
+        chosen.append(part[there.all(0) if whole else there.any(0)])
+    rows = torch.cat(chosen)
     if len(rows) < 2:
         raise InputError("--missing", len(rows), "rows have all images; too few for a peer that needs whole rows")
     return rows

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from PIL import Image as PILImage
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmdiff.benchmarks.coherence.scores import Images
 from mmdiff.evaluation.tables import facts, grouped, table
@@ -71,7 +71,11 @@ def curves(rows: list[dict[str, Any]], path: Path) -> Path:
 
 def gallery(joint: Images, conditional: Images, names: list[str], path: Path) -> None:
     """Above joint samples, below what is made from the first modality; a column is a row of data."""
-    blocks = [torch.cat([_row(images[name]) for name in names], dim=1) for images in (joint, conditional)]
+    height, width = (max(joint[name].shape[side] for name in names) for side in (2, 3))
+    blocks = [
+        torch.cat([_row(nn.functional.interpolate(images[name][:SHOWN], (height, width))) for name in names], dim=1)
+        for images in (joint, conditional)
+    ]
     gap = torch.ones(3, 2, blocks[0].shape[2])
     pixels = torch.cat([blocks[0], gap, blocks[1]], dim=1)  # (3, height, width) in [−1, 1]
     picture = PILImage.fromarray(((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
@@ -81,5 +85,5 @@ def gallery(joint: Images, conditional: Images, names: list[str], path: Path) ->
 
 
 def _row(images: Tensor) -> Tensor:
-    """The first images side by side, (3, H, n · W)."""
-    return torch.cat(list(images[:SHOWN].clamp(-1, 1).expand(-1, 3, -1, -1)), dim=2)
+    """Images side by side, (3, H, n · W)."""
+    return torch.cat(list(images.clamp(-1, 1).expand(-1, 3, -1, -1)), dim=2)

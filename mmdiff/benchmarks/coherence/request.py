@@ -14,6 +14,8 @@ from mmdiff.errors import InputError
 
 OURS = "mmdiff"
 SIDES: dict[str, Side] = {OURS: train_ours, **{name: partial(train_peer, name) for name in PEERS}}
+#: Settings of a training that the other sides do not have.
+_UNREAD = ("data.augment", "data.buckets", "data.streaming", "train.initialize_from", "train.lora", "train.resume")
 
 
 @dataclass(frozen=True)
@@ -94,5 +96,8 @@ def check_experiment(config: Config) -> None:
         raise InputError("modalities", list(config.modalities), "needs two images at least")
     if config.data.missing:
         raise InputError("data.missing", config.data.missing, "is what --missing sets; leave it out")
-    if config.data.streaming:
-        raise InputError("data.streaming", True, "is not read here; leave it out")
+    for key in _UNREAD:
+        section, _, name = key.partition(".")
+        own = getattr(config, section)
+        if (value := getattr(own, name)) != type(own).model_fields[name].default:
+            raise InputError(key, value, "is not read here; leave it out")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -33,7 +34,7 @@ from mmdiff.config import load_config
 from mmdiff.data import Rows, Table
 from mmdiff.data.sources import refuse_hub
 from mmdiff.errors import InputError
-from mmdiff.metrics.features import distances, extractor
+from mmdiff.metrics.features import Features, distances, extractor
 from mmdiff.randomness import fold
 from mmdiff.resolve import resolve
 from mmdiff.trust import refuse_custom
@@ -51,7 +52,9 @@ def run(request: Request) -> Iterator[str]:
     sides = chosen_sides(request)
     check_numbers(request)
     benchmark = Benchmark(request)
-    yield "judges, accuracy on held-out rows: " + ", ".join(f"{n} {a:.3f}" for n, a in benchmark.accuracy.items())
+    features = next(iter(benchmark.features.values()))[0]  # refused before anything is trained
+    accuracy = ", ".join(f"{name} {share:.3f}" for name, share in benchmark.accuracy.items())
+    yield f"judges, accuracy on held-out rows: {accuracy}; Fréchet distances on {features.name}"
     wanted = [(side, share, seed) for share in request.missing for seed in range(request.seeds) for side in sides]
     parts = []
     with tqdm(wanted, unit="part") as bar:
@@ -90,6 +93,12 @@ class Benchmark:
     @cached_property
     def judges(self) -> dict[str, Classifier]:
         return classifiers(self.real, self.labels, self.classes, self.folder / "judges.safetensors")
+
+    @cached_property
+    def features(self) -> dict[str, tuple[Features, np.ndarray]]:
+        """{modality: (what the distance is measured on, that of the real training rows)}."""
+        made = {name: extractor(self.config.evaluate.features, images) for name, images in self.real.items()}
+        return {name: (features, features(self.real[name])) for name, features in made.items()}
 
     @cached_property
     def accuracy(self) -> dict[str, float]:
@@ -148,11 +157,10 @@ class Benchmark:
 
     def _distances(self, drawn: Images) -> dict[str, dict[str, float]]:
         """{modality: Fréchet distance of joint samples to training rows, and of real to real}."""
-        found = {}
-        for name in self.names:
-            features = extractor(self.config.evaluate.features, self.real[name])
-            found[name] = distances(features(drawn[name]), features(self.real[name])) | {"features": features.name}
-        return found
+        return {
+            name: distances(features(drawn[name]), real) | {"features": features.name}
+            for name, (features, real) in self.features.items()
+        }
 
 
 def tree(benchmark: Benchmark, sides: tuple[str, ...], parts: list[Part]) -> dict[str, Any]:
