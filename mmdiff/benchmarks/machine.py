@@ -1,4 +1,4 @@
-"""What a measurement depends on beside the code: the machine, its load, the date and the versions."""
+"""What a measurement depends on beside the code: the command, the machine, its load, the date and the versions."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import diffusers
 import torch
 
 import mmdiff
+from mmdiff.evaluation.report import command
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
     """Plain facts, as they are now."""
     return {
         "date": date.today().isoformat(),
+        "command": command(),
         "machine": f"{platform.machine()}, {_processor()}, {len(os.sched_getaffinity(0))} cores"
         if hasattr(os, "sched_getaffinity")
         else f"{platform.machine()}, {_processor()}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import shlex
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -65,11 +66,16 @@ def manifest(pipeline: MTDiffusionPipeline, config: Config, train: Table, valida
     }
 
 
+def command() -> str:
+    """What was called, as a shell reads it."""
+    return shlex.join(["mmdiff", *sys.argv[1:]])
+
+
 def circumstances(device: torch.device) -> dict[str, Any]:
     """When, by which command and on what machine."""
     return {
         "date": date.today().isoformat(),
-        "command": " ".join(["mmdiff", *sys.argv[1:]]),
+        "command": command(),
         "machine": f"{platform.machine()} {platform.system()}, {torch.get_num_threads()} threads, {device}",
         "torch": torch.__version__,
     }
