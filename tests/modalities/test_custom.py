@@ -250,10 +250,7 @@ def test_a_folder_that_names_other_code_is_refused_even_when_trusted(
         ("depth_of_a_user.log_depth:", "is no import path"),
         ("depth_of_a_user.log_depth:Depth.read", "is no import path"),
         ("depth_of_a_user/log_depth.py:Depth", "is no import path"),
-        (
-            "depth",
-            "choose one of dense, embedding, image, image_set, label, mask, masked_image, vector, or write an import ",
-        ),
+        ("depth", "choose one of "),
     ],
 )
 def test_import_paths_that_lead_nowhere_are_refused(user: User, kind: str, text: str) -> None:
