@@ -1,8 +1,8 @@
 """Multimodal variational autoencoders of the package multivae (Senellart et al., 2023), on the rows that mmdiff sees.
 
-Settings are those with which its authors reproduce the papers on PolyMNIST. The networks are theirs for it, too, but
-for images of any size: three convolutions of stride 2. Images are in [0, 1] with Laplace decoders of scale 0.75, and
-Adam (AMSGrad) learns at 1e-3.
+Settings of MMVAE+ and MVTCAE are those with which its authors reproduce the papers on PolyMNIST; the others have the
+same by analogy. The networks are theirs for it, too, but for images of any size: three convolutions of stride 2.
+Images are in [0, 1] with Laplace decoders of scale 0.75, and Adam (AMSGrad) learns at 1e-3.
 """
 
 from __future__ import annotations
