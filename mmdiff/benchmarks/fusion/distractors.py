@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image as PILImage
 
 from mmdiff.benchmarks.fusion.photos import NOTHING, ImageSets
+from mmdiff.data.image_sets import drawn_counts
 from mmdiff.randomness import fold
 
 T = TypeVar("T")
@@ -18,7 +19,7 @@ Distractor = tuple[PILImage.Image, int | None]  # a photo, and the set whose obj
 Draw = Callable[[np.random.Generator, ImageSets, Sequence[Group]], Iterator[Distractor]]
 
 
-def with_distractors(sets: ImageSets, kind: str, shares: Sequence[float], stream: str) -> ImageSets:
+def with_distractors(sets: ImageSets, kind: str, shares: tuple[float, float], stream: str) -> ImageSets:
     """Photos of every set give way to distractors; one photo of its own is always left.
 
     Objects are told apart by what is asked about them, or where all are asked the same by their answers to all tasks.
@@ -40,7 +41,8 @@ def with_distractors(sets: ImageSets, kind: str, shares: Sequence[float], stream
     for index, photos in enumerate(sets.photos):
         rng = np.random.Generator(np.random.Philox(key=[key, index]))
         others = [group for thing, group in groups.items() if thing != objects[index]]
-        order, count = rng.permutation(len(photos)), _count(rng, len(photos), shares) if others else 0
+        order = rng.permutation(len(photos))
+        count = drawn_counts((len(photos), len(photos)), shares, np.array([0.0, *rng.random(2)]))[1] if others else 0
         foreign = list(islice(DISTRACTORS[kind](rng, sets, others), count))
         own: list[Distractor] = [(photos[place], index) for place in order[len(foreign) :]]
         members = [*own, *foreign]
@@ -51,11 +53,6 @@ def with_distractors(sets: ImageSets, kind: str, shares: Sequence[float], stream
             shows = [members[place][1] for place in order]
             mixed.shown[task].append([NOTHING if donor is None else texts[donor] for donor in shows])
     return mixed
-
-
-def _count(rng: np.random.Generator, photos: int, shares: Sequence[float]) -> int:
-    low, high = min(shares), max(shares)
-    return min(int((low + (high - low) * rng.random()) * photos + rng.random()), photos - 1)
 
 
 def _none(rng: np.random.Generator, sets: ImageSets, others: Sequence[Group]) -> Iterator[Distractor]:

@@ -25,7 +25,7 @@ def training_sets(settings: Settings) -> ImageSets:
     if chosen.train == "source":
         return _read(settings, settings.data.options, held_out=False)
     clean = own_photos(_read(settings, _with_law(settings.data), held_out=False))
-    return with_distractors(clean, chosen.train, chosen.share, "train")
+    return with_distractors(clean, chosen.train, (chosen.share[0], chosen.share[1]), "train")
 
 
 def single_photos(settings: Settings) -> ImageSets:

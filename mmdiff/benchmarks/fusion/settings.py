@@ -27,6 +27,12 @@ def _chosen(entries: list[str]) -> list[str]:
     return [entry for entry in known if entry in entries]
 
 
+def _rising(shares: list[float]) -> list[float]:
+    if shares[0] > shares[1]:
+        raise ValueError("needs the least share first")
+    return shares
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -77,7 +83,8 @@ class Distractors(_Strict):
 
     train: DistractorKind = "source"
     test: DistractorKind = "source"
-    share: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.0, 0.5]  # of training sets, drawn uniformly
+    # of training sets, drawn uniformly
+    share: Annotated[list[Share], Field(min_length=2, max_length=2), AfterValidator(_rising)] = [0.0, 0.5]
 
     @model_validator(mode="before")
     @classmethod

@@ -433,6 +433,7 @@ def test_means_and_gains_are_of_the_parts(tmp_path: Path) -> None:
         ("test.distractors=[1.0]", "test.distractors"),
         ("seeds=0", "fusion.seeds"),
         ("distractors=strange", "fusion.distractors"),
+        ("distractors.share=[0.5,0.1]", "fusion.distractors.share"),
         ("distractors.test=strange", "fusion.distractors.test"),
         ("entries=[mean,median]", "'median' is unknown"),
         ("entries=[query_attention]", "'query_attention': needs questions that differ"),
