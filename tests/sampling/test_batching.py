@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from networks import assert_close
 from torch import Generator, Tensor
 
 from mmdiff.pipeline import MTDiffusionPipeline
@@ -44,16 +45,6 @@ def one_each(count: int = COUNT, seed: int = 0) -> list[Generator]:
 def sample(pipe: MTDiffusionPipeline, count: int = COUNT, **arguments: Any) -> dict[str, Tensor]:
     settings = {"num_inference_steps": STEPS, "generator": one_each(count), "output_type": "pt"}
     return pipe(count, **{**settings, **arguments}).samples
-
-
-def assert_close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    """Numbers to 1e-4 of their size, class ids in 99 of 100."""
-    assert one.keys() == other.keys()
-    for name, values in one.items():
-        if values.is_floating_point():
-            torch.testing.assert_close(other[name], values, rtol=1e-4, atol=1e-4, msg=name)
-        else:
-            assert float((other[name] == values).double().mean()) >= 0.99, name
 
 
 # ------------------------------------------------------------------------------------------------------------- splits

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from atoms import ANCHORS, LABELS, PRIOR, exact_pipeline, masks, shares, variation
-from networks import random_model
+from networks import assert_close, random_model
 from refusals import refused
 from torch import Generator, Tensor, nn
 
@@ -175,15 +175,6 @@ def sample(pipe: MTDiffusionPipeline, count: int = 4, **arguments: Any) -> dict[
     generators = [seeded(k) for k in range(count)]
     settings = {"num_inference_steps": 3, "generator": generators, "output_type": "pt"}
     return pipe(count, **{**settings, **arguments}).samples
-
-
-def assert_close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, values in one.items():
-        if values.is_floating_point():
-            torch.testing.assert_close(other[name], values, rtol=1e-4, atol=1e-4, msg=name)
-        else:
-            assert float((other[name] == values).double().mean()) >= 0.99, name
 
 
 def evaluations(pipe: MTDiffusionPipeline, **arguments: Any) -> int:

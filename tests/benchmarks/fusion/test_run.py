@@ -176,6 +176,21 @@ def test_an_oracle_vote_is_right_where_most_photos_are(tmp_path: Path) -> None:
         assert low <= right <= high
 
 
+def test_the_oracle_asks_the_mean_without_distractors(tmp_path: Path) -> None:
+    learner = Classifiers(toy("accuracy_shapes", "distractors=coherent", "test.distractors=[0.5]"), tmp_path)
+    cell = learner.cells[-1]
+    with_them, without = learner.sets(cell, dropped=False), learner.sets(cell, dropped=True)
+    assert any(map(any, with_them.distractors)) and not any(map(any, without.distractors))
+    for photos, flags, own, shown in zip(
+        with_them.photos, with_them.distractors, without.photos, without.shown["category"], strict=True
+    ):
+        assert own == [photo for photo, flag in zip(photos, flags) if not flag] and len(shown) == len(own)
+    dropped = dict(learner.answers(DROPPED, 0))[cell]["category"]
+    learner.test = lambda _: without
+    learner._packed, learner._seen = {}, (-1, {})
+    assert dict(learner.answers("mean", 0))[cell]["category"].texts == dropped.texts
+
+
 def test_photos_of_a_row_are_enough(tmp_path: Path) -> None:
     """A source without a law of image sets: every row has its own photos, here one to three."""
     things = [*range(4)] * 6
